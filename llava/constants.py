@@ -1,0 +1,9 @@
+"""LLaVA-NeXT's public constants."""
+
+IGNORE_INDEX = -100  # label of a token that is not supervised
+IMAGE_TOKEN_INDEX = -200  # stands for one image (or clip) in input_ids; replaced by its visual tokens in the merge
+
+DEFAULT_IMAGE_TOKEN = "<image>"
+DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
+DEFAULT_IM_START_TOKEN = "<im_start>"
+DEFAULT_IM_END_TOKEN = "<im_end>"

@@ -1,0 +1,25 @@
+"""The one exception for faults in what a user gave, and how command-line programs report it."""
+
+import functools
+import sys
+
+
+class LlavaError(ValueError):
+    """A fault in a config, a data file, an image or a checkpoint.
+
+    The message is one line that names the file, the key or record id, what was found and what was expected.
+    """
+
+
+def report_errors(main):
+    """Decorate a command-line `main`: a `LlavaError` ends the program with one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except LlavaError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapper
