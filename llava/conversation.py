@@ -336,9 +336,8 @@ def get_template(name: str) -> Conversation:
     if name in conv_templates:
         return conv_templates[name].copy()
     near = difflib.get_close_matches(str(name), conv_templates, n=1, cutoff=0.0)
-    raise LlavaError(
-        f"unknown conversation template {name!r}: did you mean {near[0]!r}? One of {', '.join(conv_templates)}"
-    )
+    known = ", ".join(conv_templates)
+    raise LlavaError(f"unknown conversation template {name!r}: did you mean {near[0]!r}? One of {known}")
 
 
 def stop_strings(name: str) -> list[str]:
@@ -346,4 +345,5 @@ def stop_strings(name: str) -> list[str]:
     template = get_template(name)
     if template.stop_str:
         return [template.stop_str] if isinstance(template.stop_str, str) else list(template.stop_str)
-    return [template.sep if template.sep2 is None else template.sep2]
+    sep = template.sep if template.sep2 is None else template.sep2
+    return [sep.strip() or sep]
