@@ -1,0 +1,65 @@
+"""Faults that types do not show: parts that do not exist here, and values that contradict each other."""
+
+import ast
+import re
+from typing import Any
+
+from llava.config.schema import Key
+from llava.errors import LlavaError
+
+TUNABLE_PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_language_model")
+
+
+def check_value(key: Key, value: Any, where: str) -> None:
+    """Raise `LlavaError` if `value` asks for a part that does not exist here, or is malformed."""
+    if key.only_default and value != key.default:
+        raise LlavaError(
+            f"{where}: {key.name} is {value!r}, but {key.only_default} is not available in this version;"
+            f" expected {key.default!r} or nothing"
+        )
+    if isinstance(value, str) and value in key.refuse:
+        raise LlavaError(f"{where}: {key.name} is {value!r}, but {key.refuse[value]} is not available in this version")
+    if key.name == "mm_tunable_parts" and value is not None:
+        _check_parts(value, where)
+    if key.name == "image_grid_pinpoints" and value is not None:
+        _check_pinpoints(value, where)
+
+
+def _check_parts(value: str, where: str) -> None:
+    for part in value.split(","):
+        if part == "mm_vision_resampler":
+            raise LlavaError(f"{where}: mm_tunable_parts names {part}, which is not available in this version")
+        if part.strip() not in TUNABLE_PARTS:
+            raise LlavaError(f"{where}: mm_tunable_parts names {part!r}, expected some of {', '.join(TUNABLE_PARTS)}")
+
+
+def _check_pinpoints(value: str | list, where: str) -> None:
+    """Either "(1x1),...,(6x6)" or pairs of whole numbers, as a list or as LLaVA-NeXT writes it in text."""
+    if isinstance(value, str):
+        if re.search(r"\(\d+x\d+\)", value):
+            return
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = None
+    pairs = isinstance(value, (list, tuple)) and len(value) > 0
+    if not pairs or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(side) is int and side > 0 for side in pair)
+        for pair in value
+    ):
+        raise LlavaError(
+            f'{where}: image_grid_pinpoints is no grid, expected [[width, height], ...] or "(1x1),...,(6x6)"'
+        )
+
+
+def check_run(run) -> None:
+    """Raise `LlavaError` for settings that contradict each other."""
+    if "freeze_mm_vision_resampler" in run.settings and run["freeze_mm_vision_resampler"]:
+        run.notices.append("freeze_mm_vision_resampler has nothing to freeze: there is no resampler")
+    if run["fp16"] and run["bf16"]:
+        raise LlavaError(
+            f"fp16 ({run.source('fp16')}) and bf16 ({run.source('bf16')}) are both on, expected one of them"
+        )
+    factor, kind = run["rope_scaling_factor"], run["rope_scaling_type"]
+    if (factor is None) != (kind is None):
+        raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, found one of them")

@@ -1,0 +1,84 @@
+"""The command line: `[CONFIG.yaml] --key value --key=value --flag --no_flag`, as HfArgumentParser understands it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava.config.old_names import OLD_NAMES, translate
+from llava.config.schema import Key, all_keys, convert_word, find_key
+from llava.errors import LlavaError
+
+WHERE = "command line"
+
+
+@dataclass
+class CommandLine:
+    """What a command line says: the config file, the tower file, and values by key name."""
+
+    config: str | None = None
+    tower: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+def parse_command_line(argv: list[str]) -> CommandLine:
+    """Read `argv` (without the program's name).
+
+    A boolean key alone means True, `--no_key` False; a list key takes several words; a dash in a key is an underscore;
+    the last of two equal keys wins. Raises `LlavaError` for an unknown key or a word that is not the key's type.
+    """
+    line, old = CommandLine(), {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            _take_config(line, word)
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name == "tower":
+            line.tower = text if equals else _next_word(rest, name)
+            continue
+        key, negated = _key_of(name)
+        words = [text] if equals else _take_words(key, rest)
+        value = convert_word(key, words, WHERE)
+        (old if key.group == "old" else line.values)[key.name] = (not value) if negated else value
+    translate(line.values, old, WHERE, line.notices)
+    return line
+
+
+def _key_of(name: str) -> tuple[Key, bool]:
+    """The key and whether the name negates it (`no_bf16`)."""
+    if name in OLD_NAMES and name not in all_keys():
+        return OLD_NAMES[name].key(name), False
+    positive = all_keys().get(name.removeprefix("no_"))
+    if name.startswith("no_") and positive is not None and positive.is_bool:
+        return positive, True
+    return find_key(name, WHERE, tuple(OLD_NAMES)), False
+
+
+def _take_words(key: Key, rest: list[str]) -> list[str]:
+    """The words that belong to `key`: up to the next --flag; more than one only for a list."""
+    words = []
+    while rest and not rest[0].startswith("--") and (not words or key.is_list):
+        if key.is_bool and _is_config(rest[0]):
+            break
+        words.append(rest.pop(0))
+    return words
+
+
+def _next_word(rest: list[str], name: str) -> str:
+    if not rest or rest[0].startswith("--"):
+        raise LlavaError(f"{WHERE}: --{name} needs a value (a file)")
+    return rest.pop(0)
+
+
+def _is_config(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
+
+
+def _take_config(line: CommandLine, word: str) -> None:
+    if not _is_config(word):
+        raise LlavaError(f"{WHERE}: {word!r} is neither a --key nor a config file (.yaml)")
+    if line.config is not None:
+        raise LlavaError(f"{WHERE}: two config files, {line.config} and {word}; expected one")
+    line.config = word

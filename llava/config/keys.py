@@ -1,0 +1,210 @@
+"""Every key of a run, defined once: the YAML schema, the command line and the key table all derive from these models.
+
+To add a key, add one `key(...)` line to the group that uses it. Names and defaults are LLaVA-NeXT's wherever it has
+the key. Every field of the installed `transformers.TrainingArguments` is a key as well (see `trainer_fields.py`) and is
+repeated here only where this project's default differs.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def key(
+    default: Any,
+    description: str,
+    *,
+    tower: bool = False,
+    tower_part: bool = False,
+    checkpoint: str | bool = False,
+    aliases: tuple[str, ...] = (),
+    only_default: str = "",
+    refuse: dict[Any, str] | None = None,
+):
+    """A pydantic field with what this project needs to know about a key.
+
+    tower: may stand in a tower YAML. tower_part: describes the tower itself, so a checkpoint's value is not used for
+    another tower. checkpoint: read from a checkpoint's config.json, under this name if a string is given. aliases:
+    other names that mean the same key. only_default: the name of a part that does not exist here; any value but the
+    default is an error that says so. refuse: values that ask for a part that does not exist here, with its name.
+    """
+    extra = {
+        "tower": tower or tower_part,
+        "tower_part": tower_part,
+        "checkpoint": checkpoint,
+        "aliases": aliases,
+        "only_default": only_default,
+        "refuse": refuse or {},
+    }
+    return Field(default=default, description=description, json_schema_extra={"llava": extra})
+
+
+class KeyGroup(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelKeys(KeyGroup):
+    """The model: language model, vision tower, projector, merge, and which parts are trained."""
+
+    model_name_or_path: str = key(
+        "facebook/opt-125m", "language model or LLaVA checkpoint to start from: hub id or folder"
+    )
+    model_class_name: str | None = key(None, "transformers class to use, without its ForCausalLM ending")
+    version: str = key("v0", "conversation template", checkpoint="conversation_template")
+    mm_tunable_parts: str | None = key(
+        None,
+        "parts to train, joined by commas: mm_vision_tower, mm_mlp_adapter, mm_language_model; above the freeze keys",
+    )
+    freeze_backbone: bool = key(False, "freeze the language model")
+    tune_mm_mlp_adapter: bool = key(False, "train the projector only (when mm_tunable_parts is not given)")
+    tune_mm_vision_resampler: bool = key(False, "train the resampler", only_default="the vision resampler")
+    unfreeze_mm_vision_tower: bool = key(False, "train the vision tower (when mm_tunable_parts is not given)")
+    unfreeze_language_model: bool = key(False, "train the language model (when mm_tunable_parts is not given)")
+    pretrain_mm_mlp_adapter: str | None = key(None, "projector to start from: mm_projector.safetensors or .bin")
+
+    vision_tower: str | None = key(
+        None,
+        "vision tower: hub id or folder",
+        tower_part=True,
+        checkpoint="mm_vision_tower",
+        aliases=("mm_vision_tower",),
+    )
+    mm_vision_tower_type: str | None = key(
+        None,
+        "the tower's registry id; needed only where its config or name does not tell",
+        tower_part=True,
+        checkpoint=True,
+    )
+    vision_tower_pretrained: str | None = key(
+        None, "weights for towers that take them from a second place", tower_part=True
+    )
+    mm_vision_select_layer: int = key(
+        -1, "hidden state of the tower that is used, counted as Python does", tower_part=True, checkpoint=True
+    )
+    mm_vision_select_feature: str = key(
+        "patch", "tokens of that layer: patch, cls_patch, or a slice kind", tower_part=True, checkpoint=True
+    )
+    s2: bool = key(False, "multi-scale features (S2)", tower_part=True, checkpoint=True)
+    s2_scales: str = key("336,672,1008", "the scales of S2 in pixels", tower_part=True, checkpoint=True)
+    delay_load: bool = key(True, "build the tower with the model but load its weights later")
+
+    mm_projector_type: str = key(
+        "linear",
+        "projector: linear, mlpNx_gelu, mlpNx_resMx_gelu, identity, pooler, patch_merger, spatial_merge",
+        tower=True,
+        checkpoint=True,
+    )
+    mm_patch_merge_type: str = key(
+        "flat", "how the crops' tokens are laid out: flat, spatial, spatial_unpad, ...", checkpoint=True
+    )
+    mm_newline_position: Literal["grid", "frame", "one_token", "no_token"] = key(
+        "grid", "where newline tokens go in a video", checkpoint=True
+    )
+    mm_spatial_pool_stride: int | None = key(None, "pooling stride over a video frame's tokens", checkpoint=True)
+    mm_spatial_pool_mode: Literal["bilinear", "average", "max"] = key(
+        "bilinear", "how a video frame's tokens are pooled", checkpoint=True
+    )
+    mm_use_im_start_end: bool = key(False, "put <im_start> and <im_end> around an image", checkpoint=True)
+    mm_use_im_patch_token: bool = key(True, "add <im_patch> to the tokenizer", checkpoint=True)
+
+    rope_scaling_factor: float | None = key(None, "stretch the language model's rotary positions by this factor")
+    rope_scaling_type: str | None = key(None, "kind of rotary scaling: linear, dynamic, ...")
+
+    mm_resampler_type: str | None = key(None, "vision resampler", checkpoint=True, only_default="the vision resampler")
+    mm_mask_drop_mode: str = key("fixed", "resampler: token masking", only_default="the vision resampler")
+    mm_mask_drop_skip_percentage: float = key(0.0, "resampler: token masking", only_default="the vision resampler")
+    mm_mask_drop_ratio: float = key(0.25, "resampler: token masking", only_default="the vision resampler")
+    mm_mask_drop_ratio_upper: float | None = key(None, "resampler: token masking", only_default="the vision resampler")
+    mm_mask_drop_ratio_lower: float | None = key(None, "resampler: token masking", only_default="the vision resampler")
+    mm_spatial_pool_out_channels: int | None = key(
+        None, "resampler: output channels", only_default="the vision resampler"
+    )
+    mm_perceiver_depth: int = key(3, "perceiver resampler", only_default="the perceiver resampler")
+    mm_perceiver_latents: int = key(32, "perceiver resampler", only_default="the perceiver resampler")
+    mm_perceiver_ff_mult: float = key(4, "perceiver resampler", only_default="the perceiver resampler")
+    mm_perceiver_pretrained: str | None = key(None, "perceiver resampler", only_default="the perceiver resampler")
+    mm_qformer_depth: int = key(3, "Q-Former resampler", only_default="the Q-Former resampler")
+    mm_qformer_latents: int = key(32, "Q-Former resampler", only_default="the Q-Former resampler")
+    mm_qformer_pretrained: str | None = key(None, "Q-Former resampler", only_default="the Q-Former resampler")
+    use_pos_skipping: bool = key(False, "position skipping", only_default="position skipping")
+    pos_skipping_range: int = key(4096, "position skipping", only_default="position skipping")
+    add_faster_video: bool = key(False, "slow-fast video tokens", checkpoint=True, only_default="slow-fast video")
+    faster_token_stride: int = key(10, "slow-fast video tokens", only_default="slow-fast video")
+
+
+_SPLIT_MODES = {"highres": "the highres image mode", "crop_split": "the crop_split image mode"}
+
+
+class DataKeys(KeyGroup):
+    """The data: where it lies and how images, videos and labels are made from it."""
+
+    data_path: str | None = key(None, "training data: LLaVA JSON or JSONL, /path/{a,b}.json, or a mixture YAML")
+    image_folder: str | None = key(None, "folder that image paths are relative to")
+    video_folder: str | None = key(None, "folder that video paths are relative to")
+    allow_absolute_paths: bool = key(False, "let records name files outside image_folder and video_folder")
+    lazy_preprocess: bool = key(False, "accepted for LLaVA-NeXT's launch lines: records are always prepared when drawn")
+    is_multimodal: bool = key(False, "set by the trainer when there is a vision tower")
+    early_mix_text: bool = key(False, "mix text-only records into batches with images")
+    image_aspect_ratio: str = key(
+        "square", "image handling: square, pad, anyres, anyres_max_N", tower=True, checkpoint=True, refuse=_SPLIT_MODES
+    )
+    image_grid_pinpoints: str | list[list[int]] | None = key(
+        None,
+        'resolutions anyres chooses from, as [[width, height], ...] or "(1x1),...,(6x6)"',
+        tower=True,
+        checkpoint=True,
+    )
+    image_crop_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
+    image_split_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
+    video_fps: int = key(1, "frames taken per second of video")
+    frames_upbound: int = key(0, "most frames taken from one video; 0: no limit")
+    add_time_instruction: bool = key(False, "tell the model the length of the video and the times of its frames")
+    force_sample: bool = key(False, "always take frames_upbound frames")
+    supervise: Literal["llava_next", "answers_only"] | None = key(
+        None, "which tokens carry labels; not given: llava_next where the template has it, else answers_only"
+    )
+
+
+class TrainKeys(KeyGroup):
+    """The training run. Every other field of transformers.TrainingArguments is a key too."""
+
+    model_max_length: int = key(4096, "longest sequence in tokens, visual tokens included; longer ones are truncated")
+    mm_projector_lr: float | None = key(None, "learning rate of the projector; not given: learning_rate")
+    mm_vision_tower_lr: float | None = key(None, "learning rate of the vision tower; not given: learning_rate")
+    freeze_mm_mlp_adapter: bool = key(False, "freeze the projector (when mm_tunable_parts is not given)")
+    freeze_mm_vision_resampler: bool = key(False, "nothing to freeze: there is no resampler")
+    group_by_varlen: bool = key(False, "batches of samples of like length")
+    group_by_modality_length: bool = key(False, "batches of one modality and like length")
+    group_by_modality_length_auto: bool = key(False, "like group_by_modality_length, with shuffled batch order")
+    attn_implementation: str | None = key(
+        None, "attention of the language model: eager, sdpa, flash_attention_2; not given: the best available"
+    )
+    cache_dir: str | None = key(None, "where models from the hub are kept")
+    verbose_logging: bool = key(False, "print every argument before training")
+
+    optim: str = key("adamw_torch", "optimizer")
+    gradient_checkpointing: bool = key(True, "recompute activations in the backward pass to save memory")
+    remove_unused_columns: bool = key(False, "must stay False: the collator needs the whole record")
+    auto_find_batch_size: bool = key(False, "halve the batch size until it fits into memory")
+    report_to: str | list[str] = key("none", "where metrics are reported: none, wandb, tensorboard, ...")
+
+    logging_dir: str | None = key(
+        None, "tensorboard's folder (sets TENSORBOARD_LOGGING_DIR, as transformers 5 wants it)"
+    )
+
+    bits: int = key(16, "16: no quantisation", only_default="4- and 8-bit training")
+    double_quant: bool = key(True, "quantise the quantisation constants (with bits 4)")
+    quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit data type (with bits 4)")
+    lora_enable: bool = key(False, "train low-rank adapters", only_default="LoRA")
+    lora_r: int = key(64, "LoRA: rank (with lora_enable)")
+    lora_alpha: int = key(16, "LoRA: scale (with lora_enable)")
+    lora_dropout: float = key(0.05, "LoRA: dropout (with lora_enable)")
+    lora_weight_path: str = key("", "LoRA: adapter to start from", only_default="LoRA")
+    lora_bias: Literal["none", "all", "lora_only"] = key("none", "LoRA: which biases train (with lora_enable)")
+    mpt_attn_impl: str | None = key("triton", "MPT attention", only_default="MPT")
+    trainer_mode: str = key("regular", "regular; zo means MeZO", only_default="MeZO training")
+    zo_eps: float = key(1e-3, "MeZO", only_default="MeZO training")
+    zo_num_directions: int = key(1, "MeZO", only_default="MeZO training")
+
+
+GROUPS: dict[str, type[KeyGroup]] = {"model": ModelKeys, "data": DataKeys, "train": TrainKeys}

@@ -1,0 +1,165 @@
+"""From a command line to a resolved run: every key's value and where it came from.
+
+Precedence: command line > train YAML > tower YAML > checkpoint config > default.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.config.checks import check_run, check_value
+from llava.config.commandline import WHERE, CommandLine, parse_command_line
+from llava.config.files import find_file, read_yaml
+from llava.config.old_names import OLD_NAMES, translate
+from llava.config.schema import all_keys, convert, find_key, own_keys
+from llava.errors import LlavaError
+
+CHECKPOINT = "checkpoint config"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and its source: "command line", a YAML file, "checkpoint config" or "default"."""
+
+    value: Any
+    source: str
+
+
+@dataclass
+class Run:
+    """A resolved run. `settings` holds every own key and every transformers field that was given somewhere."""
+
+    config: str | None = None
+    tower: str | None = None
+    settings: dict[str, Setting] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.settings:
+            return self.settings[name].value
+        return all_keys()[name].default
+
+    def source(self, name: str) -> str:
+        return self.settings[name].source if name in self.settings else DEFAULT
+
+    def group(self, name: str) -> dict[str, Any]:
+        """{key: value} of the group model, data, train or trainer."""
+        return {key: setting.value for key, setting in self.settings.items() if all_keys()[key].group == name}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file kept with the run."""
+        keys = {name: {"value": item.value, "source": item.source} for name, item in self.settings.items()}
+        return {"config": self.config, "tower": self.tower, "keys": keys}
+
+
+def resolve(argv: list[str]) -> Run:
+    """The run that `argv` (optional CONFIG.yaml, then flags) describes. Raises `LlavaError` for any fault in it."""
+    line = parse_command_line(argv)
+    run = Run(config=line.config, notices=line.notices)
+    layers = [(WHERE, line.values)]
+    train_tower = None
+    if line.config is not None:
+        values, train_tower = _read_train_yaml(line.config, run.notices)
+        layers.append((line.config, values))
+    tower = _find_tower(line, train_tower)
+    if tower is not None:
+        run.tower = str(tower)
+        layers.append((run.tower, _read_layer(tower, read_yaml(tower), run.notices, tower=True)))
+        _tell_shadowed(line, layers, run.notices)
+    layers.append((CHECKPOINT, _read_checkpoint(layers)))
+    for name, key in own_keys().items():
+        run.settings[name] = Setting(key.default, DEFAULT)
+    for source, values in reversed(layers):
+        for name, value in values.items():
+            check_value(all_keys()[name], value, source)
+            run.settings[name] = Setting(value, source)
+    check_run(run)
+    return run
+
+
+def _read_train_yaml(config: str, notices: list[str]) -> tuple[dict[str, Any], str | None]:
+    content = read_yaml(config)
+    tower = content.pop("tower", None)
+    if tower is not None and not isinstance(tower, str):
+        raise LlavaError(f"{config}: tower is {tower!r}, expected a tower YAML file")
+    values = _read_layer(config, content, notices, tower=False)
+    deepspeed = values.get("deepspeed")
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{"):
+        values["deepspeed"] = str(find_file(deepspeed, config) or deepspeed)
+    return values, tower
+
+
+def _read_layer(path, content: dict[str, Any], notices: list[str], tower: bool) -> dict[str, Any]:
+    """The values of one YAML file by key name, in their types."""
+    where, values, old = str(path), {}, {}
+    for name, value in content.items():
+        if name in OLD_NAMES and name not in all_keys():
+            key = OLD_NAMES[name].key(name)
+        else:
+            key = find_key(name, where, ("tower", *OLD_NAMES))
+        if tower and not key.tower:
+            allowed = ", ".join(item.name for item in own_keys().values() if item.tower)
+            raise LlavaError(f"{where}: {name} does not belong in a tower config, expected one of: {allowed}")
+        layer = old if key.group == "old" else values
+        if key.name in layer:
+            raise LlavaError(f"{where}: {name} and another name of it are both given, expected one")
+        layer[key.name] = convert(key, value, where)
+    translate(values, old, where, notices)
+    return values
+
+
+def _find_tower(line: CommandLine, train_tower: str | None) -> Path | None:
+    """The tower YAML: the command line's, else the train config's."""
+    name, where = (line.tower, WHERE) if line.tower is not None else (train_tower, line.config)
+    if name is None:
+        return None
+    found = find_file(name, line.config)
+    if found is None:
+        raise LlavaError(f"{where}: tower config {name} does not exist")
+    return found
+
+
+def _tell_shadowed(line: CommandLine, layers: list[tuple[str, dict]], notices: list[str]) -> None:
+    """A train YAML's own tower keys stand above a tower YAML, also above one that the command line swapped in."""
+    if line.tower is None or line.config is None:
+        return
+    (train_source, train), (tower_source, tower) = layers[1], layers[2]
+    for name in sorted(train.keys() & tower.keys() - line.values.keys()):
+        if train[name] != tower[name]:
+            notices.append(f"{train_source} sets {name} itself, which stands above {tower_source}")
+
+
+def _read_checkpoint(layers: list[tuple[str, dict]]) -> dict[str, Any]:
+    """The keys in config.json of a local checkpoint in model_name_or_path; {} for a plain language model."""
+    given = {name: value for _, values in reversed(layers) for name, value in values.items()}
+    folder = Path(given.get("model_name_or_path", ""))
+    path = folder / "config.json"
+    if "model_name_or_path" not in given or not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LlavaError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict) or not content.get("mm_vision_tower"):
+        return {}
+    values = {}
+    for name, key in own_keys().items():
+        stored = key.checkpoint if isinstance(key.checkpoint, str) else name
+        if key.checkpoint and content.get(stored) is not None:
+            values[name] = convert(key, content[stored], str(path))
+    return _keep_matching_tower(values, given, folder)
+
+
+def _keep_matching_tower(values: dict[str, Any], given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A tower path inside the checkpoint made usable; without what describes its tower if another one is given."""
+    own = values["vision_tower"]
+    inside = folder / own
+    other = given.get("vision_tower")
+    if other is not None and os.path.normpath(other) not in (os.path.normpath(own), os.path.normpath(inside)):
+        return {name: value for name, value in values.items() if not own_keys()[name].tower_part}
+    if not Path(own).is_absolute() and inside.is_dir():
+        values["vision_tower"] = str(inside)
+    return values

@@ -1,0 +1,182 @@
+"""What is known about each key, and the conversion of a found value to the key's type."""
+
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, Union
+
+from pydantic import TypeAdapter, ValidationError
+
+from llava.config.keys import GROUPS
+from llava.config.trainer_fields import trainer_fields
+from llava.errors import LlavaError
+
+TRUE_WORDS = {"true", "yes", "on", "1", "t", "y"}
+FALSE_WORDS = {"false", "no", "off", "0", "f", "n"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key. `type` is the annotation; `group` is model, data, train or trainer (a field of transformers only)."""
+
+    name: str
+    group: str
+    type: Any
+    default: Any
+    description: str = ""
+    tower: bool = False
+    tower_part: bool = False
+    checkpoint: str | bool = False
+    aliases: tuple[str, ...] = ()
+    only_default: str = ""
+    refuse: dict = field(default_factory=dict, hash=False)
+
+    @property
+    def kinds(self) -> tuple:
+        """The members of the annotation: (str, NoneType) for `str | None`."""
+        if typing.get_origin(self.type) in (Union, types.UnionType):
+            return typing.get_args(self.type)
+        return (self.type,)
+
+    @property
+    def is_bool(self) -> bool:
+        return bool in self.kinds and str not in self.kinds
+
+    @property
+    def is_list(self) -> bool:
+        """True if several words may follow the key on a command line."""
+        return any(kind == list[str] for kind in self.kinds)
+
+    @property
+    def expected(self) -> str:
+        """The type in words, for messages and the key table."""
+        return " or ".join(dict.fromkeys(_words(kind) for kind in self.kinds if kind is not type(None)))
+
+
+def _words(kind) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    names = {int: "whole number", float: "number", bool: "true or false", str: "text", list[str]: "list of words"}
+    if kind in names:
+        return names[kind]
+    if kind == list[list[int]]:
+        return "list of pairs"
+    return "mapping" if (typing.get_origin(kind) or kind) is dict else str(kind)
+
+
+@cache
+def own_keys() -> dict[str, Key]:
+    """The keys this project defines, in the order of the key table."""
+    keys = {}
+    for group, model in GROUPS.items():
+        for name, info in model.model_fields.items():
+            extra = info.json_schema_extra["llava"]
+            keys[name] = Key(name, group, info.annotation, info.default, info.description, **extra)
+    return keys
+
+
+@cache
+def all_keys() -> dict[str, Key]:
+    """Own keys and the fields of the installed `transformers.TrainingArguments` that are not among them."""
+    keys = dict(own_keys())
+    for name, (kind, default) in trainer_fields().items():
+        keys.setdefault(name, Key(name, "trainer", kind, default))
+    return keys
+
+
+@cache
+def alias_names() -> dict[str, str]:
+    return {alias: key.name for key in own_keys().values() for alias in key.aliases}
+
+
+def find_key(name: str, where: str, extra_names: tuple[str, ...] = ()) -> Key:
+    """The key called `name` or an alias of it; `LlavaError` with the nearest valid name otherwise."""
+    keys = own_keys() if name in own_keys() else all_keys()
+    found = keys.get(alias_names().get(name, name))
+    if found is None:
+        raise unknown_key(name, where, [*all_keys(), *alias_names(), *extra_names])
+    return found
+
+
+def unknown_key(name: str, where: str, candidates: list[str]) -> LlavaError:
+    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)
+    return LlavaError(f"{where}: unknown key {name!r}; the nearest valid key is {near[0]!r}")
+
+
+def convert(key: Key, value: Any, where: str) -> Any:
+    """`value` as found in YAML, JSON or a command line (then text), in the key's type.
+
+    Raises `LlavaError` naming `where`, the key, what was found and what was expected.
+    """
+    try:
+        return _adapter(key.type).validate_python(_prepare(key, value), strict=True)
+    except ValidationError:
+        found = repr(value) if isinstance(value, str) else f"{value} ({_type_name(value)})"
+        raise LlavaError(f"{where}: {key.name} is {found}, expected {key.expected}") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def _type_name(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {bool: "true or false", int: "whole number", float: "number", list: "list", dict: "mapping"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _prepare(key: Key, value: Any) -> Any:
+    """The conversions that lose nothing: number words, boolean words, whole numbers for numbers, tuples for lists."""
+    kinds = key.kinds
+    if isinstance(value, str):
+        if bool in kinds and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if key.is_bool:
+            return True if value.lower() in TRUE_WORDS else False if value.lower() in FALSE_WORDS else value
+        if float in kinds and str not in kinds:
+            try:
+                return float(value)
+            except ValueError:
+                return value
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        return float(value)
+    if isinstance(value, (list, tuple)):
+        return [list(item) if isinstance(item, tuple) else item for item in value]
+    return value
+
+
+def convert_word(key: Key, words: list[str], where: str) -> Any:
+    """The words that followed `--key` on a command line, in the key's type. No word: True for a boolean."""
+    if not words:
+        if key.is_bool:
+            return True
+        raise LlavaError(f"{where}: --{key.name} needs a value ({key.expected})")
+    if len(words) > 1:
+        return convert(key, words, where)
+    word: Any = words[0]
+    optional = type(None) in key.kinds
+    if optional and word.lower() in ("none", "null"):
+        return None
+    if int in key.kinds and str not in key.kinds:
+        try:
+            word = int(word)
+        except ValueError:
+            word = words[0]
+    if str not in key.kinds and key.is_list:
+        word = [word]
+    if str not in key.kinds and isinstance(word, str) and word.startswith("{"):
+        word = _mapping(key, word, where)
+    return convert(key, word, where)
+
+
+def _mapping(key: Key, text: str, where: str) -> Any:
+    import json
+
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LlavaError(f"{where}: {key.name} is not valid JSON ({error})") from None

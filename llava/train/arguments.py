@@ -1,0 +1,134 @@
+"""A training run's arguments: `parse_args` turns a command line into what the trainer reads.
+
+The LLaVA fields of `TrainingArguments` are generated from the keys of the config package, so a key exists once. The
+class is made at first use, since it needs transformers; `--help` and errors in a config come before that.
+"""
+
+import dataclasses
+import os
+import socket
+import sys
+import warnings
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+from llava.config import Run, resolve
+from llava.config.schema import own_keys
+from llava.errors import LlavaError
+from llava.utils import rank0_print
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[SimpleNamespace, SimpleNamespace, Any]:
+    """(model_args, data_args, training_args) from `[CONFIG.yaml] [--key value ...]`; `argv` None: this program's.
+
+    model_args and data_args carry the attributes of LLaVA-NeXT's ModelArguments and DataArguments and this project's
+    own; training_args is a `TrainingArguments` with the resolved run (values and sources) in its `run_config`.
+    `--help` prints the keys and ends the program. Raises `LlavaError` for a fault in the command line or a file.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        from llava.config.table import help_text
+
+        print(help_text())
+        raise SystemExit(0)
+    run = resolve(argv)
+    if run["output_dir"] is None:
+        raise LlavaError("output_dir is not set, expected the folder that the run writes to (--output_dir)")
+    training_args = make_training_arguments(run)
+    for notice in run.notices:
+        rank0_print(f"note: {notice}", file=sys.stderr)
+    model_args = SimpleNamespace(**run.group("model"))
+    data_args = SimpleNamespace(**run.group("data"))
+    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
+    return model_args, data_args, training_args
+
+
+@cache
+def training_arguments_class() -> type:
+    """`transformers.TrainingArguments` with the keys of the group train as fields (theirs keep their types)."""
+    import transformers
+
+    theirs = {field.name: field.type for field in dataclasses.fields(transformers.TrainingArguments)}
+    fields = [
+        (
+            key.name,
+            theirs.get(key.name, key.type),
+            dataclasses.field(default=key.default, metadata={"help": key.description}),
+        )
+        for key in own_keys().values()
+        if key.group == "train"
+    ]
+    return dataclasses.make_dataclass(
+        "TrainingArguments",
+        fields,
+        bases=(transformers.TrainingArguments,),
+        namespace={"__module__": __name__, "__doc__": "transformers.TrainingArguments with LLaVA's fields."},
+        repr=False,
+    )
+
+
+def __getattr__(name: str):
+    if name == "TrainingArguments":
+        return training_arguments_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def make_training_arguments(run: Run):
+    """The `TrainingArguments` of a resolved run, after falling back from what this machine cannot do."""
+    make = training_arguments_class()
+    names = {field.name for field in dataclasses.fields(make) if field.init}
+    values = {name: value for name, value in (run.group("trainer") | run.group("train")).items() if name in names}
+    _fall_back(values, run.notices)
+    if values.get("logging_dir"):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", values["logging_dir"])
+    if "activation_checkpointing" in names and values.get("activation_checkpointing") is None:
+        # the name from transformers 5.20 on; with both set it does not warn about the older one
+        values["activation_checkpointing"] = values["gradient_checkpointing"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            training_args = make(**values)
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        raise LlavaError(f"training arguments: {' '.join(str(error).split())}") from error
+    training_args.run_config = run
+    return training_args
+
+
+def _fall_back(values: dict[str, Any], notices: list[str]) -> None:
+    """Turn off in `values` what needs a CUDA device or a package that is not there; one notice each."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available, is_torch_tf32_available
+
+    cuda = torch.cuda.is_available() and not values.get("use_cpu")
+    if values.get("tf32") and not (cuda and is_torch_tf32_available()):
+        values["tf32"] = None
+        notices.append("tf32 needs a CUDA device of the Ampere generation or later; trained without it")
+    if values.get("attn_implementation") == "flash_attention_2" and not (cuda and is_flash_attn_2_available()):
+        values["attn_implementation"] = None
+        lacking = "the package flash-attn" if cuda else "a CUDA device"
+        notices.append(f"attn_implementation flash_attention_2 needs {lacking}; the best available is used")
+    if cuda:
+        return
+    for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
+        if values.get(name):
+            values[name] = False
+            notices.append(f"{name} needs a CUDA device; float32 is used")
+    compile_names = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+    if any(values.get(name) for name in compile_names):
+        values.update(torch_compile=False, torch_compile_backend=None, torch_compile_mode=None)
+        notices.append("torch_compile needs a CUDA device; the model runs uncompiled")
+    values.setdefault("dataloader_pin_memory", False)
+    if values.get("deepspeed"):
+        _prepare_deepspeed_on_cpu(values)
+
+
+def _prepare_deepspeed_on_cpu(values: dict[str, Any]) -> None:
+    """What DeepSpeed reads from the environment when it is imported; a single process needs no launcher."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    values["use_cpu"] = False  # transformers would leave DeepSpeed out; DS_ACCELERATOR already says cpu
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
