@@ -29,6 +29,12 @@ def show_text(run: Run, everything: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _value_text(value) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return "(none)" if value is None else repr(value) if value == "" else str(value)
+
+
 @report_errors
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
