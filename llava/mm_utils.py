@@ -1,0 +1,232 @@
+"""LLaVA-NeXT's public helpers for images and prompts.
+
+Sizes are (width, height) throughout this module, as in LLaVA-NeXT; tensors are channel first.
+"""
+
+import ast
+import base64
+import math
+import re
+from functools import lru_cache
+from io import BytesIO
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.errors import LlavaError
+
+# --- image geometry ---------------------------------------------------------------------------------------------------
+
+
+def select_best_resolution(original_size, possible_resolutions):
+    """The candidate that keeps most of the image, then wastes least (LLaVA-NeXT "anyres").
+
+    Args:
+        original_size: (width, height) of the image.
+        possible_resolutions: list of (width, height) candidates.
+
+    Returns:
+        (width, height) of the best candidate; the earliest one on a tie.
+    """
+    width, height = original_size
+
+    def score(candidate):
+        scale = min(candidate[0] / width, candidate[1] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - candidate[0] * candidate[1]
+
+    return tuple(max(possible_resolutions, key=score))
+
+
+@lru_cache(maxsize=64)
+def _parse_grid(spec: str, crop_size: int) -> tuple[tuple[int, int], ...]:
+    if "x" in spec:
+        # "(1x1),...,(6x6)": every multiple of the crop size between the first and the last pair
+        pairs = [(int(a), int(b)) for a, b in re.findall(r"\((\d+)x(\d+)\)", spec)]
+        if not pairs:
+            raise LlavaError(f'image_grid_pinpoints: found {spec!r}, expected a range like "(1x1),...,(6x6)"')
+        (w0, h0), (w1, h1) = pairs[0], pairs[-1]
+        grid = [(w * crop_size, h * crop_size) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
+    else:
+        try:
+            grid = [(int(w), int(h)) for w, h in ast.literal_eval(spec)]
+        except (ValueError, SyntaxError, TypeError):
+            raise LlavaError(
+                f"image_grid_pinpoints: found {spec!r}, expected a list of [width, height] pairs"
+            ) from None
+    if not grid:
+        raise LlavaError(f"image_grid_pinpoints: {spec!r} holds no resolution")
+    return tuple(grid)
+
+
+def parse_grid_pinpoints(grid_pinpoints, crop_size: int) -> tuple[tuple[int, int], ...]:
+    """Candidate resolutions as (width, height) in pixels.
+
+    Args:
+        grid_pinpoints: a list of [width, height], the same as a string, or a range such as "(1x1),...,(6x6)" counted
+            in crops.
+        crop_size: side of a crop in pixels; only ranges need it.
+    """
+    if grid_pinpoints is None:
+        raise LlavaError("image_grid_pinpoints: missing; image_aspect_ratio anyres needs a list of resolutions")
+    if not isinstance(grid_pinpoints, str):
+        grid_pinpoints = str([list(pair) for pair in grid_pinpoints])
+    return _parse_grid(grid_pinpoints, crop_size)
+
+
+def get_anyres_image_grid_shape(image_size, grid_pinpoints, patch_size):
+    """How many crops (across, down) an image of (width, height) is cut into; `patch_size` is the crop's side."""
+    width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints, patch_size))
+    return width // patch_size, height // patch_size
+
+
+def resize_and_pad_image(image, target_resolution):
+    """Resize `image` to fit (width, height) keeping its aspect ratio, the free side rounded up; centre it on black."""
+    target_width, target_height = target_resolution
+    scale_w, scale_h = target_width / image.width, target_height / image.height
+    if scale_w < scale_h:
+        size = target_width, min(math.ceil(image.height * scale_w), target_height)
+    else:
+        size = min(math.ceil(image.width * scale_h), target_width), target_height
+    canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
+    canvas.paste(image.resize(size), ((target_width - size[0]) // 2, (target_height - size[1]) // 2))
+    return canvas
+
+
+def divide_to_patches(image, patch_size):
+    """Cut `image` into squares of side `patch_size`, row by row."""
+    return [
+        image.crop((x, y, x + patch_size, y + patch_size))
+        for y in range(0, image.height, patch_size)
+        for x in range(0, image.width, patch_size)
+    ]
+
+
+def expand2square(pil_img, background_color):
+    """Centre the image on a square canvas of the given colour; a square image is returned as it is."""
+    width, height = pil_img.size
+    if width == height:
+        return pil_img
+    side = max(width, height)
+    canvas = Image.new(pil_img.mode, (side, side), background_color)
+    canvas.paste(pil_img, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+# --- image preprocessing ----------------------------------------------------------------------------------------------
+
+
+def processor_sides(processor) -> tuple[int, int]:
+    """(side of a crop, side the whole image is resized to) of an image processor, in pixels."""
+    size, crop = processor.size, getattr(processor, "crop_size", None)
+    if hasattr(size, "get") or hasattr(size, "shortest_edge"):  # dict, or transformers' SizeDict
+        edge = size["shortest_edge"] if size.get("shortest_edge") else min(size["height"], size["width"])
+    else:
+        edge = min(size)
+    return (crop["height"] if crop else edge), edge
+
+
+def process_anyres_image(image, processor, grid_pinpoints):
+    """The whole image resized to one crop, then the crops of its best resolution: Tensor [1 + crops, 3, side, side]."""
+    crop_side, base_side = processor_sides(processor)
+    best = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints, base_side))
+    crops = divide_to_patches(resize_and_pad_image(image, best), crop_side)
+    # one call for all crops: a processor call costs more than the work on a crop
+    return processor.preprocess([image.resize((base_side, base_side)), *crops], return_tensors="pt")["pixel_values"]
+
+
+def process_image(image, processor, image_aspect_ratio, image_grid_pinpoints=None):
+    """Preprocess one image as `image_aspect_ratio` says.
+
+    Args:
+        image: PIL image of any mode and size.
+        processor: the tower's image processor.
+        image_aspect_ratio: "anyres" or "anyres_max_N" (crops), "pad" (squared with the mean colour), anything else
+            (None, "square", ...): the processor alone.
+        image_grid_pinpoints: candidate resolutions, needed for anyres.
+
+    Returns:
+        Tensor [3, H, W], or [n, 3, H, W] for anyres.
+    """
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if image_aspect_ratio is not None and "anyres" in image_aspect_ratio:
+        return process_anyres_image(image, processor, image_grid_pinpoints)
+    if image_aspect_ratio == "pad":
+        image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
+    return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+
+
+def process_images(images, image_processor, model_cfg):
+    """Preprocess a list of PIL images for `model_cfg.image_aspect_ratio`.
+
+    Returns:
+        One stacked tensor if all results have the same shape ([B, 3, H, W]; anyres: [B, n, 3, H, W]), else a list.
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    grid = getattr(model_cfg, "image_grid_pinpoints", None)
+    tensors = [process_image(image, image_processor, aspect_ratio, grid) for image in images]
+    if all(x.shape == tensors[0].shape for x in tensors):
+        return torch.stack(tensors)
+    return tensors
+
+
+def load_image_from_base64(image):
+    """PIL image from base64 text."""
+    return Image.open(BytesIO(base64.b64decode(image)))
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX, return_tensors=None):
+    """Token ids of `prompt` with every `<image>` replaced by `image_token_index`.
+
+    The text between images is tokenised piece by piece; a BOS token that the tokenizer puts before every piece is kept
+    once, at the front.
+
+    Returns:
+        list of int, or LongTensor [L] with `return_tensors="pt"`.
+    """
+    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    bos = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id
+    input_ids = chunks[0][:1] if bos else []
+    for i, chunk in enumerate(chunks):
+        if i:
+            input_ids.append(image_token_index)
+        input_ids.extend(chunk[1:] if bos else chunk)
+    if return_tensors is None:
+        return input_ids
+    if return_tensors == "pt":
+        return torch.tensor(input_ids, dtype=torch.long)
+    raise LlavaError(f'tokenizer_image_token: return_tensors is {return_tensors!r}, expected None or "pt"')
+
+
+def get_model_name_from_path(model_path):
+    """Last part of a path; `run_checkpoint-N` for a checkpoint folder inside a run."""
+    parts = model_path.strip("/").split("/")
+    return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stop generation when every row's new text contains one of `keywords`.
+
+    Args:
+        keywords: list of str.
+        tokenizer: decodes the new tokens.
+        input_ids: [B, L] prompt ids given to `generate`; pass an empty [B, 0] tensor where only new tokens come back.
+    """
+
+    def __init__(self, keywords, tokenizer, input_ids):
+        self.keywords = keywords
+        self.tokenizer = tokenizer
+        self.start_len = input_ids.shape[1]
+        # a keyword can be spread over as many tokens as it is long, plus one that it shares with earlier text
+        self.tail = max((len(keyword.encode()) for keyword in keywords), default=0) + 1
+
+    def __call__(self, output_ids, scores, **kwargs):
+        new = output_ids[:, max(self.start_len, output_ids.shape[1] - self.tail) :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=False)
+        found = [any(keyword in text for keyword in self.keywords) for text in texts]
+        return torch.tensor(found, dtype=torch.bool, device=output_ids.device)

@@ -1,0 +1,95 @@
+"""Reading and writing the parts of a LLaVA checkpoint that are not whole models. Nothing is unpickled."""
+
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava.errors import LlavaError
+
+ADAPTER_NAME = "mm_projector.safetensors"
+ADAPTER_KEYS = ("mm_projector", "image_newline")
+
+
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors file, or of a .bin/.pth that holds tensors only."""
+    if not os.path.isfile(path):
+        raise LlavaError(f"{path}: no such file, expected weights (.safetensors, or .bin with tensors only)")
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a file it will not unpickle
+        raise LlavaError(f"{path}: not a file of plain tensors ({str(error).splitlines()[0][:120]})") from None
+
+
+def find_adapter(folder: str) -> str | None:
+    """`mm_projector.safetensors` in a folder, else LLaVA's `mm_projector.bin`, else None."""
+    paths = (os.path.join(folder, name) for name in (ADAPTER_NAME, "mm_projector.bin"))
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def adapter_state(named_parameters) -> dict[str, torch.Tensor]:
+    """The projector's and newline's parameters under LLaVA's names, on the CPU, gathered where ZeRO-3 split them.
+
+    A collective under ZeRO-3: every rank must call it.
+    """
+    state = {}
+    for name, parameter in named_parameters:
+        if not any(f".{key}" in f".{name}" for key in ADAPTER_KEYS):
+            continue
+        if hasattr(parameter, "ds_id"):
+            from deepspeed import zero
+
+            with zero.GatheredParameters([parameter]):
+                state[name] = parameter.detach().cpu().clone()
+        else:
+            state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def save_adapter(state: dict[str, torch.Tensor], folder: str) -> None:
+    """Write `mm_projector.safetensors` (keys `model.mm_projector.*`, `model.image_newline`)."""
+    os.makedirs(folder, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, os.path.join(folder, ADAPTER_NAME), {"format": "pt"})
+
+
+def load_adapter(model, path: str) -> None:
+    """Load projector (and newline, where both sides have one) into a base model with a vision half.
+
+    Args:
+        model: the inner model that owns `mm_projector`.
+        path: the file, or a folder that holds it.
+
+    Raises:
+        LlavaError: no such file, no projector in it, or shapes that differ.
+    """
+    if os.path.isdir(path):
+        path = find_adapter(path) or os.path.join(path, ADAPTER_NAME)
+    weights = read_weights(path)
+    projector = {k.split("mm_projector.", 1)[1]: v for k, v in weights.items() if "mm_projector." in k}
+    newline = next((v for k, v in weights.items() if k.endswith("image_newline")), None)
+    expected = {k: tuple(getattr(p, "ds_shape", p.shape)) for k, p in model.mm_projector.named_parameters()}
+    found = {k: tuple(v.shape) for k, v in projector.items()}
+    if found != expected:
+        odd = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+        raise LlavaError(
+            f"{path}: its projector does not fit mm_projector_type {getattr(model.config, 'mm_projector_type', None)}: "
+            + ", ".join(f"{k} is {found.get(k, 'missing')}, expected {expected.get(k, 'absent')}" for k in odd[:3])
+        )
+    pairs = [(p, projector[k]) for k, p in model.mm_projector.named_parameters()]
+    if newline is not None and getattr(model, "image_newline", None) is not None:
+        pairs.append((model.image_newline, newline))
+    for parameter, value in pairs:
+        _assign(parameter, value)
+
+
+def _assign(parameter, value):
+    if hasattr(parameter, "ds_id"):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                parameter.data.copy_(value)
+    else:
+        parameter.data.copy_(value)

@@ -1,0 +1,25 @@
+"""LLaVA on Mistral."""
+
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
+
+from llava.model.language_model.common import init_causal_lm
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaMistralConfig(MistralConfig):
+    model_type = "llava_mistral"
+
+
+class LlavaMistralModel(LlavaMetaModel, MistralModel):
+    config_class = LlavaMistralConfig
+
+
+class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
+    config_class = LlavaMistralConfig
+
+    def __init__(self, config):
+        init_causal_lm(self, MistralForCausalLM, LlavaMistralModel, config)
+
+
+AutoConfig.register("llava_mistral", LlavaMistralConfig)
+AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)

@@ -1,0 +1,419 @@
+"""The multimodal half of a LLaVA model: encode images, project them, merge them into the text sequence.
+
+Shapes: B rows, L text tokens (an image is one of them), S tokens after the merge, D channels of the language model.
+"""
+
+import torch
+import torch.nn as nn
+
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.errors import LlavaError
+from llava.model.checkpoint import load_adapter
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid, build_vision_projector
+from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
+from llava.utils import rank0_print
+
+# config keys that describe the vision side; `initialize_vision_modules` copies them from the run's arguments
+VISION_KEYS = (
+    "mm_vision_tower",
+    "mm_vision_tower_type",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_patch_merge_type",
+    "mm_projector_type",
+    "s2",
+    "s2_scales",
+)
+
+
+class LlavaMetaModel:
+    """Mixin for the base language model (`LlamaModel`, ...): owns tower, projector and newline token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if getattr(config, "mm_vision_tower", None):
+            # Weights come from the checkpoint; `from_pretrained` fetches the tower's own where the checkpoint has none.
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self._build_projector()
+
+    def get_vision_tower(self):
+        return getattr(self, "vision_tower", None)
+
+    def _build_projector(self):
+        self.config.mm_hidden_size = self.vision_tower.hidden_size
+        self.mm_projector = build_vision_projector(self.config)
+        self._build_newline()
+
+    def _build_newline(self):
+        if MergeRules.from_config(self.config).unpad:
+            self.image_newline = nn.Parameter(torch.empty(self.config.hidden_size, dtype=self.dtype))
+            self.reset_newline()
+
+    def reset_newline(self):
+        with torch.no_grad():
+            self.image_newline.normal_(std=self.config.hidden_size**-0.5)
+
+    def describe_vision(self):
+        """Put what is needed to rebuild the tower offline into the config that is saved."""
+        self.config.mm_vision_config = self.vision_tower.config.to_dict()
+        self.config.mm_image_processor_config = self.vision_tower.image_processor.to_dict()
+
+    def initialize_vision_modules(self, model_args, fsdp=None):
+        """Give a language model its vision half, or swap the one it has.
+
+        A tower of the same name as the checkpoint's keeps the checkpoint's weights; any other is loaded from its source.
+
+        Args:
+            model_args: attributes as LLaVA-NeXT's ModelArguments; `vision_tower` names the tower,
+                `pretrain_mm_mlp_adapter` an `mm_projector.safetensors` or `.bin` to start from.
+            fsdp: accepted for LLaVA-NeXT's sake.
+        """
+        config = self.config
+        before = {key: getattr(config, key, None) or None for key in VISION_KEYS}
+        config.mm_vision_tower = model_args.vision_tower
+        for key in VISION_KEYS[1:]:
+            if getattr(model_args, key, None) is not None:
+                setattr(config, key, getattr(model_args, key))
+        config.use_mm_proj = True
+        changed = {key for key in VISION_KEYS if (getattr(config, key, None) or None) != before[key]}
+
+        if self.get_vision_tower() is None or changed & {"mm_vision_tower", "mm_vision_tower_type", "s2", "s2_scales"}:
+            if self.get_vision_tower() is not None:
+                rank0_print(f"vision tower: {before['mm_vision_tower']} is replaced by {config.mm_vision_tower}")
+            config.mm_vision_config = config.mm_image_processor_config = None  # those of the tower that goes
+            self.vision_tower = build_vision_tower(config)
+        self.vision_tower.set_features(config)
+        self.vision_tower.load_model()
+        if (
+            getattr(self, "mm_projector", None) is None
+            or self.vision_tower.hidden_size != config.mm_hidden_size
+            or "mm_projector_type" in changed
+        ):
+            self._build_projector()
+        elif getattr(self, "image_newline", None) is None:
+            self._build_newline()
+        self.describe_vision()
+        if getattr(model_args, "pretrain_mm_mlp_adapter", None):
+            load_adapter(self, model_args.pretrain_mm_mlp_adapter)
+
+
+class LlavaMetaForCausalLM:
+    """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`."""
+
+    def get_model(self):
+        return self.model
+
+    def get_vision_tower(self):
+        return self.get_model().get_vision_tower()
+
+    # --- checkpoints ---
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As transformers'; a tower whose weights the checkpoint does not hold is loaded from its own source."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model._complete_vision(set(info["missing_keys"]))
+        return (model, info) if output_loading_info else model
+
+    def _complete_vision(self, missing: set[str]):
+        model, tower = self.get_model(), self.get_vision_tower()
+        if tower is None:
+            return
+        if any(key.startswith("model.vision_tower.") for key in missing):
+            tower.load_model()
+            tower.to(device=self.device, dtype=self.dtype)
+        tower.reset_buffers()
+        tower.is_loaded = True
+        if "model.image_newline" in missing:
+            model.reset_newline()
+        model.describe_vision()
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As transformers'; the image processor is saved too, so that the folder is complete."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and self.get_vision_tower() is not None:
+            self.get_vision_tower().image_processor.save_pretrained(save_directory)
+
+    # --- images to visual tokens ---
+
+    def visual_token_counter(self) -> VisualTokenCounter:
+        """Function (pixel shape, (width, height), modality) -> tokens that one `<image>` becomes."""
+        kind = getattr(self.config, "mm_projector_type", None) or "linear"
+        grid = ProjectedGrid(self.get_vision_tower().token_grid, kind)
+        return VisualTokenCounter(MergeRules.from_config(self.config), grid)
+
+    def encode_images(self, images):
+        """Tower and projector: [N, C, H, W] -> [N, T, D]; a list of [C, H, W] -> list of [T, D]."""
+        features = self.get_vision_tower()(images)
+        projector = self.get_model().mm_projector
+        kind = getattr(self.config, "mm_projector_type", None) or "linear"
+        if isinstance(features, list):
+            if kind not in MERGERS:  # token by token: one call for all
+                return list(projector(torch.cat(features)).split([len(f) for f in features]))
+            grids = [self.get_vision_tower().token_grid(*image.shape[-2:])[1] for image in images]
+            return [projector(f[None], grid=g)[0] for f, g in zip(features, grids, strict=True)]
+        if kind in MERGERS:
+            return projector(features, grid=self.get_vision_tower().token_grid(*images.shape[-2:])[1])
+        return projector(features)
+
+    def _visual_tokens(self, images, modalities, image_sizes):
+        """The visual tokens of each image: list of [N_i, D], in order."""
+        if isinstance(images, torch.Tensor) and images.ndim == 4:  # a plain batch skips merging
+            return list(self.encode_images(images))
+        model, rules = self.get_model(), MergeRules.from_config(self.config)
+        # fetched on every rank, whatever the batch holds: under ZeRO-3 this is a collective
+        newline = model.image_newline if rules.unpad else None
+        crops = [image if image.ndim == 4 else image[None] for image in images]
+        counts = [len(c) for c in crops]
+        if len({c.shape[1:] for c in crops}) == 1:
+            features = self.encode_images(torch.cat(crops)).split(counts)
+        else:
+            flat = self.encode_images([crop for c in crops for crop in c])
+            features = [torch.stack(flat[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
+        grid_of = ProjectedGrid(self.get_vision_tower().token_grid, self.config.mm_projector_type)
+        merged = []
+        for i, (feature, crop) in enumerate(zip(features, crops, strict=True)):
+            size = (crop.shape[-1], crop.shape[-2]) if image_sizes is None else image_sizes[i]
+            grid = grid_of(*crop.shape[-2:])[1]
+            merged.append(merge_visual_tokens(feature, grid, size, modalities[i], crop.shape[-1], newline, rules))
+        return merged
+
+    def _dummy_visual(self, like):
+        """Zero that depends on tower, projector and newline: a rank without an image takes part in their collectives."""
+        tower, model = self.get_vision_tower(), self.get_model()
+        side = tower.image_size
+        zero = self.encode_images(like.new_zeros(1, 3, side, side)).sum()
+        if getattr(model, "image_newline", None) is not None:
+            zero = zero + model.image_newline.sum()
+        return zero * 0.0
+
+    # --- the merge ---
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities=("image",), image_sizes=None
+    ):
+        """Replace every image token by the visual tokens of its image.
+
+        Args:
+            input_ids: [B, L]; IMAGE_TOKEN_INDEX marks an image.
+            position_ids: [B, L] or None.
+            attention_mask: [B, L] or None; masked tokens are dropped.
+            past_key_values: returned as given.
+            labels: [B, L] or None; visual tokens get IGNORE_INDEX.
+            images: one per image token, in order: [3, H, W] or [K, 3, H, W] each (crops or frames), as a list or a
+                5-d tensor; or a plain [N, 3, H, W] batch, whose features are used as they are. A row without image
+                tokens may bring one dummy image, of modality "text" or one per such row.
+            modalities: "image", "video" or "text" per image; missing ones count as "image".
+            image_sizes: (width, height) of each original image.
+
+        Returns:
+            (None, position_ids [B, S], attention_mask [B, S], past_key_values, inputs_embeds [B, S, D], labels [B, S]);
+            what was None stays None. Without images, or with a single token, everything is returned as given and
+            inputs_embeds is None.
+
+        Raises:
+            LlavaError: images and image tokens do not match.
+        """
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        side = getattr(self.config, "tokenizer_padding_side", "right")
+        merged = self._merge(input_ids, attention_mask, labels, images, modalities, image_sizes, side)
+        embeds, new_labels, mask, positions = merged
+        return (
+            None,
+            None if position_ids is None else positions,
+            None if attention_mask is None else mask.to(attention_mask.dtype),
+            past_key_values,
+            embeds,
+            None if labels is None else new_labels,
+        )
+
+    def _merge(self, input_ids, attention_mask, labels, images, modalities, image_sizes, padding_side):
+        """(inputs_embeds [B, S, D], labels [B, S], attention_mask bool [B, S], position_ids [B, S])."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        rows, columns = keep.nonzero(as_tuple=True)  # the kept tokens of all rows, one after the other
+        ids = input_ids[rows, columns]
+        is_image = ids == IMAGE_TOKEN_INDEX
+        images, modalities, image_sizes = match_images(input_ids, keep, images, modalities, image_sizes)
+        visual = self._visual_tokens(images, modalities, image_sizes) if len(images) else []
+
+        # where each kept token starts in its merged row
+        lengths = torch.ones_like(ids)
+        counts = torch.tensor([len(v) for v in visual], dtype=ids.dtype, device=ids.device)
+        lengths[is_image] = counts
+        row_lengths = torch.zeros(len(input_ids), dtype=ids.dtype, device=ids.device).index_add_(0, rows, lengths)
+        row_starts = row_lengths.cumsum(0) - row_lengths
+        starts = lengths.cumsum(0) - lengths - row_starts[rows]
+        limit = getattr(self.config, "tokenizer_model_max_length", None) or int(1e30)
+        row_lengths = row_lengths.clamp(max=min(limit, 2**62))
+        size = int(row_lengths.max())
+        shift = size - row_lengths if padding_side == "left" else torch.zeros_like(row_lengths)
+
+        text_at = (rows[~is_image], starts[~is_image])
+        visual_rows = rows[is_image].repeat_interleave(counts)
+        offsets = torch.arange(len(visual_rows), device=ids.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        visual_at = (visual_rows, starts[is_image].repeat_interleave(counts) + offsets)
+        text = self.get_model().embed_tokens(ids[~is_image])
+        visual = torch.cat(visual).to(text.dtype) if visual else text[:0]
+
+        place = torch.cat([text_at[0], visual_at[0]]), torch.cat([text_at[1], visual_at[1]])
+        values = torch.cat([text, visual])
+        if size == limit:  # cut rows that outgrow the context
+            fits = place[1] < limit
+            place, values = (place[0][fits], place[1][fits]), values[fits]
+        at = (place[0], place[1] + shift[place[0]])
+        embeds = text.new_zeros(len(input_ids), size, text.shape[-1]).index_put(at, values)
+
+        steps = torch.arange(size, device=ids.device)
+        positions = steps[None] - shift[:, None]
+        mask = (positions >= 0) & (positions < row_lengths[:, None])
+        new_labels = None
+        if labels is not None:
+            kept = text_at[1] < size
+            label_at = text_at[0][kept], (text_at[1] + shift[text_at[0]])[kept]
+            new_labels = labels.new_full((len(input_ids), size), IGNORE_INDEX)
+            new_labels[label_at] = labels[rows, columns][~is_image][kept]
+        if not len(images) and self.training and torch.distributed.is_initialized():
+            embeds = embeds + self._dummy_visual(embeds)
+        return embeds, new_labels, mask, positions * mask
+
+    # --- forward and generation ---
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        images=None,
+        image_sizes=None,
+        modalities=("image",),
+        **kwargs,
+    ):
+        """As the language model's forward, with images (see `prepare_inputs_labels_for_multimodal`).
+
+        In training mode with labels only the loss is computed (`logits` is None): the output layer runs on the
+        supervised positions alone. `num_items_in_batch` divides the summed loss; without it, the mean over this batch.
+        A batch without labels has loss 0.
+        """
+        if images is None and inputs_embeds is None and self.training and self.get_vision_tower() is not None:
+            images = []
+        if inputs_embeds is None and images is not None:
+            _, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities, image_sizes
+                )
+            )
+            input_ids = input_ids if inputs_embeds is None else None
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+        )
+        if self.training and labels is not None:
+            return self._training_loss(inputs, labels, **kwargs)
+        return super().forward(**inputs, labels=labels, **kwargs)
+
+    def _training_loss(self, inputs, labels, num_items_in_batch=None, **kwargs):
+        right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"
+        if right_padded and self.config._attn_implementation in ("sdpa", "eager"):
+            # causal attention never looks at padding on the right, and without a mask SDPA takes its fast kernel
+            inputs["attention_mask"] = None
+        hidden = self.get_model()(**inputs, use_cache=False, **kwargs)[0]
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = self.lm_head(hidden[:, :-1][supervised]).float()
+        total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
+        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / torch.as_tensor(count, device=total.device).clamp(min=1))
+
+    @torch.no_grad()
+    def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):
+        """New tokens only, [B, new].
+
+        Args:
+            inputs: [B, L] prompt ids, also accepted as `input_ids`; padded on either side, with `attention_mask` 0
+                (or else the pad id) on padding.
+            images, image_sizes, modalities: as `prepare_inputs_labels_for_multimodal`.
+            **kwargs: as transformers' `generate`.
+        """
+        ids = inputs if inputs is not None else input_ids
+        if ids is None or "inputs_embeds" in kwargs:
+            raise LlavaError("generate: give prompt ids as inputs or input_ids (inputs_embeds is not accepted)")
+        kwargs.pop("position_ids", None)  # they follow from the mask
+        merged = self._merge(
+            ids, kwargs.pop("attention_mask", None), None, [] if images is None else images, modalities, image_sizes, "left"
+        )
+        return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
+
+    # --- tokenizer ---
+
+    def initialize_vision_tokenizer(self, model_args, tokenizer):
+        """Add LLaVA's optional image tokens (`mm_use_im_patch_token`, `mm_use_im_start_end`) to tokenizer and model.
+
+        New embeddings start as the mean of the old ones; the model's embeddings grow where needed and never shrink.
+        """
+        new = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
+        added = tokenizer.add_tokens(new, special_tokens=True) if new else 0
+        if model_args.mm_use_im_start_end:
+            added += tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        grow_embeddings(self, tokenizer)
+        return added
+
+
+def grow_embeddings(model, tokenizer):
+    """Make room for every token of the tokenizer; embeddings are never shrunk."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+
+
+def match_images(input_ids, keep, images, modalities, image_sizes):
+    """One image per image token, in order: drop the dummies that rows without an image token may bring.
+
+    Args:
+        input_ids: [B, L].
+        keep: bool [B, L], tokens that count.
+        images: sequence of tensors, or a batched tensor.
+        modalities: per image, possibly short.
+        image_sizes: per image, or None.
+
+    Returns:
+        (images, modalities, image_sizes), all as long as there are image tokens.
+
+    Raises:
+        LlavaError: the numbers do not match.
+    """
+    per_row = ((input_ids == IMAGE_TOKEN_INDEX) & keep).sum(1).tolist()
+    tokens, count = sum(per_row), len(images)
+    modalities = [modalities] if isinstance(modalities, str) else list(modalities or [])
+    modalities += ["image"] * (count - len(modalities))
+    chosen = [i for i in range(count) if modalities[i] != "text"]
+    if len(chosen) != tokens and count == tokens + per_row.count(0):
+        # LLaVA-NeXT's batches: every row without an image token brings one dummy in its place
+        chosen, at = [], 0
+        for n in per_row:
+            chosen += range(at, at + n)
+            at += max(n, 1)
+    if len(chosen) != tokens:
+        raise LlavaError(f"the batch has {tokens} <image> tokens in {len(per_row)} rows, but {count} images came with it")
+    if len(chosen) == count:
+        return images, modalities, image_sizes
+    if isinstance(images, torch.Tensor):
+        images = images[chosen]
+    else:
+        images = [images[i] for i in chosen]
+    sizes = None if image_sizes is None else [image_sizes[i] for i in chosen]
+    return images, [modalities[i] for i in chosen], sizes

@@ -1,0 +1,168 @@
+"""The contract between a vision tower and the rest of the model.
+
+Shapes: B images (or crops), T tokens of an image, D channels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from llava.errors import LlavaError
+
+
+def select_layers(select_feature: str, select_layer: int, num_hidden_states: int) -> list[int]:
+    """Which hidden states a feature kind concatenates, as non-negative indices.
+
+    `patch`, `cls_patch`: one. `slicefour_*`: every k-th from k + select_layer on, k = num_hidden_states // 4; must be
+    four. `slice_m25811_f6_*`: layers -2, -5, -8, -11 and 6.
+    """
+    if select_feature.startswith("slicefour_"):
+        k = num_hidden_states // 4
+        indices = list(range(k + select_layer, num_hidden_states, k)) if k else []
+        if len(indices) != 4 or indices[0] < 0:
+            raise LlavaError(
+                f"mm_vision_select_feature {select_feature!r} with mm_vision_select_layer {select_layer} takes "
+                f"{len(indices)} layers of this tower's {num_hidden_states} hidden states, expected 4"
+            )
+    elif select_feature.startswith("slice_m25811_f6_"):
+        indices = [-2, -5, -8, -11, 6]
+    else:
+        indices = [select_layer]
+    if any(not -num_hidden_states <= i < num_hidden_states for i in indices):
+        raise LlavaError(
+            f"mm_vision_select_layer/feature: layers {indices} of a tower with {num_hidden_states} hidden states "
+            f"(indices {-num_hidden_states} to {num_hidden_states - 1})"
+        )
+    return [i % num_hidden_states for i in indices]
+
+
+FEATURE_KINDS = ("patch", "cls_patch")
+FEATURE_PREFIXES = ("", "slicefour_", "slice_m25811_f6_")
+
+
+@dataclass(frozen=True)
+class FixedGrid:
+    """Token layout of a tower that sees every image at one size: same answer for any pixel size. Picklable."""
+
+    side: int
+    cls_token: bool = False
+
+    def __call__(self, height: int, width: int) -> tuple[int, tuple[int, int] | None]:
+        """(tokens, (h, w)) of an image of `height` x `width` pixels; no grid where a class token is among them."""
+        return self.side**2 + self.cls_token, None if self.cls_token else (self.side, self.side)
+
+
+class VisionTower(nn.Module):
+    """Base of all towers. A subclass builds `self.vision_tower` and answers the few questions below.
+
+    Args:
+        vision_tower: hub id or folder of the encoder.
+        args: anything with the attributes `mm_vision_select_layer`, `mm_vision_select_feature` and, in a checkpoint,
+            `mm_vision_config` (the encoder's own config) and `mm_image_processor_config`.
+        delay_load: build the encoder from its config only; `load_model` or a checkpoint brings the weights.
+
+    A subclass sets `config` (the encoder's config) and `image_processor` in `build`, and implements `encode`.
+    """
+
+    def __init__(self, vision_tower: str, args, delay_load: bool = False):
+        super().__init__()
+        self.vision_tower_name = vision_tower
+        self.set_features(args)
+        self.is_loaded = False
+        self.build(args)
+        if not delay_load:
+            self.load_model()
+
+    def set_features(self, args) -> None:
+        """Take over which features the tower returns; needs no reload."""
+        self.select_layer = getattr(args, "mm_vision_select_layer", -2)
+        self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
+        prefix = next((p for p in reversed(FEATURE_PREFIXES) if self.select_feature.startswith(p)), "")
+        if self.select_feature.removeprefix(prefix) not in FEATURE_KINDS:
+            raise LlavaError(
+                f"mm_vision_select_feature: found {self.select_feature!r}, expected "
+                f"{', '.join(p + k for p in FEATURE_PREFIXES for k in FEATURE_KINDS)}"
+            )
+
+    # --- what a subclass provides ---
+
+    def build(self, args) -> None:
+        """Set `config`, `image_processor` and `vision_tower` (the encoder without weights)."""
+        raise NotImplementedError
+
+    def load_model(self, device_map=None) -> None:
+        """Fill the encoder with its pretrained weights, frozen; no effect when they are there."""
+        raise NotImplementedError
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] in the tower's dtype -> selected features [B, T, D]."""
+        raise NotImplementedError
+
+    def reset_buffers(self) -> None:
+        """Recompute buffers that are not in checkpoints; called after a checkpoint was loaded."""
+
+    def unused_modules(self):
+        """Modules whose weights have no part in the selected features; training leaves them frozen."""
+        return ()
+
+    # --- what the model uses ---
+
+    def forward(self, images):
+        """[B, C, H, W] -> [B, T, D]; a list of [C, H, W] -> list of [T, D]."""
+        if isinstance(images, (list, tuple)):
+            return self.forward_list(images)
+        # a frozen tower keeps no activations
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
+            return self.encode(images.to(device=self.device, dtype=self.dtype)).to(images.dtype)
+
+    def forward_list(self, images):
+        """List of [C, H, W] -> list of [T, D]; images of one size go through the encoder together."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(i)
+        features = [None] * len(images)
+        for indices in by_shape.values():
+            for i, feature in zip(indices, self(torch.stack([images[i] for i in indices])), strict=True):
+                features[i] = feature
+        return features
+
+    @property
+    def trainable(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())
+
+    @property
+    def token_grid(self) -> Callable[[int, int], tuple[int, tuple[int, int] | None]]:
+        """Picklable function (height, width) in pixels -> (tokens, (h, w) or None)."""
+        return FixedGrid(self.num_patches_per_side, "cls_patch" in self.select_feature)
+
+    @property
+    def dtype(self):
+        return next(self.vision_tower.parameters()).dtype
+
+    @property
+    def device(self):
+        return next(self.vision_tower.parameters()).device
+
+    @property
+    def dummy_feature(self):
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token, after the feature kind's concatenation."""
+        factor = 4 if self.select_feature.startswith("slicefour_") else 1
+        return self.config.hidden_size * (5 if self.select_feature.startswith("slice_m25811") else factor)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2 + ("cls_patch" in self.select_feature)

@@ -1,0 +1,99 @@
+"""Which class encodes the images: the registry of vision towers and the rules that pick from it.
+
+To add a tower: write one file with a `VisionTower` and add one line to `TOWERS`.
+"""
+
+import importlib
+import json
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from llava.errors import LlavaError
+
+
+@dataclass(frozen=True)
+class TowerEntry:
+    """`path` is module:class; a tower is picked by `model_types` of the encoder's config.json, or else by name."""
+
+    path: str
+    model_types: tuple[str, ...] = ()
+    name_parts: tuple[str, ...] = ()
+
+    def load(self):
+        module, name = self.path.split(":")
+        return getattr(importlib.import_module(f"llava.model.multimodal_encoder.{module}"), name)
+
+
+# Looked through in this order; by name the first match wins.
+TOWERS = {
+    "siglip": TowerEntry("siglip_encoder:SigLipVisionTower", ("siglip", "siglip_vision_model"), ("siglip",)),
+    "clip": TowerEntry(
+        "clip_encoder:CLIPVisionTower", ("clip", "clip_vision_model"), ("clip", "openai", "laion", "ShareGPT4V")
+    ),
+    "clip_s2": TowerEntry("clip_encoder:CLIPVisionTowerS2"),
+}
+
+
+def _model_type(tower: str) -> str | None:
+    """`model_type` in the config.json of a local folder or a hub repository; None where there is none to read."""
+    if os.path.isdir(tower):
+        path = os.path.join(tower, "config.json")
+        if not os.path.isfile(path):
+            raise LlavaError(f"vision tower {tower!r}: the folder holds no config.json")
+    else:
+        from transformers.utils import cached_file
+
+        try:
+            path = cached_file(tower, "config.json", _raise_exceptions_for_missing_entries=False)
+        except OSError:
+            return None  # offline, or no such repository: the name decides; loading will say what is missing
+        if path is None:
+            return None
+    with open(path) as file:
+        try:
+            return json.load(file).get("model_type")
+        except json.JSONDecodeError as error:
+            raise LlavaError(f"{path}: not JSON ({error})") from None
+
+
+def tower_type(cfg, tower: str) -> str:
+    """Registry id for a config: `mm_vision_tower_type`, else the encoder's `model_type`, else its name.
+
+    Raises:
+        LlavaError: nothing matches; the message lists the known ids.
+    """
+    explicit = getattr(cfg, "mm_vision_tower_type", None)
+    if explicit:
+        if explicit not in TOWERS:
+            raise LlavaError(f"mm_vision_tower_type: found {explicit!r}, expected one of {', '.join(TOWERS)}")
+        kind = explicit
+    else:
+        stored = getattr(cfg, "mm_vision_config", None) or {}
+        model_type = stored.get("model_type") or _model_type(tower)
+        by_type = (key for key, entry in TOWERS.items() if model_type in entry.model_types)
+        by_name = (key for key, entry in TOWERS.items() if any(p.lower() in tower.lower() for p in entry.name_parts))
+        kind = next(by_type, None) or (next(by_name, None) if model_type is None else None)
+        if kind is None:
+            found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
+            raise LlavaError(
+                f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}"
+            )
+    return "clip_s2" if kind == "clip" and getattr(cfg, "s2", False) else kind
+
+
+def build_vision_tower(vision_tower_cfg, **kwargs):
+    """The vision tower that a config names.
+
+    Args:
+        vision_tower_cfg: namespace, transformers config or dict with `mm_vision_tower` (or `vision_tower`) and the
+            keys that `VisionTower` reads.
+        **kwargs: `delay_load`, as `VisionTower`.
+    """
+    cfg = SimpleNamespace(**vision_tower_cfg) if isinstance(vision_tower_cfg, dict) else vision_tower_cfg
+    tower = getattr(cfg, "mm_vision_tower", None) or getattr(cfg, "vision_tower", None)
+    if not tower:
+        raise LlavaError("mm_vision_tower: missing; expected a hub id or the folder of a vision encoder")
+    inside = os.path.join(getattr(cfg, "_name_or_path", "") or "", tower)  # a folder inside the checkpoint
+    tower = inside if os.path.isdir(inside) else tower
+    return TOWERS[tower_type(cfg, tower)].load()(tower, cfg, **kwargs)

@@ -1,0 +1,79 @@
+"""From vision channels to the language model's: LLaVA's projectors and two token mergers.
+
+Shapes: B images, T tokens on an h x w grid, D vision channels, E language model channels.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from llava.errors import LlavaError
+
+from .merger import PatchMerger, SpatialMerge
+from .pooler import PoolerProjector
+
+KINDS = "linear, identity, mlpNx_gelu, mlpNx_resMx_gelu, pooler, patch_merger, spatial_merge"
+MERGERS = {"pooler": PoolerProjector, "patch_merger": PatchMerger, "spatial_merge": SpatialMerge}
+
+
+class ResBlock(nn.Module):
+    """x + MLP(LayerNorm(x))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(channels)
+        self.proj = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels))
+
+    def forward(self, x):
+        return x + self.proj(self.pre_norm(x))
+
+
+def build_vision_projector(config, **kwargs) -> nn.Module:
+    """Projector for `config.mm_projector_type` from `config.mm_hidden_size` to `config.hidden_size` channels.
+
+    It is called as `projector(x)` with x [B, T, D] -> [B, T', E]; kinds in `MERGERS` are given `grid=(h, w)` too, leave
+    a quarter of the tokens and take a single [1, T, D] at a time where images differ in size.
+
+    Raises:
+        LlavaError: unknown kind.
+    """
+    kind = getattr(config, "mm_projector_type", None) or "linear"
+    d_vision, d_text = config.mm_hidden_size, config.hidden_size
+    if kind == "linear":
+        return nn.Linear(d_vision, d_text)
+    if kind == "identity":
+        if d_vision != d_text:
+            raise LlavaError(
+                f"mm_projector_type identity: the tower has {d_vision} channels, the language model {d_text}"
+            )
+        return nn.Identity()
+    if kind in MERGERS:
+        return MERGERS[kind](d_vision, d_text)
+    match = re.fullmatch(r"mlp(\d+)x(?:_res(\d+)x)?_gelu", kind)
+    if not match or int(match.group(1)) < 1:
+        raise LlavaError(f"mm_projector_type: found {kind!r}, expected one of {KINDS}")
+    layers = [nn.Linear(d_vision, d_text)]
+    for _ in range(1, int(match.group(1))):
+        layers += [nn.GELU(), nn.Linear(d_text, d_text)]
+    layers += [ResBlock(d_text) for _ in range(int(match.group(2) or 0))]
+    return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class ProjectedGrid:
+    """Token layout after tower and projector; picklable (see `FixedGrid`)."""
+
+    tower: object
+    kind: str
+
+    def __call__(self, height: int, width: int):
+        tokens, grid = self.tower(height, width)
+        if self.kind not in MERGERS:
+            return tokens, grid
+        if grid is None:
+            raise LlavaError(f"mm_projector_type {self.kind}: needs a token grid; a class token has no place in one")
+        h, w = grid
+        if self.kind != "pooler" and (h % 2 or w % 2):
+            raise LlavaError(f"mm_projector_type {self.kind}: merges 2x2 tokens, the tower's grid is {h}x{w}")
+        return (h // 2) * (w // 2), (h // 2, w // 2)
