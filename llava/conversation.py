@@ -118,10 +118,11 @@ class Conversation:
         """
         return "".join(turn.text for turn in self.turns()) + self._layout().tail
 
-    def turns(self) -> list[Turn]:
+    def turns(self, closed: bool = False) -> list[Turn]:
         """The prompt in pieces: what stands before the first turn, then one piece per turn.
 
         The blank between a header and its answer counts as the answer's, since sentencepiece joins it to the word.
+        `closed` writes a turn of empty text as a whole turn rather than as one that is still to be generated.
         """
         layout, messages = self._layout(), self._text_messages()
         head = layout.head if self.system or layout.head_bare is None else layout.head_bare
@@ -129,7 +130,7 @@ class Conversation:
         for index, (role, text) in enumerate(messages):
             self._check_order(index, role, text)
             odd = index % 2
-            if not text:
+            if text is None or (not text and not closed):
                 pieces.append(Turn(self._fill(layout.pending[odd], role)))
                 continue
             opening = self._fill(self._opening(layout, index), role)

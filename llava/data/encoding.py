@@ -1,0 +1,84 @@
+"""Text to token ids with character positions, as the tokenizers of LLaVA-NeXT's time did it."""
+
+import json
+import weakref
+from typing import NamedTuple
+
+from llava.errors import LlavaError
+
+_ENCODERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class Encoding(NamedTuple):
+    """Token ids of a text and, per token, the characters (begin, end) it stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class TextEncoder:
+    """Encodes text with the `tokenizers` backend of a Hugging Face tokenizer.
+
+    It works on a copy of the backend, so that padding or truncation that somebody else switched on does not matter,
+    and it restores one behaviour for Llama-like vocabularies. The sentencepiece tokenizer that LLaVA-NeXT trained
+    with puts a blank in front of EVERY piece of text (each one after `<image>` or `</s>` too), whether or not the
+    piece begins with a blank already; transformers 5 leaves it out if one is there, which gives other ids for
+    "<image> a cat". Legacy tokenizers get the blank always, the others only at the very start.
+
+    Attributes:
+        vocab_size: number of tokens when the copy was made.
+        bos_token_id: id of the token that starts a text, or None.
+    """
+
+    def __init__(self, tokenizer):
+        from tokenizers import Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise LlavaError(
+                f"tokenizer {type(tokenizer).__name__}: found one without character offsets, expected a fast tokenizer"
+            )
+        spec = json.loads(backend.to_str())
+        pre = spec.get("pre_tokenizer") or {}
+        sentencepiece = pre.get("type") == "Metaspace" and not pre.get("split", True)
+        scheme = pre.get("prepend_scheme") if sentencepiece else None
+        if scheme == "always" and spec.get("normalizer") is None:
+            blank = pre["replacement"]
+            spec["pre_tokenizer"] = None
+            spec["normalizer"] = {
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "Prepend", "prepend": blank},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": blank},
+                ],
+            }
+        self._backend = Tokenizer.from_str(json.dumps(spec))
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._blank_at_start = scheme == "first"
+        self._fixed: dict[str, list[int]] = {}
+        self.vocab_size = backend.get_vocab_size()
+        self.bos_token_id = tokenizer.bos_token_id
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
+        """Ids and offsets of `text`; `add_special_tokens` adds what the tokenizer puts around every text (bos)."""
+        if self._blank_at_start and text.startswith(" "):
+            found = self._backend.encode(" " + text, add_special_tokens=add_special_tokens)
+            return Encoding(found.ids, [(max(begin - 1, 0), max(end - 1, 0)) for begin, end in found.offsets])
+        found = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return Encoding(found.ids, found.offsets)
+
+    def fixed_ids(self, text: str) -> list[int]:
+        """Ids of a text that recurs in every sample, remembered; the caller must not change the list."""
+        if text not in self._fixed:
+            self._fixed[text] = self.encode(text).ids
+        return self._fixed[text]
+
+
+def text_encoder(tokenizer) -> TextEncoder:
+    """The encoder of `tokenizer`, made once and again only after tokens were added."""
+    encoder = _ENCODERS.get(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if encoder is None or backend is None or backend.get_vocab_size() != encoder.vocab_size:
+        encoder = _ENCODERS[tokenizer] = TextEncoder(tokenizer)
+    return encoder

@@ -1,0 +1,272 @@
+"""Conversations to token ids and labels.
+
+The prompt is built turn by turn (`Conversation.turns`), and which characters the model has to produce is known from
+building it. A template is tokenised either turn by turn (qwen, llama 3) or as one text (the others, where cutting the
+text would change its tokens); in both cases a token is supervised if it covers a supervised character.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import Conversation, SeparatorStyle, Turn, get_template
+from llava.data.encoding import TextEncoder, text_encoder
+from llava.errors import LlavaError
+
+SUPERVISE = ("llava_next", "answers_only")
+
+_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+_NOISE = "QA_GT_caption_based_noisy"  # left over in the video instruction data that LLaVA-NeXT trains on
+
+
+class _Unit(NamedTuple):
+    """How LLaVA-NeXT trains a template that is tokenised turn by turn."""
+
+    system: str | None  # the system text it trains with, where that is not the template's own
+    special: tuple[str, ...]  # tokens it supervises wherever they stand, in addition to whole answer turns
+
+
+# LLaVA-NeXT trains every qwen template, qwen_2_5 too, with this system text.
+_QWEN = _Unit("<|im_start|>system\nYou are a helpful assistant.", ("<|im_start|>", "<|im_end|>", "\n"))
+_LLAMA_3 = _Unit(None, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+_BY_TURN = {SeparatorStyle.CHATML: _QWEN, SeparatorStyle.LLAMA_3: _LLAMA_3}
+_LIKE_LLAVA_NEXT = {*_BY_TURN, SeparatorStyle.PLAIN, SeparatorStyle.TWO, SeparatorStyle.LLAMA_2}
+
+
+def resolve_supervise(version: str, supervise: str | None = None) -> str:
+    """The label convention of a template: `supervise` if given, else LLaVA-NeXT's where it is known.
+
+    "llava_next": as LLaVA-NeXT labels; under qwen and llama 3 templates that includes the answer's header and the
+    special tokens of every turn. "answers_only": the answer and the token that ends it.
+
+    Raises:
+        LlavaError: unknown template or convention, or "llava_next" for a template it is not defined for.
+    """
+    style = get_template(version).sep_style
+    if supervise is None:
+        return "llava_next" if style in _LIKE_LLAVA_NEXT else "answers_only"
+    if supervise not in SUPERVISE:
+        raise LlavaError(f"supervise: found {supervise!r}, expected one of {', '.join(SUPERVISE)}")
+    if supervise == "llava_next" and style not in _LIKE_LLAVA_NEXT:
+        raise LlavaError(f"supervise: llava_next is not defined for template {version!r}; expected answers_only")
+    return supervise
+
+
+def read_turns(source: list) -> list[tuple[str, str]]:
+    """A record's turns as ("human" | "gpt" | "system", text), without a leading turn that is not the human's.
+
+    Turns may be spelled `from`/`value` or `role`/`content`.
+
+    Raises:
+        LlavaError: a turn without speaker or text, an unknown speaker, or nothing left.
+    """
+    turns = []
+    for index, turn in enumerate(source):
+        speaker, text = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
+        if not isinstance(text, str):
+            raise LlavaError(f"turn {index}: found {text!r} as its value, expected text")
+        if speaker not in _ROLES:
+            raise LlavaError(f"turn {index}: found {speaker!r} as its speaker, expected human, gpt or system")
+        turns.append((_ROLES[speaker], text))
+    if turns and turns[0][0] != "human":
+        turns = turns[1:]
+    if not turns:
+        raise LlavaError("conversation: found no turn, expected one of the human's first")
+    return turns
+
+
+def place_image(text: str, mmtag: bool = False, mm_use_im_start_end: bool = False) -> str:
+    """A turn's text as LLaVA-NeXT feeds it: a single `<image>` moves to the front, followed by a newline.
+
+    Several images stay where they are, and so does one that is in front already.
+    """
+    if text.count(DEFAULT_IMAGE_TOKEN) == 1 and not text.startswith(DEFAULT_IMAGE_TOKEN):
+        text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+        if mmtag:
+            text = text.replace(DEFAULT_IMAGE_TOKEN, f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
+    if mm_use_im_start_end:
+        wrapped = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
+        text = text.replace(DEFAULT_IMAGE_TOKEN, wrapped)
+    return text.replace(_NOISE, "")
+
+
+class Preprocessor:
+    """Turns conversations into ids and labels for one template and tokenizer; what is fixed is prepared once.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a fast backend.
+        version: template name.
+        supervise: see `resolve_supervise`.
+        mm_use_im_start_end: wrap every `<image>` in `<im_start>` and `<im_end>`.
+    """
+
+    def __init__(self, tokenizer, version: str, supervise: str | None = None, mm_use_im_start_end: bool = False):
+        self.template = get_template(version)
+        self.version = version
+        self.llava_next = resolve_supervise(version, supervise) == "llava_next"
+        self.mm_use_im_start_end = mm_use_im_start_end
+        self.encoder = text_encoder(tokenizer)
+        self._unit = _BY_TURN.get(self.template.sep_style)
+        system = self._unit.system if self._unit else None
+        self._base = dataclasses.replace(self.template, system=system or self.template.system, messages=[])
+        self._special = self._special_ids() if self._unit and self.llava_next else frozenset()
+
+    def __call__(self, source: list, has_image: bool = False) -> tuple[list[int], list[int]]:
+        """Ids (-200 marks an image) and labels of one conversation, equally long.
+
+        Raises:
+            LlavaError: the conversation does not fit the template.
+        """
+        if self.template.sep_style is SeparatorStyle.PLAIN:
+            return self._plain(source)
+        turns = read_turns(source)
+        if has_image:
+            mmtag = "mmtag" in self.template.version
+            turns = [(speaker, place_image(text, mmtag, self.mm_use_im_start_end)) for speaker, text in turns]
+        conversation = self._conversation(turns)
+        if self._unit:
+            return self._by_turn(conversation.turns(closed=True), has_image)
+        return self._whole(conversation.turns(), has_image)
+
+    def _special_ids(self) -> frozenset[int]:
+        """Ids of the always supervised tokens; a text that is not one token of the vocabulary is left out."""
+        found = (self.encoder.fixed_ids(text) for text in self._unit.special)
+        return frozenset(ids[0] for ids in found if len(ids) == 1)
+
+    def _conversation(self, turns: list[tuple[str, str]]) -> Conversation:
+        human, gpt = self._base.roles
+        roles = {"human": human, "gpt": gpt}
+        if self._unit:
+            roles["system"] = human.replace("user", "system")
+        else:
+            for index, (speaker, _) in enumerate(turns):
+                expected = ("human", "gpt")[index % 2]
+                if speaker != expected:
+                    raise LlavaError(
+                        f"turn {index}: found {speaker}, expected {expected} (template {self.version!r} alternates)"
+                    )
+            if self._base.sep_style is SeparatorStyle.LLAMA_2 and not turns[0][1]:
+                raise LlavaError(f"turn 0: found no text, which template {self.version!r} cannot open with")
+        return dataclasses.replace(self._base, messages=[(roles[speaker], text) for speaker, text in turns])
+
+    def _plain(self, source: list) -> tuple[list[int], list[int]]:
+        """Image and caption, nothing else: whatever the human's turn says besides `<image>` is dropped."""
+        values = [turn.get("value", turn.get("content")) for turn in source]
+        if len(values) != 2 or not all(isinstance(value, str) for value in values):
+            raise LlavaError(f"template {self.version!r}: found {len(values)} turns, expected an image and its caption")
+        if DEFAULT_IMAGE_TOKEN not in values[0]:
+            raise LlavaError(f"template {self.version!r}: found no <image> in the first turn, expected one")
+        caption = values[1].replace(_NOISE, "") + self._base.sep
+        text = DEFAULT_IMAGE_TOKEN + caption
+        return _encode(self.encoder, text, len(DEFAULT_IMAGE_TOKEN), len(text), images=True, bos=True)
+
+    def _by_turn(self, pieces: list[Turn], has_image: bool) -> tuple[list[int], list[int]]:
+        head = self.encoder.fixed_ids(pieces[0].text)
+        ids, labels = list(head), [IGNORE_INDEX] * len(head)
+        for piece in pieces[1:]:
+            begin = end = len(piece.text)
+            if piece.answer_start is not None:
+                begin = 0 if self.llava_next else piece.answer_start
+            piece_ids, piece_labels = _encode(self.encoder, piece.text, begin, end, images=has_image)
+            ids += piece_ids
+            labels += piece_labels
+        if self._special:
+            special = self._special
+            labels = [token if token in special else label for token, label in zip(ids, labels, strict=True)]
+        return ids, labels
+
+    def _whole(self, pieces: list[Turn], has_image: bool) -> tuple[list[int], list[int]]:
+        spans, length = [], 0
+        for piece in pieces:
+            if piece.answer_start is not None:
+                spans.append((length + piece.answer_start, length + len(piece.text)))
+            length += len(piece.text)
+        text = "".join(piece.text for piece in pieces)
+        return _encode_spans(self.encoder, text, spans, has_image, bos=True)
+
+
+def _encode(encoder: TextEncoder, text: str, begin: int, end: int, images: bool, bos: bool = False):
+    return _encode_spans(encoder, text, [(begin, end)] if begin < end else [], images, bos)
+
+
+def _encode_spans(encoder: TextEncoder, text: str, spans: list[tuple[int, int]], images: bool, bos: bool = False):
+    """Ids and labels of a text; every `<image>` in it becomes -200, and what is between them is tokenised by itself.
+
+    Args:
+        spans: supervised characters (begin, end), in order.
+        images: whether `<image>` is an image; else it is text.
+        bos: whether the text is given the token that starts a sequence.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    at = 0
+    for index, chunk in enumerate(text.split(DEFAULT_IMAGE_TOKEN) if images else (text,)):
+        if index:
+            ids.append(IMAGE_TOKEN_INDEX)
+            labels.append(IGNORE_INDEX)
+            at += len(DEFAULT_IMAGE_TOKEN)
+        found, offsets = encoder.encode(chunk, add_special_tokens=bos and index == 0)
+        starts = index == 0 and bos and bool(found) and found[0] == encoder.bos_token_id
+        end = at + len(chunk)
+        inside = [(max(begin, at) - at, min(stop, end) - at) for begin, stop in spans if begin < end and stop > at]
+        ids += found
+        labels += _labels(found, offsets, inside, skip_first=starts)
+        at = end
+    return ids, labels
+
+
+def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], skip_first: bool):
+    """Labels of a chunk: a token's id where the token touches a span, else -100."""
+    labels = [IGNORE_INDEX] * len(ids)
+    position = 1 if skip_first else 0
+    for begin, stop in spans:
+        while position < len(ids) and max(offsets[position][1], offsets[position][0] + 1) <= begin:
+            position += 1
+        while position < len(ids) and offsets[position][0] < stop:
+            labels[position] = ids[position]
+            position += 1
+    return labels
+
+
+def preprocess(
+    sources: list,
+    tokenizer,
+    has_image: bool = False,
+    version: str = "qwen_1_5",
+    supervise: str | None = None,
+    mm_use_im_start_end: bool = False,
+) -> dict:
+    """Tokenise a batch of conversations and label what is to be learned (LLaVA-NeXT's `preprocess`).
+
+    Args:
+        sources: list of conversations `[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]`.
+        tokenizer: a Hugging Face tokenizer with a fast backend.
+        has_image: whether `<image>` stands for an image; without, it is text. Template "plain" always has one.
+        version: template name.
+        supervise: see `resolve_supervise`.
+        mm_use_im_start_end: wrap every `<image>` in `<im_start>` and `<im_end>`.
+
+    Returns:
+        `input_ids` and `labels`, LongTensors [B, L], padded on the right with the pad id and -100. Nothing is cut.
+
+    Raises:
+        LlavaError: unknown template, or a conversation that does not fit it.
+    """
+    prepare = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end)
+    rows = [prepare(source, has_image) for source in sources]
+    pad = tokenizer.pad_token_id or 0
+    length = max((len(ids) for ids, _ in rows), default=0)
+    input_ids = torch.full((len(rows), length), pad, dtype=torch.long)
+    targets = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.long)
+    for row, (ids, labels) in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        targets[row, : len(labels)] = torch.tensor(labels)
+    return {"input_ids": input_ids, "labels": targets}
