@@ -199,7 +199,15 @@ class LlavaMetaForCausalLM:
     # --- the merge ---
 
     def prepare_inputs_labels_for_multimodal(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities=("image",), image_sizes=None
+        self,
+        input_ids,
+        position_ids,
+        attention_mask,
+        past_key_values,
+        labels,
+        images,
+        modalities=("image",),
+        image_sizes=None,
     ):
         """Replace every image token by the visual tokens of its image.
 
@@ -260,7 +268,9 @@ class LlavaMetaForCausalLM:
 
         text_at = (rows[~is_image], starts[~is_image])
         visual_rows = rows[is_image].repeat_interleave(counts)
-        offsets = torch.arange(len(visual_rows), device=ids.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        offsets = torch.arange(len(visual_rows), device=ids.device) - (counts.cumsum(0) - counts).repeat_interleave(
+            counts
+        )
         visual_at = (visual_rows, starts[is_image].repeat_interleave(counts) + offsets)
         text = self.get_model().embed_tokens(ids[~is_image])
         visual = torch.cat(visual).to(text.dtype) if visual else text[:0]
@@ -355,7 +365,13 @@ class LlavaMetaForCausalLM:
             raise LlavaError("generate: give prompt ids as inputs or input_ids (inputs_embeds is not accepted)")
         kwargs.pop("position_ids", None)  # they follow from the mask
         merged = self._merge(
-            ids, kwargs.pop("attention_mask", None), None, [] if images is None else images, modalities, image_sizes, "left"
+            ids,
+            kwargs.pop("attention_mask", None),
+            None,
+            [] if images is None else images,
+            modalities,
+            image_sizes,
+            "left",
         )
         return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
 
@@ -366,9 +382,9 @@ class LlavaMetaForCausalLM:
 
         New embeddings start as the mean of the old ones; the model's embeddings grow where needed and never shrink.
         """
-        new = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
+        new = [DEFAULT_IMAGE_PATCH_TOKEN] if getattr(model_args, "mm_use_im_patch_token", True) else []
         added = tokenizer.add_tokens(new, special_tokens=True) if new else 0
-        if model_args.mm_use_im_start_end:
+        if getattr(model_args, "mm_use_im_start_end", False):
             added += tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
         grow_embeddings(self, tokenizer)
         return added
@@ -408,7 +424,9 @@ def match_images(input_ids, keep, images, modalities, image_sizes):
             chosen += range(at, at + n)
             at += max(n, 1)
     if len(chosen) != tokens:
-        raise LlavaError(f"the batch has {tokens} <image> tokens in {len(per_row)} rows, but {count} images came with it")
+        raise LlavaError(
+            f"the batch has {tokens} <image> tokens in {len(per_row)} rows, but {count} images came with it"
+        )
     if len(chosen) == count:
         return images, modalities, image_sizes
     if isinstance(images, torch.Tensor):

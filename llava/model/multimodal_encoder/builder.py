@@ -76,9 +76,7 @@ def tower_type(cfg, tower: str) -> str:
         kind = next(by_type, None) or (next(by_name, None) if model_type is None else None)
         if kind is None:
             found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
-            raise LlavaError(
-                f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}"
-            )
+            raise LlavaError(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")
     return "clip_s2" if kind == "clip" and getattr(cfg, "s2", False) else kind
 
 

@@ -1,0 +1,247 @@
+"""`load_pretrained_model`: a LLaVA checkpoint from a folder or the hub, ready for inference."""
+
+import importlib
+import os
+
+import torch
+
+from llava.errors import LlavaError
+from llava.model.checkpoint import find_adapter, read_weights
+from llava.utils import rank0_print
+
+# architecture -> (module, config class); the class names are LLaVA-NeXT's
+ARCHITECTURES = {
+    "LlavaLlamaForCausalLM": ("llava_llama", "LlavaConfig"),
+    "LlavaMistralForCausalLM": ("llava_mistral", "LlavaMistralConfig"),
+    "LlavaQwenForCausalLM": ("llava_qwen", "LlavaQwenConfig"),
+    "LlavaQwen3ForCausalLM": ("llava_qwen3", "LlavaQwen3Config"),
+}
+# plain language models, and LLaVA's own types
+MODEL_TYPES = {
+    "llama": "LlavaLlamaForCausalLM",
+    "llava_llama": "LlavaLlamaForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+    "llava_mistral": "LlavaMistralForCausalLM",
+    "qwen2": "LlavaQwenForCausalLM",
+    "llava_qwen": "LlavaQwenForCausalLM",
+    "qwen3": "LlavaQwen3ForCausalLM",
+    "llava_qwen3": "LlavaQwen3ForCausalLM",
+}
+# parts of a name, looked through in this order
+NAME_PARTS = (
+    ("qwen3", "LlavaQwen3ForCausalLM"),
+    ("qwen", "LlavaQwenForCausalLM"),
+    ("quyen", "LlavaQwenForCausalLM"),
+    ("mistral", "LlavaMistralForCausalLM"),
+    ("zephyr", "LlavaMistralForCausalLM"),
+    ("llama", "LlavaLlamaForCausalLM"),
+    ("vicuna", "LlavaLlamaForCausalLM"),
+    ("yi-", "LlavaLlamaForCausalLM"),
+    ("nous-hermes", "LlavaLlamaForCausalLM"),
+    ("llava-v1", "LlavaLlamaForCausalLM"),
+)
+# conversation template of checkpoints that do not say (LLaVA-NeXT's own do not)
+DEFAULT_TEMPLATES = {
+    "LlavaLlamaForCausalLM": "v1",
+    "LlavaMistralForCausalLM": "mistral_instruct",
+    "LlavaQwenForCausalLM": "qwen_1_5",
+    "LlavaQwen3ForCausalLM": "qwen_1_5",
+}
+
+
+def read_config(path: str) -> dict:
+    """config.json of a folder or hub repository, as it stands."""
+    from transformers import PreTrainedConfig
+
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise LlavaError(f"{path}: the folder holds no config.json")
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path)
+    except (OSError, ValueError) as error:
+        raise LlavaError(f"{path}: no config.json ({str(error).splitlines()[0][:160]})") from None
+    if not values:
+        raise LlavaError(f"{path}: no config.json found; expected a checkpoint folder or a hub id")
+    return values
+
+
+def resolve_architecture(config: dict, *names: str | None) -> str:
+    """The class of a checkpoint: from `architectures`, then `model_type`, then its names.
+
+    `model_type` "llava" (as published for serving) says nothing: transformers has a model of that type of its own.
+    """
+    for architecture in config.get("architectures") or ():
+        if architecture in ARCHITECTURES:
+            return architecture
+    model_type = config.get("model_type")
+    if model_type in MODEL_TYPES:
+        return MODEL_TYPES[model_type]
+    if model_type in (None, "llava"):
+        for name in (*names, config.get("_name_or_path")):
+            for part, architecture in NAME_PARTS:
+                if name and part in name.lower():
+                    return architecture
+    raise LlavaError(
+        f"cannot tell the language model: architectures {config.get('architectures')}, model_type {model_type!r}, "
+        f"name {next((n for n in names if n), None)!r}; expected architectures to name one of {', '.join(ARCHITECTURES)}"
+    )
+
+
+def model_classes(architecture: str):
+    """(model class, config class) of a name in `ARCHITECTURES`."""
+    module, config = ARCHITECTURES[architecture]
+    module = importlib.import_module(f"llava.model.language_model.{module}")
+    return getattr(module, architecture), getattr(module, config)
+
+
+def make_config(path: str, config_class, values: dict, overwrite: dict | None = None):
+    """Config object from config.json values, whatever `model_type` they carry.
+
+    `path` is remembered, since a tower's folder may lie inside the checkpoint.
+    """
+    values = {k: v for k, v in values.items() if k not in ("model_type", "transformers_version", "_name_or_path")}
+    config = config_class.from_dict({**values, **(overwrite or {})})
+    config._name_or_path = path
+    return config
+
+
+def load_tokenizer(path: str, **kwargs):
+    """The tokenizer of a checkpoint, with a pad token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise LlavaError(f"{path}: no tokenizer ({str(error).splitlines()[0][:160]})") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def pick_dtype(torch_dtype, device_is_cpu: bool) -> torch.dtype:
+    """A dtype from its name; half precision on a CPU becomes float32, with a notice."""
+    dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else getattr(torch, str(torch_dtype), None)
+    if not isinstance(dtype, torch.dtype):
+        raise LlavaError(f"torch_dtype: found {torch_dtype!r}, expected float16, bfloat16 or float32")
+    if dtype == torch.float16 and device_is_cpu:
+        rank0_print("float16 on CPU: loading in float32 instead")
+        return torch.float32
+    return dtype
+
+
+def load_pretrained_model(
+    model_path,
+    model_base,
+    model_name,
+    load_8bit=False,
+    load_4bit=False,
+    device_map="auto",
+    torch_dtype="float16",
+    attn_implementation=None,
+    customized_config=None,
+    overwrite_config=None,
+    **kwargs,
+):
+    """Load a checkpoint for inference.
+
+    Args:
+        model_path: folder or hub id; with `model_base`, a folder whose config.json and mm_projector file extend it.
+        model_base: folder or hub id of the language model under a projector-only checkpoint, else None.
+        model_name: helps to tell the language model where config.json does not.
+        load_8bit, load_4bit: quantise with bitsandbytes.
+        device_map: as transformers'; "auto" uses CUDA where there is one.
+        torch_dtype: "float16", "bfloat16", "float32" or a torch.dtype.
+        attn_implementation: as transformers'; None takes the best available.
+        customized_config: config object to use instead of the checkpoint's.
+        overwrite_config: dict of config values to change.
+        **kwargs: passed on to `from_pretrained`.
+
+    Returns:
+        (tokenizer, model, image_processor, context_len); image_processor is None without a vision tower.
+
+    Raises:
+        LlavaError: no config, unknown architecture, missing weights.
+    """
+    kwargs.pop("multimodal", None)  # LLaVA-NeXT's evaluation passes it; every model here is
+    on_cpu = not torch.cuda.is_available() or (isinstance(device_map, str) and device_map == "cpu")
+    if load_8bit or load_4bit:
+        kwargs["quantization_config"] = _quantization(load_8bit, load_4bit)
+    values = read_config(model_path)
+    if os.path.isfile(os.path.join(model_path, "adapter_config.json")):
+        raise LlavaError(f"{model_path}: a LoRA adapter; merge it into its base model before loading")
+    architecture = resolve_architecture(values, model_name, model_path, model_base)
+    model_class, config_class = model_classes(architecture)
+    config = customized_config
+    if config is None:
+        config = make_config(model_path, config_class, values, overwrite_config)
+    else:
+        for key, value in (overwrite_config or {}).items():
+            setattr(config, key, value)
+
+    dtype = pick_dtype(torch_dtype, on_cpu)
+    model = model_class.from_pretrained(
+        model_base or model_path,
+        config=config,
+        dtype=dtype,
+        device_map=None if on_cpu and device_map == "auto" else device_map,
+        attn_implementation=attn_implementation or best_attention(dtype, on_cpu),
+        **kwargs,
+    )
+    if model_base is not None:
+        _load_projector(model, model_path)
+    tokenizer = load_tokenizer(model_base or model_path)
+    model.eval()
+    if getattr(model.config, "conversation_template", None) is None:
+        model.config.conversation_template = DEFAULT_TEMPLATES[architecture]
+
+    tower = model.get_vision_tower()
+    if tower is not None:
+        model.initialize_vision_tokenizer(model.config, tokenizer)
+    return tokenizer, model, tower and tower.image_processor, context_length(model.config)
+
+
+def best_attention(dtype: torch.dtype, on_cpu: bool) -> str:
+    """flash_attention_2 where it is installed and can run, else sdpa."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if not on_cpu and dtype in (torch.float16, torch.bfloat16) and is_flash_attn_2_available():
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def context_length(config) -> int:
+    """Tokens a model was made for, in LLaVA's order of preference; 2048 where nothing is said."""
+    for key in ("max_sequence_length", "max_position_embeddings", "tokenizer_model_max_length"):
+        if getattr(config, key, None):
+            return getattr(config, key)
+    return 2048
+
+
+def _load_projector(model, folder: str):
+    path = find_adapter(folder)
+    if path is None:
+        raise LlavaError(f"{folder}: no mm_projector.safetensors or mm_projector.bin, which model_base calls for")
+    weights = {k: v.to(model.dtype) for k, v in read_weights(path).items()}
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unexpected or not any("mm_projector" in key for key in weights):
+        raise LlavaError(
+            f"{path}: not a projector of this model ({', '.join(unexpected[:3]) or 'no mm_projector keys'})"
+        )
+
+
+def _quantization(load_8bit, load_4bit):
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise LlavaError("load_8bit/load_4bit: need the bitsandbytes package and a GPU it supports")
+    # the vision side stays as it is: it is small, and its layers are called in ways quantised ones do not allow
+    skip = ["vision_tower", "mm_projector", "lm_head"]
+    if load_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=torch.float16,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type="nf4",
+            llm_int8_skip_modules=skip,
+        )
+    return BitsAndBytesConfig(load_in_8bit=load_8bit, llm_int8_skip_modules=skip)
