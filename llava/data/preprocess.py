@@ -10,21 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-)
-from llava.conversation import Conversation, SeparatorStyle, Turn, get_template
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, Turn, get_template
 from llava.data.encoding import TextEncoder, text_encoder
+from llava.data.turns import NOISE, check_turns, place_image, read_turns
 from llava.errors import LlavaError
 
 SUPERVISE = ("llava_next", "answers_only")
-
-_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
-_NOISE = "QA_GT_caption_based_noisy"  # left over in the video instruction data that LLaVA-NeXT trains on
 
 
 class _Unit(NamedTuple):
@@ -37,8 +29,8 @@ class _Unit(NamedTuple):
 # LLaVA-NeXT trains every qwen template, qwen_2_5 too, with this system text.
 _QWEN = _Unit("<|im_start|>system\nYou are a helpful assistant.", ("<|im_start|>", "<|im_end|>", "\n"))
 _LLAMA_3 = _Unit(None, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
-_BY_TURN = {SeparatorStyle.CHATML: _QWEN, SeparatorStyle.LLAMA_3: _LLAMA_3}
-_LIKE_LLAVA_NEXT = {*_BY_TURN, SeparatorStyle.PLAIN, SeparatorStyle.TWO, SeparatorStyle.LLAMA_2}
+_UNITS = {SeparatorStyle.CHATML: _QWEN, SeparatorStyle.LLAMA_3: _LLAMA_3}
+_LIKE_LLAVA_NEXT = {*_UNITS, SeparatorStyle.PLAIN, SeparatorStyle.TWO, SeparatorStyle.LLAMA_2}
 
 
 def resolve_supervise(version: str, supervise: str | None = None) -> str:
@@ -60,44 +52,6 @@ def resolve_supervise(version: str, supervise: str | None = None) -> str:
     return supervise
 
 
-def read_turns(source: list) -> list[tuple[str, str]]:
-    """A record's turns as ("human" | "gpt" | "system", text), without a leading turn that is not the human's.
-
-    Turns may be spelled `from`/`value` or `role`/`content`.
-
-    Raises:
-        LlavaError: a turn without speaker or text, an unknown speaker, or nothing left.
-    """
-    turns = []
-    for index, turn in enumerate(source):
-        speaker, text = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
-        if not isinstance(text, str):
-            raise LlavaError(f"turn {index}: found {text!r} as its value, expected text")
-        if speaker not in _ROLES:
-            raise LlavaError(f"turn {index}: found {speaker!r} as its speaker, expected human, gpt or system")
-        turns.append((_ROLES[speaker], text))
-    if turns and turns[0][0] != "human":
-        turns = turns[1:]
-    if not turns:
-        raise LlavaError("conversation: found no turn, expected one of the human's first")
-    return turns
-
-
-def place_image(text: str, mmtag: bool = False, mm_use_im_start_end: bool = False) -> str:
-    """A turn's text as LLaVA-NeXT feeds it: a single `<image>` moves to the front, followed by a newline.
-
-    Several images stay where they are, and so does one that is in front already.
-    """
-    if text.count(DEFAULT_IMAGE_TOKEN) == 1 and not text.startswith(DEFAULT_IMAGE_TOKEN):
-        text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
-        if mmtag:
-            text = text.replace(DEFAULT_IMAGE_TOKEN, f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
-    if mm_use_im_start_end:
-        wrapped = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
-        text = text.replace(DEFAULT_IMAGE_TOKEN, wrapped)
-    return text.replace(_NOISE, "")
-
-
 class Preprocessor:
     """Turns conversations into ids and labels for one template and tokenizer; what is fixed is prepared once.
 
@@ -114,7 +68,10 @@ class Preprocessor:
         self.llava_next = resolve_supervise(version, supervise) == "llava_next"
         self.mm_use_im_start_end = mm_use_im_start_end
         self.encoder = text_encoder(tokenizer)
-        self._unit = _BY_TURN.get(self.template.sep_style)
+        self._mmtag = "mmtag" in self.template.version
+        human, gpt = self.template.roles
+        self._roles = {"human": human, "gpt": gpt, "system": human.replace("user", "system")}
+        self._unit = _UNITS.get(self.template.sep_style)
         system = self._unit.system if self._unit else None
         self._base = dataclasses.replace(self.template, system=system or self.template.system, messages=[])
         self._special = self._special_ids() if self._unit and self.llava_next else frozenset()
@@ -125,13 +82,14 @@ class Preprocessor:
         Raises:
             LlavaError: the conversation does not fit the template.
         """
-        if self.template.sep_style is SeparatorStyle.PLAIN:
-            return self._plain(source)
         turns = read_turns(source)
+        check_turns(turns, self.template)
+        if self.template.sep_style is SeparatorStyle.PLAIN:
+            return self._plain(turns)
         if has_image:
-            mmtag = "mmtag" in self.template.version
-            turns = [(speaker, place_image(text, mmtag, self.mm_use_im_start_end)) for speaker, text in turns]
-        conversation = self._conversation(turns)
+            turns = [(speaker, place_image(text, self._mmtag, self.mm_use_im_start_end)) for speaker, text in turns]
+        messages = [(self._roles[speaker], text) for speaker, text in turns]
+        conversation = dataclasses.replace(self._base, messages=messages)
         if self._unit:
             return self._by_turn(conversation.turns(closed=True), has_image)
         return self._whole(conversation.turns(), has_image)
@@ -141,31 +99,9 @@ class Preprocessor:
         found = (self.encoder.fixed_ids(text) for text in self._unit.special)
         return frozenset(ids[0] for ids in found if len(ids) == 1)
 
-    def _conversation(self, turns: list[tuple[str, str]]) -> Conversation:
-        human, gpt = self._base.roles
-        roles = {"human": human, "gpt": gpt}
-        if self._unit:
-            roles["system"] = human.replace("user", "system")
-        else:
-            for index, (speaker, _) in enumerate(turns):
-                expected = ("human", "gpt")[index % 2]
-                if speaker != expected:
-                    raise LlavaError(
-                        f"turn {index}: found {speaker}, expected {expected} (template {self.version!r} alternates)"
-                    )
-            if self._base.sep_style is SeparatorStyle.LLAMA_2 and not turns[0][1]:
-                raise LlavaError(f"turn 0: found no text, which template {self.version!r} cannot open with")
-        return dataclasses.replace(self._base, messages=[(roles[speaker], text) for speaker, text in turns])
-
-    def _plain(self, source: list) -> tuple[list[int], list[int]]:
-        """Image and caption, nothing else: whatever the human's turn says besides `<image>` is dropped."""
-        values = [turn.get("value", turn.get("content")) for turn in source]
-        if len(values) != 2 or not all(isinstance(value, str) for value in values):
-            raise LlavaError(f"template {self.version!r}: found {len(values)} turns, expected an image and its caption")
-        if DEFAULT_IMAGE_TOKEN not in values[0]:
-            raise LlavaError(f"template {self.version!r}: found no <image> in the first turn, expected one")
-        caption = values[1].replace(_NOISE, "") + self._base.sep
-        text = DEFAULT_IMAGE_TOKEN + caption
+    def _plain(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """One image and its caption; whatever else the human's turn says is dropped."""
+        text = DEFAULT_IMAGE_TOKEN + turns[1][1].replace(NOISE, "") + self._base.sep
         return _encode(self.encoder, text, len(DEFAULT_IMAGE_TOKEN), len(text), images=True, bos=True)
 
     def _by_turn(self, pieces: list[Turn], has_image: bool) -> tuple[list[int], list[int]]:
