@@ -1,0 +1,170 @@
+# Shared by the scripts: this checkout's Python environment, the launch of a training run, and the demo's two stages.
+# shellcheck shell=bash
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHONUNBUFFERED=1
+NODE_RANK="${RANK:-0}" # LLaVA-NeXT's scripts call the node's rank RANK; in a process that name means its own rank
+unset RANK
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# has_checkout PYTHON MODULE...: that Python imports llava from this checkout and finds the modules. Tried from /, since
+# Python also finds packages in the working directory.
+has_checkout() {
+    local python="$1"
+    shift
+    (cd / && "$python" -c '
+import importlib.util, os, sys
+spec = importlib.util.find_spec("llava")
+ours = os.path.realpath(os.path.join(sys.argv[1], "llava", "__init__.py"))
+here = spec is not None and spec.origin is not None and os.path.realpath(spec.origin) == ours
+sys.exit(not here or any(importlib.util.find_spec(name) is None for name in sys.argv[2:]))
+' "$ROOT" "$@") 2>/dev/null
+}
+
+# new_enough PYTHON: it exists and is at least 3.10.
+new_enough() {
+    command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
+# use_environment EXTRAS MODULE...: set PYTHON to a Python that has this checkout with these extras: the current one if
+# its llava is this checkout (another llava, such as LLaVA-NeXT's, may be installed), else .venv, made when needed.
+use_environment() {
+    local extras="$1" base="" candidate
+    shift
+    for candidate in ${PYTHON:+"$PYTHON"} python python3 python3.13 python3.12 python3.11 python3.10; do
+        new_enough "$candidate" && base="$(command -v "$candidate")" && break
+    done
+    [[ -n "$base" ]] || fail "no Python 3.10 or later found; set PYTHON to one"
+    PYTHON="$base"
+    if ! has_checkout "$PYTHON" "$@"; then
+        if has_checkout "$PYTHON"; then
+            echo "$PYTHON has this checkout but not all of its extras [$extras]; using .venv"
+        fi
+        make_venv "$base" "$extras" "$@"
+    fi
+    if [[ -n "${PYTHONPATH:-}" ]]; then
+        export PYTHONPATH="$ROOT:$PYTHONPATH" # a llava that PYTHONPATH names must not hide this one
+    fi
+    export PYTHON
+}
+
+make_venv() {
+    local base="$1" extras="$2" venv="$ROOT/.venv" stamp
+    shift 2
+    PYTHON="$venv/bin/python"
+    stamp="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)"
+    if [[ -f "$venv/installed-$extras" && "$(cat "$venv/installed-$extras")" == "$stamp" ]] &&
+        (unset PYTHONPATH && has_checkout "$PYTHON" "$@"); then
+        return
+    fi
+    echo "installing this checkout into .venv"
+    if ! new_enough "$PYTHON"; then
+        "$base" -m venv --clear "$venv" || fail "$base cannot make .venv (on Debian and Ubuntu: apt install python3-venv)"
+    fi
+    (cd "$ROOT" && unset PYTHONPATH && "$PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$extras]") ||
+        fail "the installation into .venv failed"
+    (unset PYTHONPATH && has_checkout "$PYTHON" "$@") || fail "$venv lacks some of: llava from this checkout, $*"
+    echo "$stamp" >"$venv/installed-$extras"
+}
+
+# cuda_devices: how many CUDA devices PyTorch sees; asked only where there is an NVIDIA driver.
+cuda_devices() {
+    if command -v nvidia-smi >/dev/null; then
+        "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
+    else
+        echo 0
+    fi
+}
+
+# launch [CONFIG] --key value ...: one training run. On CUDA: torchrun (or LAUNCHER=deepspeed) with NUM_GPUS processes on
+# each of NNODES nodes, this one being RANK, with ADDR and PORT to meet at. Without CUDA: one plain process, or
+# NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
+launch() {
+    local devices processes
+    devices="$(cuda_devices)"
+    if [[ -n "${NUM_PROCS:-}" || "$devices" == 0 ]]; then
+        if [[ -z "${NUM_PROCS:-}" && "${NUM_GPUS:-1}" != 1 ]]; then
+            fail "NUM_GPUS=$NUM_GPUS, but there is no CUDA device; NUM_PROCS=N runs N processes on the CPU"
+        fi
+        processes="${NUM_PROCS:-1}"
+        export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
+        if [[ "$processes" == 1 && "${NNODES:-1}" == 1 ]]; then
+            "$PYTHON" "$ROOT/llava/train/train_mem.py" "$@"
+            return
+        fi
+        local threads=$(($(nproc) / processes))
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+    else
+        processes="${NUM_GPUS:-$devices}"
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+    fi
+    if [[ "${LAUNCHER:-torchrun}" == deepspeed ]]; then
+        local hosts=(${HOSTFILE:+--hostfile "$HOSTFILE"} ${ADDR:+--master_addr "$ADDR"} ${PORT:+--master_port "$PORT"})
+        "$PYTHON" -m deepspeed.launcher.runner --num_gpus "$processes" ${NNODES:+--num_nodes "$NNODES"} \
+            ${hosts[@]+"${hosts[@]}"} "$ROOT/llava/train/train_mem.py" "$@"
+        return
+    fi
+    [[ "${LAUNCHER:-torchrun}" == torchrun ]] || fail "LAUNCHER=$LAUNCHER, expected torchrun or deepspeed"
+    local meet=(--standalone)
+    if [[ "${NNODES:-1}" != 1 || -n "${ADDR:-}${PORT:-}" ]]; then
+        meet=(--nnodes "${NNODES:-1}" --node_rank "$NODE_RANK" --master_addr "${ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
+    fi
+    "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${meet[@]}" \
+        "$ROOT/llava/train/train_mem.py" "$@"
+}
+
+# read_demo_flags FLAG...: split the demo's flags into OUTPUT, OVERWRITE, SEED and the OVERRIDES that both stages get.
+read_demo_flags() {
+    OUTPUT=checkpoints/demo OVERWRITE=no SEED=0 OVERRIDES=()
+    while (($#)); do
+        case "$1" in
+            --overwrite) OVERWRITE=yes ;;
+            --output_dir=*) OUTPUT="${1#*=}" ;;
+            --output_dir)
+                (($# > 1)) || fail "--output_dir needs a folder"
+                OUTPUT="$2"
+                shift
+                ;;
+            --seed=*) SEED="${1#*=}" OVERRIDES+=("$1") ;;
+            --seed)
+                (($# > 1)) || fail "--seed needs a number"
+                SEED="$2" OVERRIDES+=("$1" "$2")
+                shift
+                ;;
+            *) OVERRIDES+=("$1") ;;
+        esac
+        shift
+    done
+    if [[ "$OUTPUT" != /* && "$PWD" != "$ROOT" ]]; then
+        OUTPUT="$PWD/$OUTPUT"
+    fi
+    cd "$ROOT"
+}
+
+# make_demo: the demo's data and its random models for SEED, unless they are there.
+make_demo() {
+    local folder=playground/demo marker=playground/demo/made-with-seed
+    if [[ -f "$marker" && "$(cat "$marker")" == "$SEED" ]]; then
+        return
+    fi
+    rm -rf "$folder"
+    "$PYTHON" playground/make_demo_data.py --output "$folder" --seed "$SEED"
+    "$PYTHON" playground/make_demo_model.py --output "$folder" --seed "$SEED"
+    echo "$SEED" >"$marker"
+}
+
+# demo_stage NAME CONFIG --key value ...: one stage into OUTPUT/NAME, unless it ran to its end before.
+demo_stage() {
+    local name="$1" config="$2"
+    shift 2
+    if [[ -f "$OUTPUT/$name/finished" ]]; then
+        echo "$OUTPUT/$name: finished before"
+        return
+    fi
+    launch "$config" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@" --output_dir "$OUTPUT/$name"
+    touch "$OUTPUT/$name/finished"
+}

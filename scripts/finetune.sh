@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Train a vision-language model: the demo without a config, the real thing with one.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+    cat <<'USAGE'
+usage: bash scripts/finetune.sh [--overwrite] [--key value ...]
+           the demo: sets up .venv, makes data and tiny models, trains two stages, evaluates on held-out data
+       bash scripts/finetune.sh CONFIG.yaml [--key value ...]
+           the training run that CONFIG.yaml describes, for example configs/train/finetune_onevision.yaml
+Every key of a config may be given as --key value and then stands above it; `python -m llava.config table` lists them.
+In the demo the keys go to both stages; --output_dir is the folder of both (checkpoints/demo); --overwrite starts anew.
+Environment: NUM_GPUS, NNODES, RANK, ADDR, PORT (as in LLaVA-NeXT), LAUNCHER=torchrun|deepspeed, HOSTFILE,
+             NUM_PROCS (processes on the CPU), PYTHON.
+USAGE
+}
+
+for word in "$@"; do
+    if [[ "$word" == --help || "$word" == -h ]]; then
+        usage
+        exit 0
+    fi
+done
+
+if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
+    use_environment train,demo torch transformers deepspeed
+    launch "$@"
+    exit
+fi
+
+read_demo_flags "$@"
+if [[ "$OVERWRITE" == yes ]]; then
+    rm -rf "$OUTPUT/pretrain" "$OUTPUT/finetune"
+elif [[ -f "$OUTPUT/finetune/eval.json" ]]; then
+    echo "$OUTPUT/finetune: the demo is finished; run with --overwrite to train it again"
+    exit 0
+fi
+use_environment train,demo torch transformers deepspeed sklearn
+make_demo
+demo_stage pretrain configs/train/demo_pretrain.yaml
+demo_stage finetune configs/train/demo.yaml --model_name_or_path "$OUTPUT/pretrain"
+"$PYTHON" -m llava.eval.exact_match --model-path "$OUTPUT/finetune" --data-path playground/demo/heldout.json \
+    --image-folder playground/demo/images --blank-images
+"$PYTHON" -m llava.eval.report --model-path "$OUTPUT/finetune"
+"$PYTHON" - "$OUTPUT/finetune/eval.json" <<'PY'
+import json, sys
+result = json.load(open(sys.argv[1], encoding="utf-8"))
+print(f"held-out exact match: {result['exact_match']:.3f} (n={result['n']})")
+PY
