@@ -18,10 +18,7 @@ def show_text(run: Run, everything: bool = False) -> str:
     rows = []
     for name in all_keys():
         if everything or run.source(name) != DEFAULT:
-            value = run[name]
-            rows.append(
-                (name, "(none)" if value is None else repr(value) if value == "" else str(value), run.source(name))
-            )
+            rows.append((name, _value_text(run[name]), run.source(name)))
     names = max((len(row[0]) for row in rows), default=0)
     values = min(max((len(row[1]) for row in rows), default=0), 60)
     lines = [f"config: {run.config or '(none)'}", f"tower:  {run.tower or '(none)'}", ""]
