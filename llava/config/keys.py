@@ -188,6 +188,7 @@ class TrainKeys(KeyGroup):
     auto_find_batch_size: bool = key(False, "halve the batch size until it fits into memory")
     report_to: str | list[str] = key("none", "where metrics are reported: none, wandb, tensorboard, ...")
 
+    overwrite_output_dir: bool = key(False, "train anew although output_dir holds a finished run or checkpoints")
     logging_dir: str | None = key(
         None, "tensorboard's folder (sets TENSORBOARD_LOGGING_DIR, as transformers 5 wants it)"
     )

@@ -43,9 +43,6 @@ OLD_NAMES: dict[str, OldName] = {
     "split_batches": OldName(bool | None, "accelerator_config"),
     "fsdp_min_num_params": OldName(int, "fsdp_config"),
     "fsdp_transformer_layer_cls_to_wrap": OldName(str | None, "fsdp_config"),
-    "overwrite_output_dir": OldName(
-        bool, note="a run resumes from the checkpoints in output_dir; remove them to restart"
-    ),
     "save_safetensors": OldName(bool, note="weights are always saved as safetensors"),
     "push_to_hub_organization": OldName(str | None, note="put the organization into hub_model_id"),
     "fp16_backend": OldName(str, note=_GONE),

@@ -159,6 +159,7 @@ def test_absent_parts_are_refused(words, part):
         (["--adafactor"], "optim", "adafactor"),
         (["--split_batches", "True"], "accelerator_config", {"split_batches": True}),
         (["--logging_dir", "logs"], "logging_dir", "logs"),
+        (["--overwrite_output_dir"], "overwrite_output_dir", True),
     ],
 )
 def test_old_names_are_translated(words, name, value):
@@ -169,7 +170,7 @@ def test_old_names_are_translated(words, name, value):
 
 @pytest.mark.parametrize(
     "words",
-    [["--overwrite_output_dir"], ["--save_safetensors", "False"], ["--use_ipex", "True"], ["--fp16_backend", "auto"]],
+    [["--save_safetensors", "False"], ["--jit_mode_eval"], ["--use_ipex", "True"], ["--fp16_backend", "auto"]],
 )
 def test_old_names_without_effect_are_told_once(words):
     run = resolve(words)
