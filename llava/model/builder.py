@@ -81,8 +81,8 @@ def resolve_architecture(config: dict, *names: str | None) -> str:
                 if name and part in name.lower():
                     return architecture
     raise LlavaError(
-        f"cannot tell the language model: architectures {config.get('architectures')}, model_type {model_type!r}, "
-        f"name {next((n for n in names if n), None)!r}; expected architectures to name one of {', '.join(ARCHITECTURES)}"
+        f"cannot tell the language model: architectures {config.get('architectures')}, model_type {model_type!r}, name "
+        f"{next((n for n in names if n), None)!r}; expected architectures to name one of {', '.join(ARCHITECTURES)}"
     )
 
 

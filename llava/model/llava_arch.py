@@ -5,7 +5,6 @@ Shapes: B rows, L text tokens (an image is one of them), S tokens after the merg
 
 import torch
 import torch.nn as nn
-
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import (
@@ -70,7 +69,7 @@ class LlavaMetaModel:
     def initialize_vision_modules(self, model_args, fsdp=None):
         """Give a language model its vision half, or swap the one it has.
 
-        A tower of the same name as the checkpoint's keeps the checkpoint's weights; any other is loaded from its source.
+        A tower of the checkpoint's own name keeps the checkpoint's weights; any other is loaded from its source.
 
         Args:
             model_args: attributes as LLaVA-NeXT's ModelArguments; `vision_tower` names the tower,
@@ -188,13 +187,9 @@ class LlavaMetaForCausalLM:
         return merged
 
     def _dummy_visual(self, like):
-        """Zero that depends on tower, projector and newline: a rank without an image takes part in their collectives."""
-        tower, model = self.get_vision_tower(), self.get_model()
-        side = tower.image_size
-        zero = self.encode_images(like.new_zeros(1, 3, side, side)).sum()
-        if getattr(model, "image_newline", None) is not None:
-            zero = zero + model.image_newline.sum()
-        return zero * 0.0
+        """Zero that depends on tower and projector: a rank without an image takes part in their collectives."""
+        side = self.get_vision_tower().image_size
+        return self.encode_images(like.new_zeros(1, 3, side, side)).sum() * 0.0
 
     # --- the merge ---
 
@@ -292,8 +287,12 @@ class LlavaMetaForCausalLM:
             label_at = text_at[0][kept], (text_at[1] + shift[text_at[0]])[kept]
             new_labels = labels.new_full((len(input_ids), size), IGNORE_INDEX)
             new_labels[label_at] = labels[rows, columns][~is_image][kept]
-        if not len(images) and self.training and torch.distributed.is_initialized():
-            embeds = embeds + self._dummy_visual(embeds)
+        if self.training and torch.distributed.is_initialized():
+            if not len(images):
+                embeds = embeds + self._dummy_visual(embeds)
+            newline = getattr(self.get_model(), "image_newline", None)
+            if newline is not None:  # it is in every rank's graph, whatever this batch merged
+                embeds = embeds + newline.sum() * 0.0
         return embeds, new_labels, mask, positions * mask
 
     # --- forward and generation ---

@@ -63,7 +63,7 @@ class VisionTower(nn.Module):
             `mm_vision_config` (the encoder's own config) and `mm_image_processor_config`.
         delay_load: build the encoder from its config only; `load_model` or a checkpoint brings the weights.
 
-    A subclass sets `config` (the encoder's config) and `image_processor` in `build`, and implements `encode`.
+    A subclass implements `read_config`, `build_empty`, `load_model` and `encode`.
     """
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
@@ -71,8 +71,10 @@ class VisionTower(nn.Module):
         self.vision_tower_name = vision_tower
         self.set_features(args)
         self.is_loaded = False
-        self.build(args)
-        if not delay_load:
+        self.read_config(args)
+        if delay_load:
+            self.build_empty()
+        else:
             self.load_model()
 
     def set_features(self, args) -> None:
@@ -88,12 +90,16 @@ class VisionTower(nn.Module):
 
     # --- what a subclass provides ---
 
-    def build(self, args) -> None:
-        """Set `config`, `image_processor` and `vision_tower` (the encoder without weights)."""
+    def read_config(self, args) -> None:
+        """Set `config` and `image_processor`; refuse what this encoder cannot do."""
+        raise NotImplementedError
+
+    def build_empty(self) -> None:
+        """Set `vision_tower` to the encoder as its config describes it, without pretrained weights."""
         raise NotImplementedError
 
     def load_model(self, device_map=None) -> None:
-        """Fill the encoder with its pretrained weights, frozen; no effect when they are there."""
+        """Set `vision_tower` to the encoder with its pretrained weights, frozen; no effect when it is there."""
         raise NotImplementedError
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -28,13 +28,13 @@ class CLIPVisionTowerS2(CLIPVisionTower):
     """CLIP at several scales: tiles of the smallest scale are encoded, put back as one map per scale, area-pooled to
     the base grid and concatenated on channels."""
 
-    def build(self, args):
+    def read_config(self, args):
         text = getattr(args, "s2_scales", None) or "336,672,1008"
         try:
             self.s2_scales = sorted(int(scale) for scale in str(text).split(","))
         except ValueError:
             raise LlavaError(f's2_scales: found {text!r}, expected sizes in pixels like "336,672,1008"') from None
-        super().build(args)
+        super().read_config(args)
         base = self.s2_scales[0]
         if base != self.config.image_size or any(scale % base for scale in self.s2_scales):
             raise LlavaError(

@@ -15,7 +15,7 @@ class HFVisionTower(VisionTower):
     config_class = model_class = processor_class = None
     drop: tuple[str, ...] = ()
 
-    def build(self, args):
+    def read_config(self, args):
         source = self.vision_tower_name
         stored = getattr(args, "mm_vision_config", None)
         stored_processor = getattr(args, "mm_image_processor_config", None)
@@ -25,8 +25,12 @@ class HFVisionTower(VisionTower):
             self.image_processor = self._read(self.processor_class, source)
         else:
             self.image_processor = self.processor_class.from_dict(stored_processor)
-        self.attn_implementation = getattr(args, "mm_attn_implementation", None)
+        # in a model of its own choice of attention the tower follows; custom kinds are the language model's alone
+        attention = getattr(args, "_attn_implementation", None)
+        self.attn_implementation = attention if attention in ("eager", "sdpa", "flash_attention_2") else None
         self.layers()  # a layer that does not exist is refused before any weight is read
+
+    def build_empty(self):
         encoder = self.model_class._from_config(self.config, attn_implementation=self.attn_implementation)
         self.vision_tower = Backbone(encoder, self.keep_layers, self.drop)
 

@@ -1,7 +1,7 @@
 """Four tokens to one, as in Qwen2-VL's merger: LayerNorm, concatenate, 4D -> 4D -> E.
 
-Both kinds have the same weights (`ln_q`, `mlp.0`, `mlp.2`). `patch_merger` takes every four consecutive tokens, which is
-right for towers that emit 2x2 blocks one after the other; `spatial_merge` takes true 2x2 neighbours of a raster grid.
+Both kinds have the same weights (`ln_q`, `mlp.0`, `mlp.2`). `patch_merger` takes every four consecutive tokens, right
+for towers that emit 2x2 blocks one after the other; `spatial_merge` takes true 2x2 neighbours of a raster grid.
 """
 
 import math

@@ -1,0 +1,101 @@
+"""`transformers.Trainer` with LLaVA's sampling, learning rates, loss normalisation, checkpoints and bad records."""
+
+import os
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llava.constants import IGNORE_INDEX
+from llava.data.sampler import LengthGroupedSampler
+from llava.errors import LlavaError
+from llava.model.checkpoint import adapter_state, save_adapter
+from llava.train.parts import is_adapter_only, split_by_learning_rate
+
+
+class LLaVATrainer(Trainer):
+    """Trainer for LLaVA models.
+
+    Args:
+        parts: the parts that are trained (see `parts.tunable_parts`).
+        *args, **kwargs: as `transformers.Trainer`; the collator's batches may carry "bad_records".
+    """
+
+    def __init__(self, *args, parts: set[str], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.parts = parts
+        self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
+        self.bad_records: dict[str, str] = {}
+
+    # --- data ---
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        if args.group_by_modality_length or args.group_by_modality_length_auto:
+            lengths = dataset.modality_lengths
+            group_by = "modality_length" if args.group_by_modality_length else "modality_length_auto"
+        elif args.group_by_varlen:
+            lengths, group_by = dataset.lengths, "varlen"
+        elif getattr(args, "train_sampling_strategy", None) == "group_by_length":
+            lengths, group_by = dataset.lengths, "length"
+        else:
+            return super()._get_train_sampler(dataset)
+        return LengthGroupedSampler(lengths, args.train_batch_size, args.world_size, group_by, args.seed)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step; what the collator says of bad records is taken out and counted."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._count_bad_records([record for batch in batches for record in batch.pop("bad_records", ())])
+        return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Supervised tokens of the global batch: over micro-batches and ranks. A first token is never predicted."""
+        counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batch_samples]
+        total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def _count_bad_records(self, new: list[tuple[str, str]]):
+        """Stop, on every rank at the same step, when too many distinct records could not be used."""
+        if self.args.world_size > 1:
+            any_bad = torch.tensor(len(new), device=self.args.device)
+            if int(self.accelerator.reduce(any_bad)) == 0:
+                return
+            gathered = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, new)
+            new = [record for part in gathered for record in part]
+        if not new:
+            return
+        self.bad_records.update(new)
+        limit = max(10, len(self.train_dataset) // 100)
+        if len(self.bad_records) > limit:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.bad_records.items()))
+            raise LlavaError(f"{len(self.bad_records)} bad records, more than the {limit} that are tolerated: {listed}")
+
+    # --- optimizer ---
+
+    def create_optimizer(self, model=None):
+        made = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        rates = {"mm_vision_tower": self.args.mm_vision_tower_lr, "mm_mlp_adapter": self.args.mm_projector_lr}
+        if made and any(rate is not None for rate in rates.values()):
+            split_by_learning_rate(optimizer, self.model, rates)
+        return optimizer
+
+    # --- checkpoints ---
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if is_adapter_only(self.parts):
+            folder = os.path.join(
+                self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            )
+            self.save_adapter(folder)
+
+    def save_adapter(self, folder: str) -> None:
+        """Write the projector (and newline) alone; every rank must call it."""
+        state = adapter_state(self.accelerator.unwrap_model(self.model).named_parameters())
+        if self.args.should_save:
+            save_adapter(state, folder)

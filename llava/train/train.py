@@ -1,0 +1,193 @@
+"""Train a LLaVA model: `python -m llava.train.train [CONFIG.yaml] [--key value ...]`.
+
+Also `python llava/train/train_mem.py <flags>`, as LLaVA-NeXT is launched. The same code runs as one CPU process and
+under `torchrun` or `deepspeed` on many GPUs.
+"""
+
+import json
+import os
+
+from llava.errors import LlavaError, report_errors
+from llava.utils import is_rank0, rank0_print
+
+
+@report_errors
+def train(argv=None):
+    """Train as the arguments say, resume where a checkpoint lies in `output_dir`, save; see `llava.config`."""
+    from llava.train.arguments import parse_args
+
+    model_args, data_args, training_args = parse_args(argv)
+    try:
+        _train(model_args, data_args, training_args)
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group():
+    import torch
+
+    # a process that ends inside its group aborts under ZeRO-2
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _train(model_args, data_args, training_args):
+    from transformers import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from llava.train.llava_trainer import LLaVATrainer
+    from llava.train.parts import set_trainable, tunable_parts
+
+    out = training_args.output_dir
+    if finished_steps(out) is not None:
+        rank0_print(f"{out}: already trained ({finished_steps(out)} steps); remove the folder to train again")
+        return
+    set_seed(training_args.seed)  # projector, newline token and new embeddings are drawn here
+    model, tokenizer = load_model(model_args, data_args, training_args)
+    data = make_data(model, tokenizer, model_args, data_args, training_args)
+    parts = tunable_parts(model_args, training_args)
+    set_trainable(model, parts)
+
+    trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, parts=parts, **data)
+    checkpoint = training_args.resume_from_checkpoint or (get_last_checkpoint(out) if os.path.isdir(out) else None)
+    if checkpoint:
+        rank0_print(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save(trainer, out)
+
+
+def finished_steps(out: str) -> int | None:
+    """Steps of a run that has ended in this folder, else None."""
+    path = os.path.join(out, "trainer_state.json")
+    if not os.path.isfile(path):
+        return None
+    with open(path) as file:
+        return json.load(file)["global_step"]
+
+
+def load_model(model_args, data_args, training_args):
+    """(model with its vision half, tokenizer), config filled with all that inference needs to know."""
+    import torch
+
+    from llava.conversation import get_template
+    from llava.model import builder
+
+    path = model_args.model_name_or_path
+    get_template(model_args.version)  # an unknown template is refused before any weight is read
+    values = builder.read_config(path)
+    architecture = architecture_for(model_args, values)
+    model_class, config_class = builder.model_classes(architecture)
+    config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
+    # DeepSpeed keeps float32 master weights beside bf16 ones; without it autocast does the half precision
+    low = training_args.bf16 and training_args.deepspeed
+    dtype = torch.bfloat16 if low else torch.float32
+    on_cpu = training_args.device.type == "cpu"
+    attention_dtype = torch.bfloat16 if training_args.bf16 or training_args.fp16 else torch.float32
+    model = model_class.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=training_args.attn_implementation or builder.best_attention(attention_dtype, on_cpu),
+        cache_dir=training_args.cache_dir,
+    )
+    model.config.use_cache = False
+    tokenizer = builder.load_tokenizer(
+        path, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
+    )
+    if model_args.vision_tower is not None:
+        model.get_model().initialize_vision_modules(model_args)
+        model.get_vision_tower().to(dtype=dtype)
+        model.get_model().mm_projector.to(dtype=dtype)
+        model.initialize_vision_tokenizer(model_args, tokenizer)
+    describe(model.config, model_args, data_args, training_args)
+    return model, tokenizer
+
+
+def architecture_for(model_args, values) -> str:
+    """The model class to train, from `model_class_name` or the checkpoint."""
+    from llava.model import builder
+
+    if model_args.model_class_name is None:
+        return builder.resolve_architecture(values, model_args.model_name_or_path)
+    name = f"{model_args.model_class_name}ForCausalLM"
+    if name not in builder.ARCHITECTURES:
+        expected = ", ".join(known.removesuffix("ForCausalLM") for known in builder.ARCHITECTURES)
+        raise LlavaError(f"model_class_name: found {model_args.model_class_name!r}, expected one of {expected}")
+    return name
+
+
+def rope_overrides(model_args, values) -> dict:
+    """Config changes for `rope_scaling_factor` and `rope_scaling_type`, both or neither."""
+    factor, kind = model_args.rope_scaling_factor, model_args.rope_scaling_type
+    if factor is None and kind is None:
+        return {}
+    if factor is None or kind is None:
+        raise LlavaError("rope_scaling_factor and rope_scaling_type: one is set without the other")
+    theta = values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    return {"rope_scaling": None, "rope_parameters": {"rope_type": kind, "factor": factor, "rope_theta": theta}}
+
+
+def describe(config, model_args, data_args, training_args):
+    """Write into the model's config what LLaVA-NeXT's inference reads from it, and the conversation template."""
+    from llava.mm_utils import parse_grid_pinpoints
+
+    config.conversation_template = model_args.version
+    config.tokenizer_padding_side = "right"
+    config.tokenizer_model_max_length = training_args.model_max_length
+    if model_args.vision_tower is None:
+        return
+    for key in ("mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_use_im_start_end"):
+        setattr(config, key, getattr(model_args, key))
+    for key in ("mm_use_im_patch_token", "mm_tunable_parts", "unfreeze_mm_vision_tower", "tune_mm_mlp_adapter"):
+        setattr(config, key, getattr(model_args, key))
+    for key in ("image_aspect_ratio", "add_time_instruction", "force_sample"):
+        setattr(config, key, getattr(data_args, key))
+    config.image_grid_pinpoints = None
+    if "anyres" in data_args.image_aspect_ratio:
+        side = config.mm_vision_config["image_size"]
+        grid = parse_grid_pinpoints(data_args.image_grid_pinpoints, side)
+        config.image_grid_pinpoints = data_args.image_grid_pinpoints = [list(pair) for pair in grid]
+    config.mm_projector_lr, config.mm_vision_tower_lr = training_args.mm_projector_lr, training_args.mm_vision_tower_lr
+
+
+def make_data(model, tokenizer, model_args, data_args, training_args):
+    """Dataset and collator, checked as a whole before training."""
+    from llava.data import make_supervised_data_module
+
+    if data_args.data_path is None:
+        raise LlavaError("data_path: missing; expected LLaVA JSON or JSONL, or a mixture YAML")
+    tower = model.get_vision_tower()
+    return make_supervised_data_module(
+        tokenizer,
+        data_args,
+        image_processor=tower and tower.image_processor,
+        version=model_args.version,
+        model_max_length=training_args.model_max_length,
+        count_visual_tokens=tower and model.visual_token_counter(),
+        seed=training_args.seed,
+    )
+
+
+def save(trainer, out: str):
+    """Leave the trained model in `out`: all of it, or after LLaVA's stage 1 the projector alone."""
+    from llava.train.parts import is_adapter_only
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = True
+    if is_adapter_only(trainer.parts):
+        trainer.save_adapter(out)
+        if is_rank0():
+            model.config.save_pretrained(out)
+            model.get_vision_tower().image_processor.save_pretrained(out)
+            trainer.processing_class.save_pretrained(out)
+    else:
+        trainer.save_model(out)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_state()  # last: its presence says that the run has ended
+    if trainer.bad_records:
+        rank0_print(f"{len(trainer.bad_records)} records were left out: {', '.join(sorted(trainer.bad_records))}")
+    rank0_print(f"saved to {out}")
+
+
+if __name__ == "__main__":
+    train()
