@@ -187,8 +187,14 @@ class LazySupervisedDataset(Dataset):
         aspect_ratio = "pad" if len(names) > 1 else options.image_aspect_ratio
         images, sizes = [], []
         for name in names:
-            picture = load_image(resolve_path(folder, name, options.allow_absolute_paths))
-            images.append(process_image(picture, self.image_processor, aspect_ratio, options.image_grid_pinpoints))
+            path = resolve_path(folder, name, options.allow_absolute_paths)
+            picture = load_image(path)
+            try:
+                pixels = process_image(picture, self.image_processor, aspect_ratio, options.image_grid_pinpoints)
+            except (ValueError, ZeroDivisionError) as error:  # sizes such as 2000 x 1 that no processor takes
+                reason = f"image {path}: found {picture.width}x{picture.height} pixels that cannot be processed"
+                raise LlavaError(f"{reason} ({error})") from None
+            images.append(pixels)
             sizes.append(picture.size)
         return images, sizes
 

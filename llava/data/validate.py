@@ -2,6 +2,8 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib.util import find_spec
 from itertools import islice
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -13,6 +15,7 @@ from llava.errors import LlavaError
 
 _THREADS = 32  # paths are often on a network file system, where the wait is for the answer and not for the processor
 _CHUNK = 4096
+_VIDEO_FILES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".flv", ".mpeg", ".mpg", ".m4v")
 
 
 def check_record(record: dict, template: Conversation, add_time_instruction: bool = False) -> None:
@@ -78,6 +81,8 @@ def validate_records(
             if names:
                 part = records.part(index)
                 own, run = (part.video_folder, video_folder) if kind == "video" else (part.image_folder, image_folder)
+                if kind == "video" and names[0].lower().endswith(_VIDEO_FILES):
+                    _check_pyav(names[0])
                 for name in names:
                     paths.setdefault(resolve_path(own or run, name, allow_absolute_paths), index)
         except LlavaError as error:
@@ -91,6 +96,16 @@ def validate_records(
         lines = [f"{records.describe(index)}: {faults[index]}" for index in sorted(faults)]
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise LlavaError("\n  ".join([lines[0] + more, *lines[1:]]))
+
+
+@lru_cache(maxsize=1)
+def _has_pyav() -> bool:
+    return find_spec("av") is not None
+
+
+def _check_pyav(name: str) -> None:
+    if not _has_pyav():
+        raise LlavaError(f"video {name}: reading a video file needs PyAV; install it with: pip install av")
 
 
 def _missing(paths: dict[str, int]):
