@@ -11,6 +11,7 @@ from llava.data.sampler import LengthGroupedSampler
 from llava.errors import LlavaError
 from llava.model.checkpoint import adapter_state, save_adapter
 from llava.train.parts import is_adapter_only, split_by_learning_rate
+from llava.utils import rank0_print
 
 
 class LLaVATrainer(Trainer):
@@ -25,7 +26,7 @@ class LLaVATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.parts = parts
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
-        self.bad_records: dict[str, str] = {}
+        self.bad_records: set[str] = set()  # "id: reason"
 
     # --- data ---
 
@@ -57,7 +58,7 @@ class LLaVATrainer(Trainer):
             total = self.accelerator.gather(total).sum()
         return total
 
-    def _count_bad_records(self, new: list[tuple[str, str]]):
+    def _count_bad_records(self, new: list[str]):
         """Stop, on every rank at the same step, when too many distinct records could not be used."""
         if self.args.world_size > 1:
             any_bad = torch.tensor(len(new), device=self.args.device)
@@ -66,12 +67,12 @@ class LLaVATrainer(Trainer):
             gathered = [None] * self.args.world_size
             torch.distributed.all_gather_object(gathered, new)
             new = [record for part in gathered for record in part]
-        if not new:
-            return
+        for record in sorted(set(new) - self.bad_records):
+            rank0_print(f"left out: {record}")
         self.bad_records.update(new)
         limit = max(10, len(self.train_dataset) // 100)
         if len(self.bad_records) > limit:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.bad_records.items()))
+            listed = "; ".join(sorted(self.bad_records))
             raise LlavaError(f"{len(self.bad_records)} bad records, more than the {limit} that are tolerated: {listed}")
 
     # --- optimizer ---

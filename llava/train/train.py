@@ -6,6 +6,8 @@ under `torchrun` or `deepspeed` on many GPUs.
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 from llava.errors import LlavaError, report_errors
 from llava.utils import is_rank0, rank0_print
@@ -39,8 +41,12 @@ def _train(model_args, data_args, training_args):
     from llava.train.parts import set_trainable, tunable_parts
 
     out = training_args.output_dir
-    if finished_steps(out) is not None:
-        rank0_print(f"{out}: already trained ({finished_steps(out)} steps); remove the folder to train again")
+    if training_args.overwrite_output_dir:
+        with training_args.main_process_first(local=False, desc="removing the earlier run"):
+            if is_rank0():
+                remove_run(out)
+    elif finished_steps(out) is not None:
+        rank0_print(f"{out}: already trained ({finished_steps(out)} steps); --overwrite_output_dir trains again")
         return
     set_seed(training_args.seed)  # projector, newline token and new embeddings are drawn here
     model, tokenizer = load_model(model_args, data_args, training_args)
@@ -54,6 +60,15 @@ def _train(model_args, data_args, training_args):
         rank0_print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     save(trainer, out)
+
+
+def remove_run(out: str) -> None:
+    """Remove an earlier run's state and checkpoints from its folder, and nothing else."""
+    folder = Path(out)
+    (folder / "trainer_state.json").unlink(missing_ok=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / "trainer_state.json").is_file():
+            shutil.rmtree(checkpoint)
 
 
 def finished_steps(out: str) -> int | None:
@@ -185,7 +200,10 @@ def save(trainer, out: str):
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()  # last: its presence says that the run has ended
     if trainer.bad_records:
-        rank0_print(f"{len(trainer.bad_records)} records were left out: {', '.join(sorted(trainer.bad_records))}")
+        rank0_print(f"records left out: {len(trainer.bad_records)}")
+    stats = trainer.train_dataset.stats
+    if stats["truncated"]:
+        rank0_print(f"samples cut to model_max_length: {stats['truncated']}, of them without a label: {stats['no_label']}")
     rank0_print(f"saved to {out}")
 
 
