@@ -14,6 +14,7 @@ __all__ = ["Video", "frame_indices", "load_image", "load_video", "resolve_path",
 
 _FOLDER_FPS = 2.0  # LLaVA-NeXT takes a folder of frames for two frames a second ...
 _FOLDER_FRAMES = 10  # ... and gives the model ten of them unless told otherwise
+_MAX_SIDE, _MAX_RATIO = 25_000, 200
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -29,11 +30,17 @@ def load_image(path: str) -> Image.Image:
     """The whole picture as RGB.
 
     Raises:
-        LlavaError: missing, not a picture, or cut short.
+        LlavaError: missing, not a picture, cut short, or of a shape that would fill the memory when it is squared or
+            scaled up (a side over 25,000 pixels, or one over 200 times the other).
     """
     try:
         with Image.open(path) as image:
+            long, short = max(image.size), min(image.size)
+            if long > _MAX_SIDE or long > _MAX_RATIO * short:
+                raise LlavaError(f"image {path}: found {image.width}x{image.height} pixels, which is too long a shape")
             return image.convert("RGB")
+    except LlavaError:
+        raise
     except FileNotFoundError:
         raise LlavaError(f"image {path}: found no such file") from None
     except MemoryError:

@@ -76,12 +76,16 @@ def test_samples(folder):
     assert str(broken).startswith("broken: image ") and "cannot be read" in str(broken)
 
 
-def test_an_image_that_no_processor_takes(folder):
-    Image.new("RGB", (3000, 1)).save(folder / "thin.png")
-    record = {"id": "thin", "image": "thin.png", "conversations": talk("<image>", "Thin.")}
-    data = module(folder, [record], image_aspect_ratio="anyres", image_grid_pinpoints=GRID)["train_dataset"]
-    sample = data[0]
-    assert isinstance(sample, dict) or "3000x1" in sample.reason
+def test_an_image_that_the_processor_refuses(folder, monkeypatch):
+    data = module(folder)["train_dataset"]
+
+    class Processor:
+        def preprocess(self, images, return_tensors):
+            raise ValueError("height must be positive")
+
+    monkeypatch.setattr(data, "image_processor", Processor())
+    assert isinstance(data[0], BadRecord)
+    assert "a.png: found 60x40 pixels that cannot be processed (height must be positive)" in data[0].reason
 
 
 def test_time_instruction_is_put_before_the_question(folder):

@@ -42,6 +42,12 @@ def test_missing_and_not_an_image(tmp_path):
         load_image(str(tmp_path / "b.png"))
 
 
+@pytest.mark.parametrize("size", [(402, 2), (25_001, 200)])
+def test_a_shape_that_would_fill_the_memory(tmp_path, size):
+    with pytest.raises(LlavaError, match=f"found {size[0]}x{size[1]} pixels"):
+        load_image(str(picture(tmp_path / "a.png", size=size)))
+
+
 @pytest.fixture
 def frames(tmp_path):
     folder = tmp_path / "clip"
