@@ -120,13 +120,14 @@ def _fall_back(values: dict[str, Any], notices: list[str]) -> None:
         notices.append("torch_compile needs a CUDA device; the model runs uncompiled")
     values.setdefault("dataloader_pin_memory", False)
     if values.get("deepspeed"):
-        _prepare_deepspeed_on_cpu(values)
+        _prepare_deepspeed_on_cpu()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or values.get("deepspeed"):
+        values["use_cpu"] = True  # otherwise accelerate starts no process group
 
 
-def _prepare_deepspeed_on_cpu(values: dict[str, Any]) -> None:
+def _prepare_deepspeed_on_cpu() -> None:
     """What DeepSpeed reads from the environment when it is imported; a single process needs no launcher."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    values["use_cpu"] = False  # transformers would leave DeepSpeed out; DS_ACCELERATOR already says cpu
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
