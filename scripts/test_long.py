@@ -1,0 +1,97 @@
+"""Run the demo over several seeds, hold each against the bar, and write a dated JSON (see test_long.sh)."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BAR = {"overall": 0.90, "one_digit": 0.95, "every_kind": 0.75}
+LEAST = {"questions": 1000, "one_digit": 300, "share_of_a_kind": 0.08}
+RARE_KINDS = {"text"}  # kinds without an image: at most 5% of the questions, so not held to the least share
+
+
+def shortfalls(result: dict) -> list[str]:
+    """What in an eval.json (`exact_match`, `n`, `by_kind`) is below the bar; [] if nothing is."""
+    kinds, found = result["by_kind"], []
+    if result["exact_match"] < BAR["overall"]:
+        found.append(f"overall {result['exact_match']:.3f} < {BAR['overall']}")
+    if result["n"] < LEAST["questions"]:
+        found.append(f"{result['n']} questions < {LEAST['questions']}")
+    one_digit = kinds.get("one_digit", {"exact_match": 0.0, "n": 0})
+    if one_digit["exact_match"] < BAR["one_digit"]:
+        found.append(f"one_digit {one_digit['exact_match']:.3f} < {BAR['one_digit']}")
+    if one_digit["n"] < LEAST["one_digit"]:
+        found.append(f"{one_digit['n']} one_digit questions < {LEAST['one_digit']}")
+    for kind, part in sorted(kinds.items()):
+        if part["exact_match"] < BAR["every_kind"]:
+            found.append(f"{kind} {part['exact_match']:.3f} < {BAR['every_kind']}")
+        if kind not in RARE_KINDS and part["n"] < LEAST["share_of_a_kind"] * result["n"]:
+            found.append(f"{kind} has {part['n']} of {result['n']} questions")
+    return found
+
+
+def run_demo(seed: int, output: Path, extra: list[str]) -> dict:
+    """One demo from an empty folder; what is kept of it."""
+    command = ["bash", "scripts/finetune.sh", "--overwrite", "--seed", str(seed), "--output_dir", str(output), *extra]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT)
+    seconds = round(time.monotonic() - start, 1)
+    if done.returncode != 0:
+        return {"seed": seed, "seconds": seconds, "shortfalls": [f"ended with status {done.returncode}"]}
+    result = json.loads((output / "finetune" / "eval.json").read_text(encoding="utf-8"))
+    questions = {"predictions", "questions", "records", "examples"}
+    summary = {name: value for name, value in result.items() if name not in questions and not isinstance(value, list)}
+    return {"seed": seed, "seconds": seconds, **summary, "shortfalls": shortfalls(result)}
+
+
+def host() -> dict:
+    packages = ("torch", "transformers", "deepspeed", "numpy", "scikit-learn")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "commit": commit,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--output", type=Path, default=ROOT / "checkpoints/long", help="folder for the runs")
+    args, extra = parser.parse_known_args()
+    runs = []
+    now = datetime.datetime.now(datetime.timezone.utc)
+    path = ROOT / "test_results" / f"long_{now:%Y%m%d}.json"
+    path.parent.mkdir(exist_ok=True)
+    for seed in args.seeds:
+        print(f"seed {seed}", flush=True)
+        runs.append(run_demo(seed, args.output / f"seed{seed}", extra))
+        passed = not any(run["shortfalls"] for run in runs) and len(runs) == len(args.seeds)
+        report = {
+            "started": now.isoformat(),
+            "host": host(),
+            "bar": BAR,
+            "least": LEAST,
+            "demo": runs,
+            "passed": passed,
+        }
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for run in runs:
+        verdict = "; ".join(run["shortfalls"]) or "above the bar"
+        print(f"seed {run['seed']}: exact match {run.get('exact_match', 0):.3f} in {run['seconds']} s, {verdict}")
+    print(f"written to {path.relative_to(ROOT)}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
