@@ -157,14 +157,18 @@ make_demo() {
     echo "$SEED" >"$marker"
 }
 
+# stage_finished NAME: that stage ran to its end; the trainer writes this file last.
+stage_finished() {
+    [[ -f "$OUTPUT/$1/trainer_state.json" ]]
+}
+
 # demo_stage NAME CONFIG --key value ...: one stage into OUTPUT/NAME, unless it ran to its end before.
 demo_stage() {
     local name="$1" config="$2"
     shift 2
-    if [[ -f "$OUTPUT/$name/finished" ]]; then
+    if stage_finished "$name"; then
         echo "$OUTPUT/$name: finished before"
         return
     fi
     launch "$config" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@" --output_dir "$OUTPUT/$name"
-    touch "$OUTPUT/$name/finished"
 }

@@ -12,7 +12,7 @@ usage: bash scripts/finetune.sh [--overwrite] [--key value ...]
 Every key of a config may be given as --key value and then stands above it; `python -m llava.config table` lists them.
 In the demo the keys go to both stages; --output_dir is the folder of both (checkpoints/demo); --overwrite starts anew.
 Environment: NUM_GPUS, NNODES, RANK, ADDR, PORT (as in LLaVA-NeXT), LAUNCHER=torchrun|deepspeed, HOSTFILE,
-             NUM_PROCS (processes on the CPU), PYTHON.
+             NUM_PROCS (processes on the CPU), PYTHON, EVAL_LIMIT (held-out questions of a cut-short demo).
 USAGE
 }
 
@@ -32,7 +32,7 @@ fi
 read_demo_flags "$@"
 if [[ "$OVERWRITE" == yes ]]; then
     rm -rf "$OUTPUT/pretrain" "$OUTPUT/finetune"
-elif [[ -f "$OUTPUT/finetune/eval.json" ]]; then
+elif [[ -f "$OUTPUT/finetune/eval.json" && -f "$OUTPUT/finetune/report.png" ]]; then
     echo "$OUTPUT/finetune: the demo is finished; run with --overwrite to train it again"
     exit 0
 fi
@@ -41,7 +41,7 @@ make_demo
 demo_stage pretrain configs/train/demo_pretrain.yaml
 demo_stage finetune configs/train/demo.yaml --model_name_or_path "$OUTPUT/pretrain"
 "$PYTHON" -m llava.eval.exact_match --model-path "$OUTPUT/finetune" --data-path playground/demo/heldout.json \
-    --image-folder playground/demo/images --blank-images
+    --image-folder playground/demo/images --blank-images ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"}
 "$PYTHON" -m llava.eval.report --model-path "$OUTPUT/finetune"
 "$PYTHON" - "$OUTPUT/finetune/eval.json" <<'PY'
 import json, sys

@@ -23,7 +23,7 @@ fi
 read_demo_flags "$@"
 if [[ "$OVERWRITE" == yes ]]; then
     rm -rf "$OUTPUT/pretrain"
-elif [[ -f "$OUTPUT/pretrain/finished" ]]; then
+elif stage_finished pretrain; then
     echo "$OUTPUT/pretrain: the demo's stage 1 is finished; run with --overwrite to train it again"
     exit 0
 fi

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = {"overall": 0.90, "one_digit": 0.95, "every_kind": 0.75}
+BLANK_MARGIN = 0.15  # with blank pictures an image kind may be this far above chance: 140 questions are few
 LEAST = {"questions": 1000, "one_digit": 300, "share_of_a_kind": 0.08}
 RARE_KINDS = {"text"}  # kinds without an image: at most 5% of the questions, so not held to the least share
 
@@ -34,6 +35,9 @@ def shortfalls(result: dict) -> list[str]:
             found.append(f"{kind} {part['exact_match']:.3f} < {BAR['every_kind']}")
         if kind not in RARE_KINDS and part["n"] < LEAST["share_of_a_kind"] * result["n"]:
             found.append(f"{kind} has {part['n']} of {result['n']} questions")
+    for kind, part in sorted(result.get("blank_images", {}).get("by_kind", {}).items()):
+        if part["exact_match"] > part["chance"] + BLANK_MARGIN:
+            found.append(f"{kind} with blank pictures {part['exact_match']:.3f}, chance {part['chance']:.3f}")
     return found
 
 

@@ -26,10 +26,10 @@ def check_value(key: Key, value: Any, where: str) -> None:
 
 
 def _check_parts(value: str, where: str) -> None:
-    for part in value.split(","):
+    for part in filter(None, (part.strip() for part in value.split(","))):
         if part == "mm_vision_resampler":
             raise LlavaError(f"{where}: mm_tunable_parts names {part}, which is not available in this version")
-        if part.strip() not in TUNABLE_PARTS:
+        if part not in TUNABLE_PARTS:
             raise LlavaError(f"{where}: mm_tunable_parts names {part!r}, expected some of {', '.join(TUNABLE_PARTS)}")
 
 
