@@ -1,0 +1,143 @@
+"""Make the demo's starting point: a tokenizer and tiny models with random weights, in the folders real ones come in.
+
+    python playground/make_demo_model.py --output playground/demo --seed 0
+
+Reads the texts that `make_demo_data.py` wrote and leaves beside them `llm/` (Qwen2 architecture, with the tokenizer),
+`clip_tower/` and `siglip_tower/` (vision towers of one size, with their image processors).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+IMAGE_SIZE, PATCH_SIZE = 56, 14  # pixels: 16 visual tokens
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MODEL_MAX_LENGTH = 512  # tokens, visual ones included
+TEMPLATE_TEXT = "system\nYou are a helpful assistant.\nuser\nassistant\n"  # so that its words become single tokens
+# Qwen2's pre-tokenizer: among others, every digit is a token of its own.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLM = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+IMAGE_STATISTICS = {
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "siglip": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+}
+
+
+def demo_texts(folder: Path) -> list[str]:
+    """Every turn of the training files (not the held-out ones), and the words of the chat template."""
+    texts = [TEMPLATE_TEXT] * 100
+    for name in ("pretrain.json", "train.json"):
+        records = json.loads((folder / name).read_text())
+        texts += [turn["value"] for record in records for turn in record["conversations"]]
+    return texts
+
+
+def make_tokenizer(texts: list[str]):
+    """A byte-level BPE tokenizer as Qwen2's: no unknown characters, special tokens last, padded with <|endoftext|>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # The 256 bytes come first, in GPT-2's order, so a newline is token 198 as in every Qwen vocabulary.
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, min_frequency=20, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=MODEL_MAX_LENGTH,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_llm(folder: Path, tokenizer) -> None:
+    """A random Qwen2 language model with `tokenizer` beside it."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MODEL_MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **LLM,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tower(folder: Path, kind: str) -> None:
+    """A random vision tower: `kind` is "clip" or "siglip"."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+    config_class, model_class = {
+        "clip": (CLIPVisionConfig, CLIPVisionModel),
+        "siglip": (SiglipVisionConfig, SiglipVisionModel),
+    }[kind]
+    model_class(config_class(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **TOWER)).save_pretrained(folder)
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    mean, std = IMAGE_STATISTICS[kind]
+    processor = {
+        "image_processor_type": "CLIPImageProcessor" if kind == "clip" else "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": IMAGE_SIZE} if kind == "clip" else square,
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    if kind == "clip":
+        processor |= {"do_center_crop": True, "crop_size": square}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def make(output: Path, seed: int) -> None:
+    """Write `llm/`, `clip_tower/` and `siglip_tower/` under `output`, which holds the demo data."""
+    import torch
+
+    torch.manual_seed(seed)
+    make_llm(output / "llm", make_tokenizer(demo_texts(output)))
+    for kind in ("clip", "siglip"):
+        make_tower(output / f"{kind}_tower", kind)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the demo's tokenizer and its tiny models with random weights.")
+    parser.add_argument("--output", type=Path, default=Path("playground/demo"), help="folder that holds the demo data")
+    parser.add_argument("--seed", type=int, default=0, help="decides the random weights")
+    args = parser.parse_args()
+    missing = [name for name in ("pretrain.json", "train.json") if not (args.output / name).is_file()]
+    if missing:
+        parser.error(f"{args.output} lacks {' and '.join(missing)}: run playground/make_demo_data.py first")
+    make(args.output, args.seed)
+    print(f"{args.output}: llm, clip_tower, siglip_tower")
+
+
+if __name__ == "__main__":
+    main()
