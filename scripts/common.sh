@@ -49,6 +49,7 @@ use_environment() {
     if [[ -n "${PYTHONPATH:-}" ]]; then
         export PYTHONPATH="$ROOT:$PYTHONPATH" # a llava that PYTHONPATH names must not hide this one
     fi
+    command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu # DeepSpeed then does not warn at every import
     export PYTHON
 }
 
