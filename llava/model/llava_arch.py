@@ -49,8 +49,11 @@ class LlavaMetaModel:
 
     def _build_projector(self):
         self.config.mm_hidden_size = self.vision_tower.hidden_size
-        self.mm_projector = build_vision_projector(self.config)
-        self._build_newline()
+        # From the run's seed alone: how much randomness the rest took differs between ZeRO stages.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            self.mm_projector = build_vision_projector(self.config)
+            self._build_newline()
 
     def _build_newline(self):
         if MergeRules.from_config(self.config).unpad:
@@ -184,12 +187,19 @@ class LlavaMetaForCausalLM:
             size = (crop.shape[-1], crop.shape[-2]) if image_sizes is None else image_sizes[i]
             grid = grid_of(*crop.shape[-2:])[1]
             merged.append(merge_visual_tokens(feature, grid, size, modalities[i], crop.shape[-1], newline, rules))
+        if newline is not None and self.training:
+            merged[0] = merged[0] + newline * 0.0  # it has a gradient on every rank, whatever this batch merged
         return merged
 
-    def _dummy_visual(self, like):
-        """Zero that depends on tower and projector: a rank without an image takes part in their collectives."""
+    def _anchor(self, like):
+        """Zero that depends on tower, projector and newline: a rank without an image takes part in their collectives.
+
+        It calls them in the order in which `_visual_tokens` does, which ZeRO-3 relies on.
+        """
+        newline = self.get_model().image_newline if MergeRules.from_config(self.config).unpad else None
         side = self.get_vision_tower().image_size
-        return self.encode_images(like.new_zeros(1, 3, side, side)).sum() * 0.0
+        zero = self.encode_images(like.new_zeros(1, 3, side, side, dtype=self.dtype)).sum()
+        return (zero if newline is None else zero + newline.sum()) * 0.0
 
     # --- the merge ---
 
@@ -247,7 +257,11 @@ class LlavaMetaForCausalLM:
         ids = input_ids[rows, columns]
         is_image = ids == IMAGE_TOKEN_INDEX
         images, modalities, image_sizes = match_images(input_ids, keep, images, modalities, image_sizes)
-        visual = self._visual_tokens(images, modalities, image_sizes) if len(images) else []
+        visual, anchor = [], None
+        if len(images):
+            visual = self._visual_tokens(images, modalities, image_sizes)
+        elif self.training and torch.distributed.is_initialized():
+            anchor = self._anchor(input_ids)
 
         # where each kept token starts in its merged row
         lengths = torch.ones_like(ids)
@@ -287,12 +301,8 @@ class LlavaMetaForCausalLM:
             label_at = text_at[0][kept], (text_at[1] + shift[text_at[0]])[kept]
             new_labels = labels.new_full((len(input_ids), size), IGNORE_INDEX)
             new_labels[label_at] = labels[rows, columns][~is_image][kept]
-        if self.training and torch.distributed.is_initialized():
-            if not len(images):
-                embeds = embeds + self._dummy_visual(embeds)
-            newline = getattr(self.get_model(), "image_newline", None)
-            if newline is not None:  # it is in every rank's graph, whatever this batch merged
-                embeds = embeds + newline.sum() * 0.0
+        if anchor is not None:
+            embeds = embeds + anchor.to(embeds.dtype)
         return embeds, new_labels, mask, positions * mask
 
     # --- forward and generation ---

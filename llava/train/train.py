@@ -48,6 +48,10 @@ def _train(model_args, data_args, training_args):
     elif finished_steps(out) is not None:
         rank0_print(f"{out}: already trained ({finished_steps(out)} steps); --overwrite_output_dir trains again")
         return
+    if training_args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
     set_seed(training_args.seed)  # projector, newline token and new embeddings are drawn here
     model, tokenizer = load_model(model_args, data_args, training_args)
     data = make_data(model, tokenizer, model_args, data_args, training_args)

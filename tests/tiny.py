@@ -1,0 +1,125 @@
+"""A language model, two towers, pictures and records small enough for any test, made on the spot."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+TOKENIZER = Path(__file__).parent / "golden" / "llava" / "tokenizer_qwen"
+SIDE, PATCH = 28, 14
+
+
+def llm(folder: Path) -> str:
+    """Folder of a random two-layer Qwen2 with the golden tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=703,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    for path in TOKENIZER.iterdir():
+        shutil.copy(path, folder)
+    return str(folder)
+
+
+def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE) -> str:
+    """Folder of a random vision encoder with its image processor; kind is "clip" or "siglip"."""
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        SiglipImageProcessorPil,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    torch.manual_seed(1)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=PATCH,
+    )
+    if kind == "clip":
+        CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(folder)
+        CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ).save_pretrained(folder)
+    else:
+        SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder)
+        SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+    return str(folder)
+
+
+def records(folder: Path, kinds: str) -> str:
+    """Path of a JSON file; per letter of `kinds` a record: "i" one image, "m" two images, "t" text only."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    made = []
+    for i, kind in enumerate(kinds):
+        names = []
+        for k in range({"i": 1, "m": 2, "t": 0}[kind]):
+            size = int(rng.integers(20, 60)), int(rng.integers(20, 60))
+            pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+            names.append(f"{i}_{k}.png")
+            Image.fromarray(pixels).save(folder / "images" / names[-1])
+        answer = " ".join(["A temple in China."] * (1 + i % 3))  # labels are not alike in number
+        turns = [
+            {"from": "human", "value": "<image>\n" * len(names) + "What is shown?"},
+            {"from": "gpt", "value": answer},
+        ]
+        record = {"id": f"r{i}", "conversations": turns}
+        if names:
+            record["image"] = names if len(names) > 1 else names[0]
+        made.append(record)
+    path = folder / "records.json"
+    path.write_text(json.dumps(made))
+    return str(path)
+
+
+def train_flags(folder: Path, kinds: str = "iitiittiiiti", **changes) -> list[str]:
+    """Command line of a short training run on tiny parts made in `folder`."""
+    flags = {
+        "model_name_or_path": llm(folder / "llm"),
+        "version": "qwen_1_5",
+        "vision_tower": tower(folder / "clip"),
+        "mm_vision_select_layer": -2,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": "(1x1),...,(2x2)",
+        "mm_use_im_patch_token": False,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        "data_path": records(folder, kinds),
+        "image_folder": folder / "images",
+        "output_dir": folder / "out",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "model_max_length": 512,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    flags.update(changes)
+    return [part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value))]
+
+
+def history(out: Path) -> list[dict]:
+    """The logged steps of a finished run."""
+    return [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
