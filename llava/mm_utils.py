@@ -16,6 +16,7 @@ from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
+from llava.text_encoding import text_encoder
 
 # --- image geometry ---------------------------------------------------------------------------------------------------
 
@@ -180,6 +181,12 @@ def load_image_from_base64(image):
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
+def _with_special_tokens(tokenizer, text):
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return tokenizer(text).input_ids
+    return text_encoder(tokenizer).encode(text, add_special_tokens=True).ids
+
+
 def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX, return_tensors=None):
     """Token ids of `prompt` with every `<image>` replaced by `image_token_index`.
 
@@ -189,7 +196,7 @@ def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX
     Returns:
         list of int, or LongTensor [L] with `return_tensors="pt"`.
     """
-    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    chunks = [_with_special_tokens(tokenizer, chunk) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
     bos = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id
     input_ids = chunks[0][:1] if bos else []
     for i, chunk in enumerate(chunks):

@@ -12,9 +12,9 @@ import torch
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, Turn, get_template
-from llava.data.encoding import TextEncoder, text_encoder
 from llava.data.turns import NOISE, check_turns, place_image, read_turns
 from llava.errors import LlavaError
+from llava.text_encoding import TextEncoder, text_encoder
 
 SUPERVISE = ("llava_next", "answers_only")
 

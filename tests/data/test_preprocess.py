@@ -4,9 +4,9 @@ import pytest
 import sentencepiece
 
 from llava.conversation import conv_templates
-from llava.data.encoding import text_encoder
 from llava.data.preprocess import preprocess, resolve_supervise
 from llava.errors import LlavaError
+from llava.text_encoding import text_encoder
 from tests.data.common import GOLDEN, talk, tokenizer
 
 CASES = json.loads((GOLDEN / "preprocess.json").read_text())
