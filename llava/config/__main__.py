@@ -1,5 +1,6 @@
 """`python -m llava.config show CONFIG [--key value ...]` and `python -m llava.config table [--update FILE]`."""
 
+import signal
 import sys
 
 from llava.config.resolve import DEFAULT, Run, resolve
@@ -54,4 +55,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `show ... | head` ends quietly
     main()
