@@ -188,10 +188,10 @@ class Writer:
         self.canvases: dict[str, list[Placed]] = {}
 
     def canvas(self, count: int) -> str:
-        """Draws one and returns its path relative to the data folder."""
-        name = f"images/{self.split}_{len(self.canvases):05d}.png"
+        """Draws one and returns its name in `images/`, which the records use."""
+        name = f"{self.split}_{len(self.canvases):05d}.png"
         image, self.canvases[name] = compose(count, self.digits)
-        image.save(self.folder / name, compress_level=1)
+        image.save(self.folder / "images" / name, compress_level=1)
         self.bar.update()
         return name
 

@@ -4,7 +4,8 @@
 
 Every answer of a record is a question, asked with the true earlier turns before it. Writes `eval.json`:
 `{exact_match, n, by_kind: {kind: {exact_match, n}}, questions: [{id, kind, image, question, answer, prediction,
-correct}]}` and, with `--blank-images`, `blank_images`: the same scores on pictures of one colour, beside chance.
+correct}], image_folder}` and, with `--blank-images`, `blank_images`: the same scores on pictures of one colour, beside
+chance.
 """
 
 import argparse
@@ -195,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer, model, processor, template, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
     )
     result = evaluate(answerer, questions[: args.limit], args.blank_images)
+    result["image_folder"] = args.image_folder
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     with open(output, "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1)

@@ -2,12 +2,14 @@
 
     python -m llava.eval.report --eval-json eval.json --image-folder D --stage pretrain/trainer_state.json \\
         --stage finetune/trainer_state.json --output report.png
+    python -m llava.eval.report --model-path checkpoints/demo/finetune      # the same, from the places of the demo
 """
 
 import argparse
 import json
 import math
 import os
+from collections import Counter
 
 from llava.data.paths import resolve_path
 from llava.errors import LlavaError, report_errors
@@ -59,14 +61,14 @@ def smooth(values: list[float], share: float = SMOOTHING) -> list[float]:
 
 
 def choose(questions: list[dict], amount: int) -> list[dict]:
-    """A fair sample: every kind in turn, evenly spaced in the file, right or wrong."""
+    """A fair sample: every kind in turn, each evenly spaced over the file, right or wrong."""
     by_kind: dict[str, list[dict]] = {}
     for question in questions:
         by_kind.setdefault(question["kind"], []).append(question)
-    rounds = math.ceil(amount / len(by_kind))
-    samples = {kind: [items[i * len(items) // rounds] for i in range(rounds)] for kind, items in by_kind.items()}
-    picked = [samples[kind][i] for i in range(rounds) for kind in sorted(samples) if i < len(by_kind[kind])]
-    return picked[:amount]
+    turns = [kind for i in range(amount) for kind in sorted(by_kind) if i < len(by_kind[kind])][:amount]
+    quotas = Counter(turns)
+    spaced = {kind: [by_kind[kind][i * len(by_kind[kind]) // n] for i in range(n)] for kind, n in quotas.items()}
+    return [spaced[kind].pop(0) for kind in turns]
 
 
 def wrap(draw, text: str, face, width: int, lines: int = 2) -> list[str]:
@@ -198,24 +200,43 @@ def render(result: dict, image_folder: str | None, curves: list[tuple[str, list[
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Held-out pictures with answers, and loss curves, as one PNG.")
-    parser.add_argument("--eval-json", required=True, help="what llava.eval.exact_match wrote")
-    parser.add_argument("--image-folder", help="where its image paths start")
-    parser.add_argument("--stage", action="append", default=[], help="trainer_state.json of a stage; repeat in order")
-    parser.add_argument("--output", default="report.png", help="PNG to write")
+    parser.add_argument("--model-path", help="trained model's folder: where the other arguments' defaults are found")
+    parser.add_argument("--eval-json", help="what llava.eval.exact_match wrote (default: in the model's folder)")
+    parser.add_argument("--image-folder", help="where its image paths start (default: as the evaluation had it)")
+    parser.add_argument(
+        "--stage",
+        action="append",
+        help="trainer_state.json of a stage; repeat in order (default: the model's, after that of pretrain/ beside it)",
+    )
+    parser.add_argument("--output", help="PNG to write (default: report.png in the model's folder, or here)")
     return parser
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Replace what was not given by what lies in and beside `--model-path`."""
+    folder = args.model_path
+    if folder is None and args.eval_json is None:
+        raise LlavaError("found neither --model-path nor --eval-json, expected one of them")
+    args.eval_json = args.eval_json or os.path.join(folder, "eval.json")
+    args.output = args.output or os.path.join(folder or ".", "report.png")
+    if args.stage is None and folder is not None:
+        before = os.path.join(os.path.dirname(os.path.abspath(folder)), "pretrain")
+        states = [os.path.join(path, "trainer_state.json") for path in (before, folder)]
+        args.stage = [path for path in states if os.path.isfile(path)]
 
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    fill_defaults(args)
     result = read_json(args.eval_json)
     if not isinstance(result, dict) or not result.get("questions"):
         raise LlavaError(f"{args.eval_json}: questions: found none, expected what llava.eval.exact_match writes")
     curves = []
-    for number, path in enumerate(args.stage, start=1):
+    for number, path in enumerate(args.stage or (), start=1):
         folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
         curves.append((f"stage {number}: {folder}", *loss_curve(path)))
-    page = render(result, args.image_folder, curves)
+    page = render(result, args.image_folder or result.get("image_folder"), curves)
     os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     page.save(args.output)
     print(args.output)

@@ -1,0 +1,70 @@
+"""The demo's starting point loads as published models do, offline."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Models made from a handful of texts, by the program itself."""
+    folder = tmp_path_factory.mktemp("demo")
+    digits = ", ".join("0123456789")
+    texts = [f"left to right: {digits}.", "Which digit is at the far left?"]
+    records = [{"id": str(i), "conversations": [{"from": "gpt", "value": text}]} for i, text in enumerate(texts * 30)]
+    for name in ("pretrain.json", "train.json"):
+        (folder / name).write_text(json.dumps(records))
+    program = [sys.executable, str(ROOT / "playground" / "make_demo_model.py"), "--output", str(folder), "--seed", "0"]
+    subprocess.run(program, check=True, capture_output=True)
+    return folder
+
+
+def test_tokenizer(demo):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "llm")
+    assert tokenizer.model_max_length == 512 and tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert len(tokenizer("7").input_ids) == 1
+    assert tokenizer("12").input_ids == tokenizer("1").input_ids + tokenizer("2").input_ids
+    assert tokenizer("\n").input_ids == [198]  # as in every Qwen vocabulary
+    text = "<|im_start|>user\nWhich digit is at the far left?<|im_end|>\nünïcode ☃"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer("<|im_start|>").input_ids == [tokenizer.convert_tokens_to_ids("<|im_start|>")]
+
+
+def test_language_model(demo):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(demo / "llm")
+    assert model.config.model_type == "qwen2"
+    assert model.get_input_embeddings().weight.shape[0] == len(AutoTokenizer.from_pretrained(demo / "llm"))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_tower(demo, kind):
+    import torch
+    import transformers
+    from PIL import Image
+
+    prefix = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+    folder = demo / f"{kind}_tower"
+    model = getattr(transformers, f"{prefix}VisionModel").from_pretrained(folder)
+    processor = getattr(transformers, f"{prefix}ImageProcessorPil").from_pretrained(folder)
+    pixels = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 56, 56)
+    with torch.no_grad():
+        hidden = model(pixels, output_hidden_states=True).hidden_states[-2]
+    assert hidden.shape[1] == 16 + (kind == "clip")
+
+
+def test_needs_the_data_first(tmp_path):
+    program = [sys.executable, str(ROOT / "playground" / "make_demo_model.py"), "--output", str(tmp_path)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "make_demo_data.py" in done.stderr
