@@ -63,3 +63,12 @@ def check_run(run) -> None:
     factor, kind = run["rope_scaling_factor"], run["rope_scaling_type"]
     if (factor is None) != (kind is None):
         raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, found one of them")
+    stride = run["mm_spatial_pool_stride"]
+    # a LLaVA-NeXT checkpoint may carry any value: it had no effect there either
+    if stride not in (None, 2) and run.source("mm_spatial_pool_stride") != "checkpoint config":
+        raise LlavaError(
+            f"mm_spatial_pool_stride ({run.source('mm_spatial_pool_stride')}) is {stride}, expected 2: video frames are"
+            " pooled by two, as LLaVA-NeXT does whatever this key says"
+        )
+    if run["label_smoothing_factor"]:
+        raise LlavaError("label_smoothing_factor is set: the loss of supervised tokens has no smoothing, expected 0")

@@ -76,7 +76,7 @@ class ModelKeys(KeyGroup):
         checkpoint=True,
     )
     vision_tower_pretrained: str | None = key(
-        None, "weights for towers that take them from a second place", tower_part=True
+        None, "weights of a tower from a second place", only_default="a second source of tower weights"
     )
     mm_vision_select_layer: int = key(
         -1, "hidden state of the tower that is used, counted as Python does", tower_part=True, checkpoint=True
@@ -86,7 +86,7 @@ class ModelKeys(KeyGroup):
     )
     s2: bool = key(False, "multi-scale features (S2)", tower_part=True, checkpoint=True)
     s2_scales: str = key("336,672,1008", "the scales of S2 in pixels", tower_part=True, checkpoint=True)
-    delay_load: bool = key(True, "build the tower with the model but load its weights later")
+    delay_load: bool = key(True, "accepted for LLaVA-NeXT's launch lines: the tower is loaded once, where it is needed")
 
     mm_projector_type: str = key(
         "linear",
@@ -100,7 +100,7 @@ class ModelKeys(KeyGroup):
     mm_newline_position: Literal["grid", "frame", "one_token", "no_token"] = key(
         "grid", "where newline tokens go in a video", checkpoint=True
     )
-    mm_spatial_pool_stride: int | None = key(None, "pooling stride over a video frame's tokens", checkpoint=True)
+    mm_spatial_pool_stride: int | None = key(None, "pooling stride over a video frame's tokens: 2, or not given", checkpoint=True)
     mm_spatial_pool_mode: Literal["bilinear", "average", "max"] = key(
         "bilinear", "how a video frame's tokens are pooled", checkpoint=True
     )

@@ -19,7 +19,8 @@ def tunable_parts(model_args, training_args) -> set[str]:
     """Parts to train: `mm_tunable_parts`, else LLaVA's older flags.
 
     Without `mm_tunable_parts` everything but the vision tower is trained; `tune_mm_mlp_adapter` leaves only the
-    projector, `freeze_mm_mlp_adapter`, `freeze_backbone` and `unfreeze_mm_vision_tower` say what their names say.
+    projector; `freeze_mm_mlp_adapter`, `freeze_backbone`, `unfreeze_language_model` and `unfreeze_mm_vision_tower` say
+    what their names say.
     """
     if model_args.mm_tunable_parts is not None:
         parts = {part.strip() for part in model_args.mm_tunable_parts.split(",") if part.strip()}
@@ -30,7 +31,8 @@ def tunable_parts(model_args, training_args) -> set[str]:
             )
         return parts
     parts = {"mm_mlp_adapter"}
-    if not model_args.tune_mm_mlp_adapter and not model_args.freeze_backbone:
+    frozen = model_args.tune_mm_mlp_adapter or model_args.freeze_backbone
+    if model_args.unfreeze_language_model or not frozen:
         parts.add("mm_language_model")
     if model_args.unfreeze_mm_vision_tower:
         parts.add("mm_vision_tower")

@@ -40,6 +40,14 @@ def _train(model_args, data_args, training_args):
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.parts import set_trainable, tunable_parts
 
+    if training_args.verbose_logging:
+        for key, setting in training_args.run_config.settings.items():
+            rank0_print(f"{key}: {setting.value} ({setting.source})")
+    if training_args.eval_strategy != "no":
+        raise LlavaError(
+            f"eval_strategy is {training_args.eval_strategy.value}, expected no: there is no evaluation during training; "
+            "python -m llava.eval.exact_match evaluates a checkpoint"
+        )
     out = training_args.output_dir
     if training_args.overwrite_output_dir:
         with training_args.main_process_first(local=False, desc="removing the earlier run"):
