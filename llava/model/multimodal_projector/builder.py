@@ -18,7 +18,7 @@ MERGERS = {"pooler": PoolerProjector, "patch_merger": PatchMerger, "spatial_merg
 
 
 class ResBlock(nn.Module):
-    """x + MLP(LayerNorm(x))."""
+    """y + MLP(y) with y = LayerNorm(x): LLaVA's block adds to the normalised input, not to the input."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -26,7 +26,8 @@ class ResBlock(nn.Module):
         self.proj = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels))
 
     def forward(self, x):
-        return x + self.proj(self.pre_norm(x))
+        x = self.pre_norm(x)
+        return x + self.proj(x)
 
 
 def build_vision_projector(config, **kwargs) -> nn.Module:
