@@ -100,7 +100,9 @@ class ModelKeys(KeyGroup):
     mm_newline_position: Literal["grid", "frame", "one_token", "no_token"] = key(
         "grid", "where newline tokens go in a video", checkpoint=True
     )
-    mm_spatial_pool_stride: int | None = key(None, "pooling stride over a video frame's tokens: 2, or not given", checkpoint=True)
+    mm_spatial_pool_stride: int | None = key(
+        None, "pooling stride over a video frame's tokens: 2, or not given", checkpoint=True
+    )
     mm_spatial_pool_mode: Literal["bilinear", "average", "max"] = key(
         "bilinear", "how a video frame's tokens are pooled", checkpoint=True
     )

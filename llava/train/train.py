@@ -45,8 +45,8 @@ def _train(model_args, data_args, training_args):
             rank0_print(f"{key}: {setting.value} ({setting.source})")
     if training_args.eval_strategy != "no":
         raise LlavaError(
-            f"eval_strategy is {training_args.eval_strategy.value}, expected no: there is no evaluation during training; "
-            "python -m llava.eval.exact_match evaluates a checkpoint"
+            f"eval_strategy is {training_args.eval_strategy.value}, expected no: there is no evaluation during "
+            "training; python -m llava.eval.exact_match evaluates a checkpoint"
         )
     out = training_args.output_dir
     if training_args.overwrite_output_dir:
@@ -209,13 +209,16 @@ def save(trainer, out: str):
             trainer.processing_class.save_pretrained(out)
     else:
         trainer.save_model(out)
+    if is_rank0():
+        with open(os.path.join(out, "run_config.json"), "w") as file:
+            json.dump(trainer.args.run_config.to_dict(), file, indent=2)
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()  # last: its presence says that the run has ended
     if trainer.bad_records:
         rank0_print(f"records left out: {len(trainer.bad_records)}")
     stats = trainer.train_dataset.stats
     if stats["truncated"]:
-        rank0_print(f"samples cut to model_max_length: {stats['truncated']}, of them without a label: {stats['no_label']}")
+        rank0_print(f"samples cut to model_max_length: {stats['truncated']}, {stats['no_label']} of them left no label")
     rank0_print(f"saved to {out}")
 
 
