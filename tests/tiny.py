@@ -32,7 +32,7 @@ def llm(folder: Path) -> str:
     return str(folder)
 
 
-def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE) -> str:
+def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, seed: int = 1) -> str:
     """Folder of a random vision encoder with its image processor; kind is "clip" or "siglip"."""
     from transformers import (
         CLIPImageProcessorPil,
@@ -43,7 +43,7 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE) -
         SiglipVisionModel,
     )
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     sizes = dict(
         hidden_size=32,
         intermediate_size=64,
@@ -54,9 +54,9 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE) -
     )
     if kind == "clip":
         CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(folder)
-        CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        ).save_pretrained(folder)
+        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+            folder
+        )
     else:
         SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder)
         SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
@@ -90,11 +90,14 @@ def records(folder: Path, kinds: str) -> str:
 
 
 def train_flags(folder: Path, kinds: str = "iitiittiiiti", **changes) -> list[str]:
-    """Command line of a short training run on tiny parts made in `folder`."""
+    """Command line of a short training run on tiny parts; those that `changes` does not name are made in `folder`.
+
+    A change to None leaves the flag out.
+    """
     flags = {
-        "model_name_or_path": llm(folder / "llm"),
+        "model_name_or_path": None if "model_name_or_path" in changes else llm(folder / "llm"),
         "version": "qwen_1_5",
-        "vision_tower": tower(folder / "clip"),
+        "vision_tower": None if "vision_tower" in changes else tower(folder / "clip"),
         "mm_vision_select_layer": -2,
         "mm_projector_type": "mlp2x_gelu",
         "mm_patch_merge_type": "spatial_unpad",
@@ -102,7 +105,7 @@ def train_flags(folder: Path, kinds: str = "iitiittiiiti", **changes) -> list[st
         "image_grid_pinpoints": "(1x1),...,(2x2)",
         "mm_use_im_patch_token": False,
         "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
-        "data_path": records(folder, kinds),
+        "data_path": None if "data_path" in changes else records(folder, kinds),
         "image_folder": folder / "images",
         "output_dir": folder / "out",
         "per_device_train_batch_size": 4,
