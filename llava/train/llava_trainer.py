@@ -1,5 +1,6 @@
 """`transformers.Trainer` with LLaVA's sampling, learning rates, loss normalisation, checkpoints and bad records."""
 
+import json
 import os
 
 import torch
@@ -12,6 +13,8 @@ from llava.errors import LlavaError
 from llava.model.checkpoint import adapter_state, save_adapter
 from llava.train.parts import is_adapter_only, split_by_learning_rate
 from llava.utils import rank0_print
+
+BAD_RECORDS_NAME = "bad_records.json"  # in a checkpoint: what was left out so far
 
 
 class LLaVATrainer(Trainer):
@@ -75,6 +78,20 @@ class LLaVATrainer(Trainer):
             listed = "; ".join(sorted(self.bad_records))
             raise LlavaError(f"{len(self.bad_records)} bad records, more than the {limit} that are tolerated: {listed}")
 
+    # --- step ---
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As `Trainer`'s; a batch that reaches no trained weight gets gradients of zero instead of an error.
+
+        That is a batch without images where the language model is frozen. Several processes do not come here: their
+        models run tower and projector on every batch.
+        """
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, *outputs = result if return_outputs else (result,)
+        if model.training and not loss.requires_grad:
+            loss = loss + sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
+        return (loss, *outputs) if return_outputs else loss
+
     # --- optimizer ---
 
     def create_optimizer(self, model=None):
@@ -89,11 +106,19 @@ class LLaVATrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.bad_records and self.args.should_save:
+            with open(os.path.join(folder, BAD_RECORDS_NAME), "w") as file:
+                json.dump(sorted(self.bad_records), file, indent=1)
         if is_adapter_only(self.parts):
-            folder = os.path.join(
-                self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
             self.save_adapter(folder)
+
+    def read_bad_records(self, checkpoint: str) -> None:
+        """Go on counting from what the run that wrote `checkpoint` had left out."""
+        path = os.path.join(checkpoint, BAD_RECORDS_NAME)
+        if os.path.isfile(path):
+            with open(path) as file:
+                self.bad_records = set(json.load(file))
 
     def save_adapter(self, folder: str) -> None:
         """Write the projector (and newline) alone; every rank must call it."""

@@ -70,6 +70,7 @@ def _train(model_args, data_args, training_args):
     checkpoint = training_args.resume_from_checkpoint or (get_last_checkpoint(out) if os.path.isdir(out) else None)
     if checkpoint:
         rank0_print(f"resuming from {checkpoint}")
+        trainer.read_bad_records(checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     save(trainer, out)
 
