@@ -149,20 +149,24 @@ class LlavaMetaForCausalLM:
 
     def visual_token_counter(self) -> VisualTokenCounter:
         """Function (pixel shape, (width, height), modality) -> tokens that one `<image>` becomes."""
+        return VisualTokenCounter(MergeRules.from_config(self.config), self._projected_grid())
+
+    def _projected_grid(self):
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
-        grid = ProjectedGrid(self.get_vision_tower().token_grid, kind)
-        return VisualTokenCounter(MergeRules.from_config(self.config), grid)
+        return ProjectedGrid(self.get_vision_tower().token_grid, kind)
 
     def encode_images(self, images):
-        """Tower and projector: [N, C, H, W] -> [N, T, D]; a list of [C, H, W] -> list of [T, D]."""
+        """Tower and projector: [N, C, H, W] -> [N, T, D]; a list of [C, H, W] -> list of [T, D]; any dtype."""
         features = self.get_vision_tower()(images)
         projector = self.get_model().mm_projector
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
         if isinstance(features, list):
+            features = [feature.to(self.dtype) for feature in features]
             if kind not in MERGERS:  # token by token: one call for all
                 return list(projector(torch.cat(features)).split([len(f) for f in features]))
             grids = [self.get_vision_tower().token_grid(*image.shape[-2:])[1] for image in images]
             return [projector(f[None], grid=g)[0] for f, g in zip(features, grids, strict=True)]
+        features = features.to(self.dtype)
         if kind in MERGERS:
             return projector(features, grid=self.get_vision_tower().token_grid(*images.shape[-2:])[1])
         return projector(features)
@@ -181,7 +185,7 @@ class LlavaMetaForCausalLM:
         else:
             flat = self.encode_images([crop for c in crops for crop in c])
             features = [torch.stack(flat[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
-        grid_of = ProjectedGrid(self.get_vision_tower().token_grid, self.config.mm_projector_type)
+        grid_of = self._projected_grid()
         merged = []
         for i, (feature, crop) in enumerate(zip(features, crops, strict=True)):
             size = (crop.shape[-1], crop.shape[-2]) if image_sizes is None else image_sizes[i]
@@ -436,11 +440,16 @@ def match_images(input_ids, keep, images, modalities, image_sizes):
         raise LlavaError(
             f"the batch has {tokens} <image> tokens in {len(per_row)} rows, but {count} images came with it"
         )
+    plain = isinstance(images, torch.Tensor) and images.ndim == 4
+    if image_sizes is not None and len(image_sizes) != count and not plain:
+        raise LlavaError(
+            f"image_sizes: found {len(image_sizes)}, expected one (width, height) for each of {count} images"
+        )
     if len(chosen) == count:
         return images, modalities, image_sizes
     if isinstance(images, torch.Tensor):
         images = images[chosen]
     else:
         images = [images[i] for i in chosen]
-    sizes = None if image_sizes is None else [image_sizes[i] for i in chosen]
+    sizes = None if image_sizes is None or plain else [image_sizes[i] for i in chosen]
     return images, [modalities[i] for i in chosen], sizes

@@ -227,7 +227,7 @@ def test_dispatch(tmp_path, clip, siglip, name, model_type, expected):
 def test_explicit_type_comes_first(clip, siglip):
     assert type(build(siglip, mm_vision_tower_type="siglip")).__name__ == "SigLipVisionTower"
     assert type(build(clip, mm_vision_tower_type="clip_s2", s2_scales="42,84")).__name__ == "CLIPVisionTowerS2"
-    with pytest.raises(LlavaError, match="mm_vision_tower_type: found 'klip'.*siglip, clip"):
+    with pytest.raises(LlavaError, match=r"mm_vision_tower_type: found 'klip'.*siglip, clip"):
         build(clip, mm_vision_tower_type="klip")
 
 
@@ -235,11 +235,11 @@ def test_folders_that_are_no_towers(tmp_path, clip):
     (tmp_path / "clip-empty").mkdir()
     with pytest.raises(LlavaError, match=r"clip-empty.*no config\.json"):
         build(tmp_path / "clip-empty")
-    with pytest.raises(LlavaError, match="model_type 'resnet'.*mm_vision_tower_type"):
+    with pytest.raises(LlavaError, match=r"model_type 'resnet'.*mm_vision_tower_type"):
         build(retyped(clip, tmp_path / "clip-not", "resnet"))
     with pytest.raises(LlavaError, match="a name that says nothing"):
         build(tmp_path / "absent")
-    with pytest.raises(LlavaError, match="no usable config.json in the hub or its cache"):
+    with pytest.raises(LlavaError, match=r"no usable config\.json in the hub or its cache"):
         build("nobody/clip-absent")
     bare = shutil.copytree(clip, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
