@@ -35,7 +35,6 @@ def _leave_process_group():
 
 def _train(model_args, data_args, training_args):
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.parts import set_trainable, tunable_parts
@@ -67,8 +66,8 @@ def _train(model_args, data_args, training_args):
     set_trainable(model, parts)
 
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, parts=parts, **data)
-    checkpoint = training_args.resume_from_checkpoint or (get_last_checkpoint(out) if os.path.isdir(out) else None)
-    if checkpoint:
+    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, out)
+    if checkpoint is not None:
         rank0_print(f"resuming from {checkpoint}")
         trainer.read_bad_records(checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -82,6 +81,24 @@ def remove_run(out: str) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / "trainer_state.json").is_file():
             shutil.rmtree(checkpoint)
+
+
+def checkpoint_to_resume(asked: str | None, out: str) -> str | None:
+    """The checkpoint a run goes on from: the one `asked` for, else the last in `out` that was written to its end.
+
+    `asked` may also be "true" (the last one, as without it) or "false" (none).
+    """
+    if asked is not None and asked.lower() not in ("true", "false"):
+        if not os.path.isfile(os.path.join(asked, "trainer_state.json")):
+            raise LlavaError(
+                f"resume_from_checkpoint: {asked}: found no trainer_state.json, expected a run's checkpoint-N folder"
+            )
+        return asked
+    if asked is not None and asked.lower() == "false":
+        return None
+    whole = [path.parent for path in Path(out).glob("checkpoint-*/trainer_state.json")]  # a checkpoint's last file
+    numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
+    return str(max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if numbered else None
 
 
 def finished_steps(out: str) -> int | None:
