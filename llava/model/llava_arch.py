@@ -368,8 +368,8 @@ class LlavaMetaForCausalLM:
         """New tokens only, [B, new].
 
         Args:
-            inputs: [B, L] prompt ids, also accepted as `input_ids`; padded on either side, with `attention_mask` 0
-                (or else the pad id) on padding.
+            inputs: [B, L] prompt ids, also accepted as `input_ids`; padded on either side, with `attention_mask` 0 on
+                padding. Without a mask the pad id at the ends of rows is padding, where it is not also the end token.
             images, image_sizes, modalities: as `prepare_inputs_labels_for_multimodal`.
             **kwargs: as transformers' `generate`.
         """
@@ -377,9 +377,10 @@ class LlavaMetaForCausalLM:
         if ids is None or "inputs_embeds" in kwargs:
             raise LlavaError("generate: give prompt ids as inputs or input_ids (inputs_embeds is not accepted)")
         kwargs.pop("position_ids", None)  # they follow from the mask
+        mask = kwargs.pop("attention_mask", None)
         merged = self._merge(
             ids,
-            kwargs.pop("attention_mask", None),
+            self._padding_mask(ids, **kwargs) if mask is None else mask,
             None,
             [] if images is None else images,
             modalities,
@@ -387,6 +388,16 @@ class LlavaMetaForCausalLM:
             "left",
         )
         return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
+
+    def _padding_mask(self, ids, pad_token_id=None, eos_token_id=None, generation_config=None, **kwargs):
+        """[B, L], 0 on the pad ids at the ends of rows, as transformers' generate; None where it cannot be told."""
+        settings = generation_config or self.generation_config
+        pad = settings.pad_token_id if pad_token_id is None else pad_token_id
+        eos = settings.eos_token_id if eos_token_id is None else eos_token_id
+        if len(ids) == 1 or pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+            return None
+        real = ids != pad
+        return (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
 
     # --- tokenizer ---
 
