@@ -338,7 +338,10 @@ class LlavaMetaForCausalLM:
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities, image_sizes
                 )
             )
-            input_ids = input_ids if inputs_embeds is None else None
+            if inputs_embeds is not None:
+                input_ids = None
+                if self.training and self._may_drop_mask():
+                    attention_mask = None
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -348,13 +351,18 @@ class LlavaMetaForCausalLM:
         )
         if self.training and labels is not None:
             return self._training_loss(inputs, labels, **kwargs)
-        return super().forward(**inputs, labels=labels, **kwargs)
+        out = super().forward(**inputs, labels=labels, **kwargs)
+        if labels is not None and not isinstance(out, tuple):  # a mean over nothing is NaN
+            supervised = (labels[:, 1:] != IGNORE_INDEX).any()
+            out.loss = torch.where(supervised, out.loss, torch.zeros_like(out.loss))
+        return out
+
+    def _may_drop_mask(self):
+        """Causal attention never looks at padding on the right, and without a mask SDPA takes its fast kernel."""
+        right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"
+        return right_padded and self.config._attn_implementation in ("sdpa", "eager")
 
     def _training_loss(self, inputs, labels, num_items_in_batch=None, **kwargs):
-        right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"
-        if right_padded and self.config._attn_implementation in ("sdpa", "eager"):
-            # causal attention never looks at padding on the right, and without a mask SDPA takes its fast kernel
-            inputs["attention_mask"] = None
         hidden = self.get_model()(**inputs, use_cache=False, **kwargs)[0]
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
