@@ -1,0 +1,167 @@
+"""Time, memory and arithmetic: how the suite measures."""
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# Dense bf16 TFLOP/s without sparsity, from the makers' data sheets; the first name found in the device's name counts.
+PEAK_BF16_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "A40": 150.0,
+    "A10": 125.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_tflops(device: str, override: float | None = None) -> float | None:
+    """bf16 peak of the device in TFLOP/s: `override`, else by its name, else None."""
+    if override is not None or device != "cuda":
+        return override
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def free_memory(device: str) -> None:
+    """Give back what no variable holds any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def step_seconds(step: Callable[[int], object], device: str, warmup: int, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls `step(i)` after `warmup` calls; i counts up, to rotate among inputs.
+
+    CUDA events around each call and one synchronisation at the end, so that the device never waits for the clock.
+    """
+    for i in range(warmup):
+        step(i)
+    synchronize(device)
+    if device != "cuda":
+        times = []
+        for i in range(repeats):
+            start = time.perf_counter()
+            step(warmup + i)
+            times.append(time.perf_counter() - start)
+        return times
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for i, (start, end) in enumerate(pairs):
+        start.record()
+        step(warmup + i)
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+
+def spread(seconds: list[float], name: str = "") -> dict[str, float]:
+    """Median, least and most of the times in milliseconds, as figures."""
+    return {
+        f"{name}ms": round(statistics.median(seconds) * 1000, 3),
+        f"{name}ms_min": round(min(seconds) * 1000, 3),
+        f"{name}ms_max": round(max(seconds) * 1000, 3),
+    }
+
+
+class PeakMemory:
+    """Context: `gib` is afterwards the most memory held since its start.
+
+    On CUDA what PyTorch allocated on the device; on a CPU the process's resident set, where Linux lets it be measured.
+    """
+
+    def __init__(self, device: str):
+        self.device, self.gib = device, None
+
+    def __enter__(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.can_reset = _reset_peak_resident()
+        return self
+
+    def __exit__(self, *exception):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            self.gib = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        elif self.can_reset:
+            self.gib = _peak_resident_gib()
+
+
+def _reset_peak_resident() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or a kernel that does not offer it
+        return False
+    return True
+
+
+def _peak_resident_gib() -> float | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) / 2**20, 3)
+    return None
+
+
+def hardware(device: str) -> dict:
+    """The machine in words and numbers."""
+    found = {"device": device, "cpu": _cpu_name(), "threads": torch.get_num_threads(), "platform": platform.platform()}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def ceilings(device: str, small: bool) -> dict[str, float]:
+    """What this device reaches, on random data: a large copy (bytes read and written) and a matrix product."""
+    size, side, dtype = (2**22, 512, torch.float32) if small else (2**31, 8192, torch.bfloat16)
+    name = f"matmul_{side}_{str(dtype).removeprefix('torch.')}_tflops"
+    found = {"copy_gb_per_s": _copy_rate(device, size) / 1e9, name: _matmul_rate(device, side, dtype) / 1e12}
+    free_memory(device)
+    return found
+
+
+def _copy_rate(device: str, size: int) -> float:
+    source = torch.randn(size, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    return 4 * size / statistics.median(step_seconds(lambda _: target.copy_(source), device, 3, 10))
+
+
+def _matmul_rate(device: str, side: int, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    return 2 * side**3 / statistics.median(step_seconds(lambda _: a @ b, device, 3, 10))
