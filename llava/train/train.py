@@ -143,8 +143,9 @@ def load_model(model_args, data_args, training_args):
         model.get_model().initialize_vision_modules(model_args)
         model.get_vision_tower().to(dtype=dtype)
         model.get_model().mm_projector.to(dtype=dtype)
+        check_new_tokens(model_args, training_args, tokenizer)
         model.initialize_vision_tokenizer(model_args, tokenizer)
-    describe(model.config, model_args, data_args, training_args)
+    describe(model, model_args, data_args, training_args)
     return model, tokenizer
 
 
@@ -172,10 +173,25 @@ def rope_overrides(model_args, values) -> dict:
     return {"rope_scaling": None, "rope_parameters": {"rope_type": kind, "factor": factor, "rope_theta": theta}}
 
 
-def describe(config, model_args, data_args, training_args):
-    """Write into the model's config what LLaVA-NeXT's inference reads from it, and the conversation template."""
-    from llava.mm_utils import parse_grid_pinpoints
+def check_new_tokens(model_args, training_args, tokenizer):
+    """Refuse to add <im_start> and <im_end> in a run that would neither train nor keep their embeddings."""
+    from llava.constants import DEFAULT_IM_START_TOKEN
+    from llava.train.parts import is_adapter_only, tunable_parts
 
+    if not model_args.mm_use_im_start_end or not is_adapter_only(tunable_parts(model_args, training_args)):
+        return
+    if DEFAULT_IM_START_TOKEN not in tokenizer.get_vocab():
+        raise LlavaError(
+            "mm_use_im_start_end: adds tokens whose embeddings a run that trains and saves the projector alone would "
+            "leave untrained and lose; train mm_language_model too (mm_tunable_parts) or leave it out in this stage"
+        )
+
+
+def describe(model, model_args, data_args, training_args):
+    """Write into the model's config what LLaVA-NeXT's inference reads from it, and the conversation template."""
+    from llava.mm_utils import parse_grid_pinpoints, processor_sides
+
+    config = model.config
     config.conversation_template = model_args.version
     config.tokenizer_padding_side = "right"
     config.tokenizer_model_max_length = training_args.model_max_length
@@ -189,7 +205,7 @@ def describe(config, model_args, data_args, training_args):
         setattr(config, key, getattr(data_args, key))
     config.image_grid_pinpoints = None
     if "anyres" in data_args.image_aspect_ratio:
-        side = config.mm_vision_config["image_size"]
+        side = processor_sides(model.get_vision_tower().image_processor)[1]
         grid = parse_grid_pinpoints(data_args.image_grid_pinpoints, side)
         config.image_grid_pinpoints = data_args.image_grid_pinpoints = [list(pair) for pair in grid]
     config.mm_projector_lr, config.mm_vision_tower_lr = training_args.mm_projector_lr, training_args.mm_vision_tower_lr
@@ -202,7 +218,7 @@ def make_data(model, tokenizer, model_args, data_args, training_args):
     if data_args.data_path is None:
         raise LlavaError("data_path: missing; expected LLaVA JSON or JSONL, or a mixture YAML")
     tower = model.get_vision_tower()
-    return make_supervised_data_module(
+    module = make_supervised_data_module(
         tokenizer,
         data_args,
         image_processor=tower and tower.image_processor,
@@ -211,6 +227,11 @@ def make_data(model, tokenizer, model_args, data_args, training_args):
         count_visual_tokens=tower and model.visual_token_counter(),
         seed=training_args.seed,
     )
+    records = module["train_dataset"].records
+    seen = next((i for i, record in enumerate(records) if record.get("image") or record.get("video")), None)
+    if tower is None and seen is not None:
+        raise LlavaError(f"{records.describe(seen)}: found an image or video, but vision_tower is not set")
+    return module
 
 
 def save(trainer, out: str):
