@@ -2,11 +2,13 @@
 
 import importlib
 import os
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 
 from llava.errors import LlavaError
-from llava.model.checkpoint import find_adapter, read_weights
+from llava.model.checkpoint import ADAPTER_KEYS, find_adapter, load_adapter, read_weights
 from llava.utils import rank0_print
 
 # architecture -> (module, config class); the class names are LLaVA-NeXT's
@@ -177,9 +179,16 @@ def load_pretrained_model(
         for key, value in (overwrite_config or {}).items():
             setattr(config, key, value)
 
+    if model_base is not None and os.path.isdir(
+        os.path.join(model_path, getattr(config, "mm_vision_tower", None) or "")
+    ):
+        # transformers is about to write the base's name over the checkpoint's, in which this folder lies
+        config.mm_vision_tower = os.path.join(model_path, config.mm_vision_tower)
     dtype = pick_dtype(torch_dtype, on_cpu)
-    model = model_class.from_pretrained(
+    model = _load_weights(
+        model_class,
         model_base or model_path,
+        with_projector=model_base is None,
         config=config,
         dtype=dtype,
         device_map=None if on_cpu and device_map == "auto" else device_map,
@@ -216,16 +225,31 @@ def context_length(config) -> int:
     return 2048
 
 
+def _load_weights(model_class, source: str, with_projector: bool, **kwargs):
+    """`from_pretrained` that refuses what it would fill with random numbers."""
+    try:
+        model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    except (OSError, UnpicklingError, SafetensorError) as error:
+        raise LlavaError(f"{source}: no usable weights ({str(error).splitlines()[0][:160]})") from None
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.vision_tower."))
+    if not with_projector:  # they come from the checkpoint over this base
+        missing = [key for key in missing if not key.startswith(tuple(f"model.{part}" for part in ADAPTER_KEYS))]
+    if missing:
+        raise LlavaError(
+            f"{source}: the checkpoint lacks {len(missing)} weights of {model_class.__name__}, "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return model
+
+
 def _load_projector(model, folder: str):
     path = find_adapter(folder)
     if path is None:
         raise LlavaError(f"{folder}: no mm_projector.safetensors or mm_projector.bin, which model_base calls for")
-    weights = {k: v.to(model.dtype) for k, v in read_weights(path).items()}
-    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
-    if unexpected or not any("mm_projector" in key for key in weights):
-        raise LlavaError(
-            f"{path}: not a projector of this model ({', '.join(unexpected[:3]) or 'no mm_projector keys'})"
-        )
+    weights = read_weights(path)
+    if hasattr(model.get_model(), "image_newline") and not any(key.endswith("image_newline") for key in weights):
+        raise LlavaError(f"{path}: no image_newline in it, which mm_patch_merge_type of {folder} calls for")
+    load_adapter(model.get_model(), path)
 
 
 def _quantization(load_8bit, load_4bit):

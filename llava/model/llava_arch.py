@@ -130,7 +130,14 @@ class LlavaMetaForCausalLM:
         model, tower = self.get_model(), self.get_vision_tower()
         if tower is None:
             return
-        if any(key.startswith("model.vision_tower.") for key in missing):
+        lacking = {key for key in missing if key.startswith("model.vision_tower.")}
+        if lacking:
+            total = sum(1 for _ in tower.parameters())
+            if len(lacking) < total:  # the source's weights in place of trained ones would go unnoticed
+                raise LlavaError(
+                    f"{self.config._name_or_path}: the checkpoint lacks {len(lacking)} of its vision tower's {total} "
+                    f"weights, {min(lacking)} for one"
+                )
             tower.load_model()
             tower.to(device=self.device, dtype=self.dtype)
         tower.reset_buffers()
