@@ -3,6 +3,7 @@
 import os
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
@@ -16,7 +17,10 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise LlavaError(f"{path}: no such file, expected weights (.safetensors, or .bin with tensors only)")
     if path.endswith(".safetensors"):
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise LlavaError(f"{path}: not a whole safetensors file ({error})") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for a file it will not unpickle

@@ -4,8 +4,10 @@ Also `python llava/train/train_mem.py <flags>`, as LLaVA-NeXT is launched. The s
 under `torchrun` or `deepspeed` on many GPUs.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -119,6 +121,7 @@ def load_model(model_args, data_args, training_args):
 
     path = model_args.model_name_or_path
     get_template(model_args.version)  # an unknown template is refused before any weight is read
+    check_image_options(model_args.mm_patch_merge_type, data_args.image_aspect_ratio)
     values = builder.read_config(path)
     architecture = architecture_for(model_args, values)
     model_class, config_class = builder.model_classes(architecture)
@@ -126,27 +129,67 @@ def load_model(model_args, data_args, training_args):
     # DeepSpeed keeps float32 master weights beside bf16 ones; without it autocast does the half precision
     low = training_args.bf16 and training_args.deepspeed
     dtype = torch.bfloat16 if low else torch.float32
-    on_cpu = training_args.device.type == "cpu"
-    attention_dtype = torch.bfloat16 if training_args.bf16 or training_args.fp16 else torch.float32
-    model = model_class.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=training_args.attn_implementation or builder.best_attention(attention_dtype, on_cpu),
-        cache_dir=training_args.cache_dir,
-    )
+    with readable_weights(path):
+        model = model_class.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_for(training_args),
+            cache_dir=training_args.cache_dir,
+        )
     model.config.use_cache = False
     tokenizer = builder.load_tokenizer(
         path, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
     )
     if model_args.vision_tower is not None:
-        model.get_model().initialize_vision_modules(model_args)
+        with readable_weights(model_args.vision_tower):
+            model.get_model().initialize_vision_modules(model_args)
         model.get_vision_tower().to(dtype=dtype)
         model.get_model().mm_projector.to(dtype=dtype)
         check_new_tokens(model_args, training_args, tokenizer)
         model.initialize_vision_tokenizer(model_args, tokenizer)
     describe(model, model_args, data_args, training_args)
     return model, tokenizer
+
+
+def attention_for(training_args) -> str:
+    """The attention that the run asks for, else the best available."""
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from llava.model import builder
+
+    asked = training_args.attn_implementation
+    if asked is None:
+        dtype = torch.bfloat16 if training_args.bf16 or training_args.fp16 else torch.float32
+        return builder.best_attention(dtype, training_args.device.type == "cpu")
+    known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+    if asked not in known and "/" not in asked:  # with a slash: a kernel on the hub
+        raise LlavaError(f"attn_implementation: found {asked!r}, expected one of {', '.join(known)}")
+    return asked
+
+
+@contextlib.contextmanager
+def readable_weights(source: str):
+    """Weights that are missing or cut short are a fault of `source`, told in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise LlavaError(f"{source}: its weights cannot be read ({str(error).splitlines()[0][:160]})") from None
+
+
+def check_image_options(merge_type: str, aspect_ratio: str):
+    """Refuse what LLaVA-NeXT would silently take for something else: its code looks for parts of these words."""
+    first, *more = merge_type.split("_")
+    known = first == "spatial" and set(more) <= {"unpad", "nobase", "maxpool2x2"}
+    if merge_type != "flat" and not known:
+        raise LlavaError(
+            f"mm_patch_merge_type: found {merge_type!r}, expected flat or spatial with _unpad, _nobase, _maxpool2x2"
+        )
+    if not re.fullmatch(r"square|pad|anyres(_max_[1-9]\d*)?", aspect_ratio):
+        raise LlavaError(f"image_aspect_ratio: found {aspect_ratio!r}, expected square, pad, anyres or anyres_max_N")
 
 
 def architecture_for(model_args, values) -> str:

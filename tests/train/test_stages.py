@@ -117,10 +117,12 @@ def test_projector_that_does_not_fit(kit, tmp_path, stage1, capsys):
     weights = load_file(stage1 / "mm_projector.safetensors")
     weights["model.mm_projector.0.weight"] = torch.zeros(32, 48)
     save_file(weights, tmp_path / "wide.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((stage1 / "mm_projector.safetensors").read_bytes()[:999])
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickle.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     for path, expected in [
         (tmp_path / "wide.safetensors", "0.weight is (32, 48), expected (32, 32)"),
+        (tmp_path / "cut.safetensors", "not a whole safetensors file"),
         (tmp_path / "empty", "no such file"),
         (tmp_path / "pickle.bin", "not a file of plain tensors"),
     ]:
