@@ -1,4 +1,4 @@
-"""Two processes under ZeRO-2 and ZeRO-3 take the same steps as one process on the same global batch."""
+"""Two processes, plain or under ZeRO-2 and ZeRO-3, take the same steps as one process on the same global batch."""
 
 import os
 import shutil
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import tiny
 
@@ -16,43 +18,57 @@ ROOT = Path(__file__).parents[2]
 KINDS = "iittimti" + "miittiti" + "ttiittim"
 
 
-def run(flags, processes=1):
+DEEPSPEED = pytest.mark.skipif(
+    shutil.which("c++") is None, reason="DeepSpeed compiles an extension at first use: no C++ compiler"
+)
+PROJECTOR_ALONE = {"mm_tunable_parts": "mm_mlp_adapter", "gradient_checkpointing": True}
+
+
+def run_two(flags):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "llava/train/train_mem.py"), *flags]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(ROOT / "llava/train/train_mem.py"), *flags]
     result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    run(tiny.train_flags(folder, KINDS, gradient_accumulation_steps=2))
-    return folder
+def single(kit, tmp_path_factory):
+    """A function: the folder of one process's run, made at its first use."""
+    folder, made = tmp_path_factory.mktemp("single"), {}
+
+    def of(**changes):
+        key = changes.get("mm_tunable_parts", "all")
+        if key not in made:
+            made[key] = kit.run(folder / key, KINDS, gradient_accumulation_steps=2, **changes)
+        return made[key]
+
+    return of
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles an extension at first use: no C++ compiler")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_equals_one_process(single, tmp_path, stage):
-    flags = tiny.train_flags(
-        tmp_path,
-        KINDS,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-        deepspeed=ROOT / f"scripts/zero{stage}.json",
-    )
-    run(flags, processes=2)
-    ours, expected = tiny.history(tmp_path / "out"), tiny.history(single / "out")
-    assert len(ours) == len(expected) == 3
-    for got, want in zip(ours, expected, strict=True):
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        pytest.param(None, {}, id="ddp"),
+        pytest.param(2, {}, id="zero2", marks=DEEPSPEED),
+        pytest.param(3, {}, id="zero3", marks=DEEPSPEED),
+        pytest.param(3, PROJECTOR_ALONE, id="zero3-projector", marks=DEEPSPEED),
+    ],
+)
+def test_two_processes_equal_one(kit, single, tmp_path, stage, changes):
+    expected = single(**changes)
+    out = tmp_path / "out"
+    deepspeed = None if stage is None else ROOT / f"scripts/zero{stage}.json"
+    halved = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, deepspeed=deepspeed)
+    run_two(kit.flags(out, KINDS, **halved, **changes))
+    ours, theirs = tiny.history(out), tiny.history(expected)
+    assert len(ours) == len(theirs) == 3
+    for got, want in zip(ours, theirs, strict=True):
         assert abs(got["loss"] - want["loss"]) <= 1e-5, (got, want)
         assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5, (got, want)
 
-    # the saved model is whole, and the same
-    import torch
-    from safetensors.torch import load_file
-
-    whole, other = load_file(single / "out/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    # what is saved is whole, and the same
+    name = "mm_projector.safetensors" if changes else "model.safetensors"
+    whole, other = load_file(expected / name), load_file(out / name)
     assert whole.keys() == other.keys()
     assert all(torch.allclose(whole[key], other[key], atol=1e-4) for key in whole)
