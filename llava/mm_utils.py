@@ -154,6 +154,11 @@ def process_image(image, processor, image_aspect_ratio, image_grid_pinpoints=Non
     image = image if image.mode == "RGB" else image.convert("RGB")
     if image_aspect_ratio is not None and "anyres" in image_aspect_ratio:
         return process_anyres_image(image, processor, image_grid_pinpoints)
+    if image_aspect_ratio in ("highres", "crop_split"):
+        raise LlavaError(
+            f"image_aspect_ratio: found {image_aspect_ratio!r}, which is not offered here; expected square, pad, anyres "
+            "or anyres_max_N"
+        )
     if image_aspect_ratio == "pad":
         image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
     return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
@@ -222,7 +227,8 @@ class KeywordsStoppingCriteria(StoppingCriteria):
     Args:
         keywords: list of str.
         tokenizer: decodes the new tokens.
-        input_ids: [B, L] prompt ids given to `generate`; pass an empty [B, 0] tensor where only new tokens come back.
+        input_ids: [B, L] prompt ids given to `generate`. Whether the ids to judge begin with them is told at the first
+            call: a LLaVA model generates from embeddings, so that only new tokens come.
     """
 
     def __init__(self, keywords, tokenizer, input_ids):
@@ -233,6 +239,8 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.tail = max((len(keyword.encode()) for keyword in keywords), default=0) + 1
 
     def __call__(self, output_ids, scores, **kwargs):
+        if output_ids.shape[1] <= self.start_len:  # the prompt is not among them
+            self.start_len = 0
         new = output_ids[:, max(self.start_len, output_ids.shape[1] - self.tail) :]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=False)
         found = [any(keyword in text for keyword in self.keywords) for text in texts]
