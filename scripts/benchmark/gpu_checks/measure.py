@@ -1,6 +1,7 @@
 """Time, memory and arithmetic: how the suite measures."""
 
 import gc
+import os
 import platform
 import statistics
 import time
@@ -125,7 +126,14 @@ def _peak_resident_gib() -> float | None:
 
 def hardware(device: str) -> dict:
     """The machine in words and numbers."""
-    found = {"device": device, "cpu": _cpu_name(), "threads": torch.get_num_threads(), "platform": platform.platform()}
+    found = {
+        "device": device,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # what else ran when the suite began
+        "platform": platform.platform(),
+    }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
@@ -149,7 +157,7 @@ def _cpu_name() -> str:
 
 def ceilings(device: str, small: bool) -> dict[str, float]:
     """What this device reaches, on random data: a large copy (bytes read and written) and a matrix product."""
-    size, side, dtype = (2**22, 512, torch.float32) if small else (2**31, 8192, torch.bfloat16)
+    size, side, dtype = (2**24, 512, torch.float32) if small else (2**30, 8192, torch.bfloat16)
     name = f"matmul_{side}_{str(dtype).removeprefix('torch.')}_tflops"
     found = {"copy_gb_per_s": _copy_rate(device, size) / 1e9, name: _matmul_rate(device, side, dtype) / 1e12}
     free_memory(device)

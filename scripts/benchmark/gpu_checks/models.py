@@ -70,6 +70,9 @@ def make_config(llm: str, tower: str, layers: int | None = None, **changes):
         layers: fewer layers of the language model than its size has.
         **changes: further config values.
     """
+    for name, known in ((llm, LLMS), (tower, TOWERS)):
+        if name not in known:
+            raise ValueError(f"size {name!r}: expected one of {', '.join(known)}")
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
     from llava.model.language_model.llava_qwen import LlavaQwenConfig
