@@ -156,8 +156,8 @@ def process_image(image, processor, image_aspect_ratio, image_grid_pinpoints=Non
         return process_anyres_image(image, processor, image_grid_pinpoints)
     if image_aspect_ratio in ("highres", "crop_split"):
         raise LlavaError(
-            f"image_aspect_ratio: found {image_aspect_ratio!r}, which is not offered here; expected square, pad, anyres "
-            "or anyres_max_N"
+            f"image_aspect_ratio: found {image_aspect_ratio!r}, which is not offered here; expected square, pad, "
+            "anyres or anyres_max_N"
         )
     if image_aspect_ratio == "pad":
         image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
