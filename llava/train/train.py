@@ -235,6 +235,7 @@ def describe(model, model_args, data_args, training_args):
     from llava.mm_utils import parse_grid_pinpoints, processor_sides
 
     config = model.config
+    config.architectures = [type(model).__name__]  # not the language model's, as it came
     config.conversation_template = model_args.version
     config.tokenizer_padding_side = "right"
     config.tokenizer_model_max_length = training_args.model_max_length

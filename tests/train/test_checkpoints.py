@@ -144,6 +144,22 @@ def test_a_checkpoint_cut_off_while_it_was_written(kit, tmp_path, monkeypatch, c
     assert [entry["loss"] for entry in tiny.history(out)] == pytest.approx([entry["loss"] for entry in expected])
 
 
+@pytest.mark.parametrize("parts", ["mm_mlp_adapter", "mm_mlp_adapter,mm_language_model"])
+def test_a_run_stopped_while_the_model_was_saved(kit, tmp_path, parts):
+    """All steps are done; the next start saves the model and takes no further step."""
+    flags = dict(max_steps=2, save_strategy="steps", save_steps=1, mm_tunable_parts=parts)
+    out = kit.run(tmp_path / "out", "iiii", **flags)
+    name = "mm_projector.safetensors" if parts == "mm_mlp_adapter" else "model.safetensors"
+    expected, steps = load_file(out / name), tiny.history(out)
+    (out / name).unlink()
+    (out / "trainer_state.json").unlink()
+    kit.run(out, "iiii", **flags)
+    again = load_file(out / name)
+    assert again.keys() == expected.keys() and all(value.equal(again[key]) for key, value in expected.items())
+    assert tiny.history(out) == steps
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlavaQwenForCausalLM"]
+
+
 def test_resume_from_a_named_checkpoint(kit, tmp_path, capsys):
     flags = dict(max_steps=2, save_strategy="steps", save_steps=1)
     whole = kit.run(tmp_path / "whole", **flags)

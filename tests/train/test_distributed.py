@@ -21,6 +21,7 @@ KINDS = "iittimti" + "miittiti" + "ttiittim"
 DEEPSPEED = pytest.mark.skipif(
     shutil.which("c++") is None, reason="DeepSpeed compiles an extension at first use: no C++ compiler"
 )
+RATES = {"mm_projector_lr": 2e-3, "mm_vision_tower_lr": 5e-4}
 PROJECTOR_ALONE = {"mm_tunable_parts": "mm_mlp_adapter", "gradient_checkpointing": True}
 
 
@@ -40,7 +41,7 @@ def single(kit, tmp_path_factory):
     def of(**changes):
         key = changes.get("mm_tunable_parts", "all")
         if key not in made:
-            made[key] = kit.run(folder / key, KINDS, gradient_accumulation_steps=2, **changes)
+            made[key] = kit.run(folder / key, KINDS, gradient_accumulation_steps=2, **RATES, **changes)
         return made[key]
 
     return of
@@ -60,7 +61,7 @@ def test_two_processes_equal_one(kit, single, tmp_path, stage, changes):
     out = tmp_path / "out"
     deepspeed = None if stage is None else ROOT / f"scripts/zero{stage}.json"
     halved = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, deepspeed=deepspeed)
-    run_two(kit.flags(out, KINDS, **halved, **changes))
+    run_two(kit.flags(out, KINDS, **halved, **RATES, **changes))
     ours, theirs = tiny.history(out), tiny.history(expected)
     assert len(ours) == len(theirs) == 3
     for got, want in zip(ours, theirs, strict=True):

@@ -67,9 +67,12 @@ def test_loss_is_the_mean_over_supervised_tokens(kit, tmp_path, plain, spy):
 
 
 @pytest.mark.parametrize("reentrant", [None, True])
-def test_gradient_checkpointing_changes_no_number(kit, tmp_path, plain, reentrant):
+def test_gradient_checkpointing_changes_no_number(kit, tmp_path, plain, spy, reentrant):
     changes = {} if reentrant is None else {"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}
     assert_equal(history(kit, tmp_path / "out", "itmtitmtiimt", gradient_checkpointing=True, **changes), plain)
+    model = spy.trainer.model
+    layers = [*model.get_model().layers, *model.get_vision_tower().vision_tower.vision_model.encoder.layers]
+    assert len(layers) == 5 and all(layer.gradient_checkpointing for layer in layers)
 
 
 @pytest.mark.parametrize("reentrant", [None, True])

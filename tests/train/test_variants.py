@@ -38,6 +38,21 @@ def test_groupings_see_every_record_once(kit, tmp_path, monkeypatch, flags):
         assert sorted("".join(kinds[at : at + 4]) for at in (0, 4, 8)) == ["iiii", "iiii", "tttt"]
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_every_epoch_has_an_order_of_its_own(kit, tmp_path, monkeypatch, grouped):
+    from llava.data.dataset import LazySupervisedDataset
+
+    drawn = []
+    get = LazySupervisedDataset.__getitem__
+    monkeypatch.setattr(
+        LazySupervisedDataset, "__getitem__", lambda self, index: drawn.append(index) or get(self, index)
+    )
+    kinds = "iitiittiiiti"
+    kit.run(tmp_path / "out", kinds, group_by_modality_length=grouped, train_sampling_strategy="random", max_steps=6)
+    assert len(drawn) == 24 and sorted(drawn[:12]) == sorted(drawn[12:]) == list(range(12))
+    assert drawn[:12] != drawn[12:]
+
+
 def test_siglip(kit, tmp_path, spy):
     out = kit.run(tmp_path / "out", vision_tower=kit.siglip, max_steps=2)
     assert spy.moved_parts() == ALL
