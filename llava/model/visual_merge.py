@@ -138,7 +138,7 @@ def _merge_crops(crops_KTD, grid, image_size, crop_side, newline_D, rules: Merge
         height, width = map_CHW.shape[1:]
         times = math.sqrt(height * width / (rules.max_crops * h**2))
         if times > 1.1:
-            size = [int(height // times), int(width // times)]
+            size = [max(int(height // times), 1), max(int(width // times), 1)]
             map_CHW = F.interpolate(map_CHW[None], size, mode="bilinear")[0]
     return _tokens(_append_newline(map_CHW, newline_D))
 

@@ -316,6 +316,20 @@ def test_config_without_projector_type(model, store):
         assert merged(model, [[5, X, 6]], [store[0][0]], sizes=[(9, 9)])[4].shape[1] == 2 + 9
 
 
+def test_a_sliver_keeps_a_row(model, store):
+    """One row of nine tokens, against at most nine, is not scaled down to none."""
+    grid = [[3 * SIDE, SIDE]]
+    with configured(
+        model, image_aspect_ratio="anyres_max_1", image_grid_pinpoints=grid, mm_patch_merge_type="spatial_unpad"
+    ):
+        assert model.visual_token_counter()((4, 3, SIDE, SIDE), (3000, 5)) == 9 + 9 + 1
+    grid = [[6 * SIDE, SIDE]]
+    with configured(
+        model, image_aspect_ratio="anyres_max_1", image_grid_pinpoints=grid, mm_patch_merge_type="spatial_unpad"
+    ):
+        assert model.visual_token_counter()((7, 3, SIDE, SIDE), (3000, 5)) == 9 + 12 + 1
+
+
 def test_a_row_of_padding_alone(model, store):
     """A row whose tokens are all masked becomes padding; the others are as they were."""
     mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
