@@ -66,6 +66,9 @@ def demo(context: Context, result: Result):
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if lacking:
         raise RuntimeError(f"training needs {', '.join(lacking)}; put a folder that holds them on PYTHONPATH")
+    missing = [config for config in CONFIGS.values() if not (context.root / config).is_file()]
+    if missing:
+        raise RuntimeError(f"there is no {' and no '.join(missing)}")
     cut = context.device == "cpu" and context.options.demo_steps is None
     steps = CUT_STEPS if cut else context.options.demo_steps or None
     data, out = context.workdir / "demo", context.workdir / "demo_runs"
