@@ -3,8 +3,8 @@
     python playground/make_demo_data.py --output playground/demo --seed 0
 
 scikit-learn bundles 1,797 handwritten digits of 8x8 pixels (UCI "Optical Recognition of Handwritten Digits"). One to
-three of them are drawn on a canvas whose sides vary from 48 to 72 pixels. Where there are several, exactly one is drawn
-large and no two share a row or a column, so that "the largest", "the leftmost", "the topmost" are always one digit.
+three of them are drawn on a canvas whose sides vary from 56 to 72 pixels, each somewhere in a quarter of its own. Where
+there are several, exactly one is drawn large. "The far left" is asked only where one digit alone is in the left half.
 
 The digit images are split before anything is composed: those of the held-out pictures appear in no training picture.
 
@@ -23,18 +23,15 @@ import numpy as np
 from PIL import Image, ImageChops
 from tqdm import tqdm
 
-SIDES = (48, 72)  # pixels of a canvas side, both ends included
+SIDES = (56, 72)  # pixels of a canvas side, both ends included
 HELDOUT_SHARE = 0.2  # of the 1,797 digit images
 PAPER = (122, 116, 104)  # the mean colour of CLIP's images, also what pads a picture to a square
 INK = (255, 255, 255)
-SINGLE, LARGE, SMALL = (0.36, 0.72), (0.48, 0.56), (0.32, 0.38)  # drawn size, as a share of the shorter canvas side
-MAX_TURN = 8.0  # degrees a digit may lean, either way
-MIN_GAP = 0.10  # of a side: centres lie at least this far apart on both axes
-NARROW = 0.85  # a digit fills no more than this share of its square's width
-TRIES = 12  # places tried for one digit before the canvas is begun anew
+SINGLE, LARGE, SMALL = (0.60, 0.96), (0.88, 0.96), (0.60, 0.68)  # drawn size, as a share of half the shorter side
+MAX_TURN = 5.0  # degrees a digit may lean, either way
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 
-CANVASES = {"train": (2400, 2400, 2400), "heldout": (359, 240, 240)}  # pictures with one, two, three digits
-CAPTION_ORDERS = 3
+CANVASES = {"train": (5000, 5000, 5000), "heldout": (359, 240, 240)}  # pictures with one, two, three digits
 RECORDS = {  # of each kind; a dialogue record holds two questions
     "train": {"one_digit": 3000, "count": 1500, **dict.fromkeys(("larger", "left", "right", "top", "bottom"), 3000),
               "dialogue": 1500, "text": 800},
@@ -54,13 +51,13 @@ KINDS = (*QUESTIONS, "dialogue", "text")
 
 @dataclass(frozen=True)
 class Placed:
-    """A digit on a canvas: `value` 0..9, `source` its index among scikit-learn's digits, centre and size in pixels."""
+    """A digit on a canvas: `value` 0..9, `source` its index among scikit-learn's digits, `quarter` an index into
+    `QUARTERS`, `size` in pixels."""
 
     value: int
     source: int
-    x: float
-    y: float
-    size: float
+    quarter: int
+    size: int
 
 
 def split_digits(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -93,26 +90,19 @@ class Digits:
         return ink.rotate(self.rng.uniform(-MAX_TURN, MAX_TURN), Image.Resampling.BILINEAR)
 
 
-def place_digits(count: int, width: int, height: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
-    """`(left, top, size)` in pixels of `count` squares whose digits do not overlap and are apart on both axes."""
+def place_digits(count: int, width: int, height: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+    """`(quarter, left, top, size)` of `count` squares in pixels, anywhere in different quarters of the canvas."""
     shares = [SINGLE] if count == 1 else [LARGE] + [SMALL] * (count - 1)
-    while True:
-        sizes = [round(rng.uniform(*share) * min(width, height)) for share in shares]
-        boxes: list[tuple[int, int, int]] = []
-        for size in sizes:
-            for across, down in rng.random((TRIES, 2)).tolist():
-                box = (int(across * (width - size + 1)), int(down * (height - size + 1)), size)
-                if all(_apart(box, other, width, height) for other in boxes):
-                    boxes.append(box)
-                    break
-        if len(boxes) == count:
-            return boxes
-
-
-def _apart(a: tuple[int, int, int], b: tuple[int, int, int], width: int, height: int) -> bool:
-    dx, dy = abs(a[0] + a[2] / 2 - b[0] - b[2] / 2), abs(a[1] + a[2] / 2 - b[1] - b[2] / 2)
-    touch = (a[2] + b[2]) / 2
-    return dx >= MIN_GAP * width and dy >= MIN_GAP * height and (dx >= NARROW * touch or dy >= touch)
+    boxes = []
+    for quarter, share in zip(rng.permutation(4)[:count].tolist(), shares, strict=True):
+        size = int(rng.uniform(*share) * min(width, height) / 2)
+        room = width // 2 - size, height // 2 - size
+        left, top = (int(rng.integers(0, most + 1)) for most in room)
+        right_half, lower_half = quarter % 2, quarter // 2
+        boxes.append(
+            (quarter, left + right_half * (width - width // 2), top + lower_half * (height - height // 2), size)
+        )
+    return boxes
 
 
 def compose(count: int, digits: Digits) -> tuple[Image.Image, list[Placed]]:
@@ -121,35 +111,38 @@ def compose(count: int, digits: Digits) -> tuple[Image.Image, list[Placed]]:
     width, height = (int(side) for side in rng.integers(SIDES[0], SIDES[1] + 1, size=2))
     ink = Image.new("L", (width, height))
     placed = []
-    for left, top, size in place_digits(count, width, height, rng):
+    for quarter, left, top, size in place_digits(count, width, height, rng):
         source = digits.take()
         box = (left, top, left + size, top + size)
         ink.paste(ImageChops.lighter(ink.crop(box), digits.draw(source, size)), box)
-        placed.append(Placed(int(digits.labels[source]), source, left + size / 2, top + size / 2, size))
+        placed.append(Placed(int(digits.labels[source]), source, quarter, size))
     return Image.composite(Image.new("RGB", ink.size, INK), Image.new("RGB", ink.size, PAPER), ink), placed
 
 
-def answer(kind: str, placed: list[Placed]) -> str:
-    """The one right answer to `QUESTIONS[kind]` about a canvas."""
-    picks = {
-        "one_digit": lambda: placed[0].value,
-        "count": lambda: len(placed),
-        "larger": lambda: max(placed, key=lambda digit: digit.size).value,
-        "left": lambda: min(placed, key=lambda digit: digit.x).value,
-        "right": lambda: max(placed, key=lambda digit: digit.x).value,
-        "top": lambda: min(placed, key=lambda digit: digit.y).value,
-        "bottom": lambda: max(placed, key=lambda digit: digit.y).value,
-    }
-    return str(picks[kind]())
+def only_one(place: str, placed: list[Placed]) -> Placed | None:
+    """The digit at the far left, right, top or bottom, if it is alone in that half and others are not."""
+    axis, half = {"left": (0, 0), "right": (0, 1), "top": (1, 0), "bottom": (1, 1)}[place]
+    there = [digit for digit in placed if (digit.quarter // 2 if axis else digit.quarter % 2) == half]
+    return there[0] if len(there) == 1 and len(placed) > 1 else None
 
 
-def caption(placed: list[Placed], rng: np.random.Generator) -> str:
-    """A text that spells out the canvas, its statements in random order so that each is learnt from the picture."""
-    across = "".join(str(digit.value) for digit in sorted(placed, key=lambda digit: digit.x))
-    down = "".join(str(digit.value) for digit in sorted(placed, key=lambda digit: digit.y))
-    statements = [f"digits: {len(placed)}", f"left to right: {across}", f"top to bottom: {down}"]
-    statements.append(f"largest: {answer('larger', placed)}")
-    return ", ".join(statements[i] for i in rng.permutation(len(statements))) + "."
+def answer(kind: str, placed: list[Placed]) -> str | None:
+    """The one right answer to `QUESTIONS[kind]` about a canvas; None where there is not exactly one."""
+    if kind in PLACES:
+        digit = only_one(kind, placed)
+        return None if digit is None else str(digit.value)
+    if kind == "count":
+        return str(len(placed))
+    if (kind == "one_digit") != (len(placed) == 1):
+        return None
+    return str(max(placed, key=lambda digit: digit.size).value)
+
+
+def caption(placed: list[Placed]) -> str:
+    """A text that spells out the canvas: how many digits, each after its place, and which is the largest."""
+    items = [f"{QUARTERS[digit.quarter]} {digit.value}" for digit in sorted(placed, key=lambda digit: digit.quarter)]
+    largest = "" if len(placed) == 1 else f", largest {answer('larger', placed)}"
+    return f"{len(placed)}: {', '.join(items)}{largest}"
 
 
 def turns(*pairs: tuple[str, str], image: bool = True) -> list[dict]:
@@ -165,11 +158,8 @@ def ask(kind: str, placed: list[Placed], rng: np.random.Generator) -> list[dict]
     """The conversation of a record of an image kind."""
     if kind != "dialogue":
         return turns((QUESTIONS[kind], answer(kind, placed)))
-    first, second = rng.permutation(PLACES)[:2]
-    return turns(
-        (QUESTIONS[str(first)], answer(str(first), placed)),
-        (f"And at the far {second}?", answer(str(second), placed)),
-    )
+    first, second = rng.permutation([place for place in PLACES if answer(place, placed) is not None])[:2].tolist()
+    return turns((QUESTIONS[first], answer(first, placed)), (f"And at the far {second}?", answer(second, placed)))
 
 
 def ask_text(rng: np.random.Generator) -> list[dict]:
@@ -187,50 +177,47 @@ class Writer:
         self.folder, self.split, self.digits, self.bar = folder, split, digits, bar
         self.canvases: dict[str, list[Placed]] = {}
 
-    def canvas(self, count: int) -> str:
-        """Draws one and returns its name in `images/`, which the records use."""
+    def canvas(self, count: int) -> None:
+        """Draws one; records use its name in `images/`."""
         name = f"{self.split}_{len(self.canvases):05d}.png"
         image, self.canvases[name] = compose(count, self.digits)
         image.save(self.folder / "images" / name, compress_level=1)
         self.bar.update()
-        return name
-
-    def canvases_of(self, counts: list[int]) -> list[str]:
-        return [self.canvas(count) for count in counts]
 
 
-def caption_records(writer: Writer, names: list[str], rng: np.random.Generator) -> list[dict]:
-    """Stage 1: every canvas once for each of `CAPTION_ORDERS` random orders of its caption's statements."""
+def caption_records(writer: Writer) -> list[dict]:
+    """Stage 1: every canvas once, in random order."""
+    names = writer.digits.rng.permutation(list(writer.canvases)).tolist()
     return [
         {
-            "id": f"caption_{order}_{Path(name).stem}",
+            "id": f"caption_{Path(name).stem}",
             "image": name,
             "conversations": [
                 {"from": "human", "value": "<image>"},
-                {"from": "gpt", "value": caption(writer.canvases[name], rng)},
+                {"from": "gpt", "value": caption(writer.canvases[name])},
             ],
         }
-        for order in range(CAPTION_ORDERS)
         for name in names
     ]
 
 
-def question_records(writer: Writer, amounts: dict[str, int], names: list[str], rng: np.random.Generator) -> list[dict]:
-    """`amounts[kind]` records of every kind, each about a random canvas of `names` that the kind can be asked about."""
-    single = [name for name in names if len(writer.canvases[name]) == 1]
-    several = [name for name in names if len(writer.canvases[name]) > 1]
-    pools = {"one_digit": single, "count": names}
+def question_records(writer: Writer, amounts: dict[str, int], rng: np.random.Generator) -> list[dict]:
+    """`amounts[kind]` records of every kind, each about a random canvas that the kind can be asked about."""
     records = []
     for kind, amount in amounts.items():
         if kind == "text":
             records += [{"kind": kind, "conversations": ask_text(rng)} for _ in range(amount)]
             continue
-        pool = pools.get(kind, several)
+        pool = [name for name, placed in writer.canvases.items() if _can_ask(kind, placed)]
         rounds = [rng.permutation(pool) for _ in range(math.ceil(amount / len(pool)))]
         for name in np.concatenate(rounds)[:amount].tolist():
             records.append({"image": name, "kind": kind, "conversations": ask(kind, writer.canvases[name], rng)})
     records = [records[i] for i in rng.permutation(len(records))]
     return [{"id": f"{writer.split}_{number:05d}", **record} for number, record in enumerate(records)]
+
+
+def _can_ask(kind: str, placed: list[Placed]) -> bool:
+    return len(placed) > 1 if kind == "dialogue" else answer(kind, placed) is not None
 
 
 def make(output: Path, seed: int) -> dict[str, int]:
@@ -247,11 +234,12 @@ def make(output: Path, seed: int) -> dict[str, int]:
         for split, indices in parts.items():
             digits = Digits(bundle.images, bundle.target, indices, rng)
             writer = Writer(output, split, digits, bar)
-            counts = [count for count, amount in enumerate(CANVASES[split], start=1) for _ in range(amount)]
-            names = writer.canvases_of(counts)
+            for count, amount in enumerate(CANVASES[split], start=1):
+                for _ in range(amount):
+                    writer.canvas(count)
             if split == "train":
-                files["pretrain.json"] = caption_records(writer, names, rng)
-            files[f"{split}.json"] = question_records(writer, RECORDS[split], names, rng)
+                files["pretrain.json"] = caption_records(writer)
+            files[f"{split}.json"] = question_records(writer, RECORDS[split], rng)
     for name, records in files.items():
         lines = ",\n".join(json.dumps(record) for record in records)
         (output / name).write_text(f"[\n{lines}\n]\n")
