@@ -121,6 +121,22 @@ def test_overwrite_trains_anew_and_keeps_what_is_not_the_runs(kit, tmp_path, cap
     assert not (out / "checkpoint-2").exists()
 
 
+def test_an_overwriting_run_that_is_stopped_is_not_taken_for_a_finished_one(kit, tmp_path, monkeypatch):
+    from llava.train.llava_trainer import LLaVATrainer
+    from llava.train.train import finished_steps
+
+    out = kit.run(tmp_path / "out", max_steps=1)
+    assert finished_steps(out) == 1
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLaVATrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        kit.run(out, max_steps=1, overwrite_output_dir=True)
+    assert finished_steps(out) is None
+
+
 def test_a_checkpoint_cut_off_while_it_was_written(kit, tmp_path, monkeypatch, capsys):
     """The folder is there, its state is not: the run goes on from the one before."""
     from llava.train.llava_trainer import LLaVATrainer

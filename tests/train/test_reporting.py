@@ -28,6 +28,7 @@ def test_wandb_offline(kit, tmp_path, monkeypatch):
         out = kit.run(tmp_path / "out", max_steps=2, report_to="wandb", run_name="tiny-run")
     finally:
         wandb.finish()
+        wandb.teardown()  # waits for the process that writes the file
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
     assert b"train/loss" in content and b"tiny-run" in content

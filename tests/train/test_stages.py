@@ -20,7 +20,7 @@ def test_stage1_trains_the_projector_alone(kit, tmp_path, spy):
     assert spy.moved() == PROJECTOR
 
 
-@pytest.mark.parametrize(("merge", "newline"), [("spatial_unpad", True), ("spatial", False), ("flat", False)])
+@pytest.mark.parametrize(("merge", "newline"), [("spatial_unpad", True), ("spatial", False)])
 def test_stage1_file(kit, tmp_path, stage1, spy, merge, newline):
     out = stage1
     if not newline:
@@ -55,8 +55,9 @@ class Stopped(Exception):
     """Stands for a run that is killed."""
 
 
-@pytest.mark.parametrize("parts", ["mm_mlp_adapter", "mm_vision_tower,mm_mlp_adapter,mm_language_model"])
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(
+    ("parts", "grouped"), [("mm_mlp_adapter", False), ("mm_vision_tower,mm_mlp_adapter,mm_language_model", True)]
+)
 def test_resume_gives_the_uninterrupted_run(kit, tmp_path, monkeypatch, capsys, parts, grouped):
     """Two epochs of two steps, in shuffled order, stopped inside the second."""
     from llava.train.llava_trainer import LLaVATrainer

@@ -177,8 +177,10 @@ def test_a_language_model_without_a_tower(kit, tmp_path, spy, capsys):
     assert error.startswith("error: ") and "r1" in error and "vision_tower" in error
 
 
-@pytest.mark.parametrize("merge", ["spatial_unpad", "spatial"])
-@pytest.mark.parametrize("projector", ["patch_merger", "spatial_merge", "pooler", "linear"])
+@pytest.mark.parametrize(
+    ("projector", "merge"),
+    [("patch_merger", "spatial"), ("spatial_merge", "spatial_unpad"), ("pooler", "spatial_unpad"), ("linear", "flat")],
+)
 def test_projectors(kit, tmp_path, spy, projector, merge):
     kit.run(tmp_path / "out", "imti", mm_projector_type=projector, mm_patch_merge_type=merge, max_steps=1)
     assert spy.moved_parts() == ALL
