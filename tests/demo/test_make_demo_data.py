@@ -39,7 +39,7 @@ def demo(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(data, "CANVASES", {"train": (6, 5, 4), "heldout": (3, 3, 2)})
+    monkeypatch.setattr(data, "CANVASES", {"train": (30, 30, 30), "heldout": (20, 20, 20)})
     amounts = dict.fromkeys(data.KINDS, 3)
     monkeypatch.setattr(data, "RECORDS", {"train": amounts, "heldout": amounts})
 
@@ -72,7 +72,7 @@ def test_no_handwriting_is_in_both_splits(tmp_path, small, monkeypatch):
 
     monkeypatch.setattr(data, "compose", spy)
     data.make(tmp_path, seed=0)
-    assert len(drawn["train"]) == 6 + 10 + 12 and len(drawn["heldout"]) == 3 + 6 + 6
+    assert len(drawn["train"]) == 30 * 6 and len(drawn["heldout"]) == 20 * 6
     assert not drawn["train"] & drawn["heldout"]
 
 
@@ -123,33 +123,34 @@ def test_image_sizes_vary(demo):
 
 
 def test_no_answer_is_a_matter_of_taste():
-    """Several digits: the answers differ clearly in place and size, and none is drawn over another."""
+    """Several digits: each stays in a quarter of its own, and one is clearly the largest."""
     rng = np.random.default_rng(0)
-    for count in (2, 3):
+    for count in (1, 2, 3):
         for _ in range(50):
             width, height = rng.integers(*data.SIDES, size=2, endpoint=True).tolist()
             boxes = data.place_digits(count, width, height, rng)
-            sizes = sorted((size for _, _, size in boxes), reverse=True)
-            assert sizes[0] >= 1.2 * sizes[1]
-            for i, (left, top, size) in enumerate(boxes):
+            assert len({quarter for quarter, *_ in boxes}) == len(boxes) == count
+            for quarter, left, top, size in boxes:
                 assert left >= 0 and top >= 0 and left + size <= width and top + size <= height
-                for other_left, other_top, other_size in boxes[:i]:
-                    dx = abs(left + size / 2 - other_left - other_size / 2)
-                    dy = abs(top + size / 2 - other_top - other_size / 2)
-                    assert dx >= data.MIN_GAP * width and dy >= data.MIN_GAP * height
-                    assert max(dx, dy) >= data.NARROW * (size + other_size) / 2
+                assert (left >= width // 2) if quarter % 2 else (left + size <= width / 2)
+                assert (top >= height // 2) if quarter // 2 else (top + size <= height / 2)
+            sizes = sorted((size for *_, size in boxes), reverse=True)
+            assert count == 1 or sizes[0] >= 1.2 * sizes[1]
 
 
 def test_answers_and_caption_of_a_known_canvas():
-    placed = [data.Placed(7, 0, 10, 40, 20), data.Placed(2, 1, 30, 12, 30), data.Placed(5, 2, 50, 30, 18)]
-    expected = {"count": "3", "larger": "2", "left": "7", "right": "5", "top": "2", "bottom": "7"}
+    placed = [data.Placed(7, 0, 0, 20), data.Placed(2, 1, 3, 30), data.Placed(5, 2, 2, 18)]  # one above, two below
+    expected = {"count": "3", "larger": "2", "top": "7", "right": "2", "left": None, "bottom": None, "one_digit": None}
     assert {kind: data.answer(kind, placed) for kind in expected} == expected
-    text = data.caption(placed, np.random.default_rng(0))
-    statements = {"digits: 3", "left to right: 725", "top to bottom: 257", "largest: 2"}
-    assert set(text.rstrip(".").split(", ")) == statements
-    first, _, second, last = data.ask("dialogue", placed, np.random.default_rng(0))
-    places = [turn["value"].rstrip("?").split()[-1] for turn in (first, second)]
-    assert len(set(places)) == 2 and last["value"] == expected[places[1]]
+    assert data.caption(placed) == "3: top left 7, bottom left 5, bottom right 2, largest 2"
+    assert data.caption(placed[:1]) == "1: top left 7"
+    assert data.answer("one_digit", placed[:1]) == "7" and data.answer("top", placed[:1]) is None
+    first, first_answer, second, second_answer = (
+        turn["value"] for turn in data.ask("dialogue", placed, np.random.default_rng(0))
+    )
+    places = [text.rstrip("?").split()[-1] for text in (first, second)]
+    assert sorted(places) == ["right", "top"]
+    assert [first_answer, second_answer] == [expected[place] for place in places]
 
 
 def test_text_questions_are_true():
