@@ -329,6 +329,7 @@ class LlavaMetaForCausalLM:
         images=None,
         image_sizes=None,
         modalities=("image",),
+        logits_to_keep=0,  # named here, since `generate` looks for it: a prefill needs the last position alone
         **kwargs,
     ):
         """As the language model's forward, with images (see `prepare_inputs_labels_for_multimodal`).
@@ -358,7 +359,7 @@ class LlavaMetaForCausalLM:
         )
         if self.training and labels is not None:
             return self._training_loss(inputs, labels, **kwargs)
-        out = super().forward(**inputs, labels=labels, **kwargs)
+        out = super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         if labels is not None and not isinstance(out, tuple):  # a mean over nothing is NaN
             supervised = (labels[:, 1:] != IGNORE_INDEX).any()
             out.loss = torch.where(supervised, out.loss, torch.zeros_like(out.loss))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
-from tests.model import small
+from tests.model import golden, small
 
 X = IMAGE_TOKEN_INDEX
 SIDE = 28
@@ -223,3 +223,14 @@ def test_language_model_without_tower(tmp_path):
         assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)
     expected = plain.generate(ids, do_sample=False, max_new_tokens=4, min_new_tokens=4)[:, 4:]
     assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=4, min_new_tokens=4), expected)
+
+
+def test_prefill_computes_one_position():
+    """`generate` asks for the last position's logits only."""
+    case = golden.case("qwen_clip_anyres_unpad")
+    _, model, _, _ = golden.load(case.folder)
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    model.generate(**case.inputs, max_new_tokens=3, do_sample=False)
+    hook.remove()
+    assert seen == [1, 1, 1]
