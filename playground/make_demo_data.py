@@ -8,9 +8,9 @@ there are several, exactly one is drawn large. "The far left" is asked only wher
 
 The digit images are split before anything is composed: those of the held-out pictures appear in no training picture.
 
-Written files (LLaVA format): `images/*.png`; `pretrain.json`, captions that spell out the canvas; `train.json` and
-`heldout.json`, questions, each record with its `kind`. In a `dialogue` both turns are questions and both count; its
-second turn ("And at the far right?") can only be understood with the first.
+Written files (LLaVA format): `images/*.png`; `pretrain.json`, captions that spell out the canvas; `train.json`,
+conversations that ask all there is to ask about a picture; `heldout.json`, questions, each record with its `kind`. In a
+`dialogue` both turns are questions and both count; its second ("And at the far right?") needs the first.
 """
 
 import argparse
@@ -27,17 +27,19 @@ SIDES = (56, 72)  # pixels of a canvas side, both ends included
 HELDOUT_SHARE = 0.2  # of the 1,797 digit images
 PAPER = (122, 116, 104)  # the mean colour of CLIP's images, also what pads a picture to a square
 INK = (255, 255, 255)
-SINGLE, LARGE, SMALL = (0.60, 0.96), (0.88, 0.96), (0.60, 0.68)  # drawn size, as a share of half the shorter side
-MAX_TURN = 5.0  # degrees a digit may lean, either way
+SINGLE, LARGE, SMALL = (0.76, 0.98), (0.90, 0.98), (0.68, 0.74)  # drawn size, as a share of half the shorter side
+MAX_TURN, MAX_SHEAR, NARROWEST = 8.0, 0.1, 0.88  # degrees, slant and width of a digit's own variation
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 
 CANVASES = {"train": (5000, 5000, 5000), "heldout": (359, 240, 240)}  # pictures with one, two, three digits
-RECORDS = {  # of each kind; a dialogue record holds two questions
-    "train": {"one_digit": 3000, "count": 1500, **dict.fromkeys(("larger", "left", "right", "top", "bottom"), 3000),
-              "dialogue": 1500, "text": 800},
-    "heldout": {"one_digit": 359, **dict.fromkeys(("count", "larger", "left", "right", "top", "bottom"), 140),
-                "dialogue": 70, "text": 52},
-}  # fmt: skip
+LAYOUT_ROUNDS, STATEMENT_ROUNDS = 3, 2  # captions of each canvas
+TRAIN_TEXTS = 800  # training records without an image, of four questions each: 5% of all
+HELDOUT = {  # records of each kind; a dialogue record holds two questions
+    "one_digit": 359,
+    **dict.fromkeys(("count", "larger", "left", "right", "top", "bottom"), 140),
+    "dialogue": 70,
+    "text": 52,
+}
 
 PLACES = ("left", "right", "top", "bottom")
 QUESTIONS = {
@@ -46,7 +48,7 @@ QUESTIONS = {
     "larger": "Which digit is drawn largest?",
     **{place: f"Which digit is at the far {place}?" for place in PLACES},
 }
-KINDS = (*QUESTIONS, "dialogue", "text")
+FOLLOW_UP = "And at the far {}?"
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,16 @@ class Digits:
         return self.queue.pop()
 
     def draw(self, source: int, size: int) -> Image.Image:
-        """The digit's ink, 0 (none) to 255, in `size` x `size` pixels, leaning a little."""
+        """The digit's ink, 0 (none) to 255, in `size` x `size` pixels: turned, slanted and narrowed a little."""
         ink = Image.fromarray((self.images[source] * (255 / 16)).astype(np.uint8))
         ink = ink.resize((size, size), Image.Resampling.BICUBIC)
-        return ink.rotate(self.rng.uniform(-MAX_TURN, MAX_TURN), Image.Resampling.BILINEAR)
+        turn, shear = math.radians(self.rng.uniform(-MAX_TURN, MAX_TURN)), self.rng.uniform(-MAX_SHEAR, MAX_SHEAR)
+        wide = 1 / self.rng.uniform(NARROWEST, 1.0)
+        a, b = wide * math.cos(turn), wide * (math.sin(turn) + shear)
+        c, d = -math.sin(turn), math.cos(turn)
+        centre = (size - 1) / 2
+        matrix = (a, b, centre * (1 - a - b), c, d, centre * (1 - c - d))
+        return ink.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
 def place_digits(count: int, width: int, height: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
@@ -138,11 +146,23 @@ def answer(kind: str, placed: list[Placed]) -> str | None:
     return str(max(placed, key=lambda digit: digit.size).value)
 
 
-def caption(placed: list[Placed]) -> str:
-    """A text that spells out the canvas: how many digits, each after its place, and which is the largest."""
+def layout(placed: list[Placed]) -> str:
+    """A caption that spells out the canvas: how many digits, each after its place, and which is the largest."""
     items = [f"{QUARTERS[digit.quarter]} {digit.value}" for digit in sorted(placed, key=lambda digit: digit.quarter)]
     largest = "" if len(placed) == 1 else f", largest {answer('larger', placed)}"
     return f"{len(placed)}: {', '.join(items)}{largest}"
+
+
+def statements(placed: list[Placed], rng: np.random.Generator) -> str:
+    """A caption of all that can be asked about the canvas, in random order so that each is read off the picture."""
+    names = {
+        "one_digit": "digit",
+        "count": "digits",
+        "larger": "largest",
+        **{place: f"far {place}" for place in PLACES},
+    }
+    found = [f"{names[kind]} {answer(kind, placed)}" for kind in names if answer(kind, placed) is not None]
+    return ", ".join(found[i] for i in rng.permutation(len(found)))
 
 
 def turns(*pairs: tuple[str, str], image: bool = True) -> list[dict]:
@@ -155,19 +175,32 @@ def turns(*pairs: tuple[str, str], image: bool = True) -> list[dict]:
 
 
 def ask(kind: str, placed: list[Placed], rng: np.random.Generator) -> list[dict]:
-    """The conversation of a record of an image kind."""
+    """The conversation of a held-out record of an image kind."""
     if kind != "dialogue":
         return turns((QUESTIONS[kind], answer(kind, placed)))
     first, second = rng.permutation([place for place in PLACES if answer(place, placed) is not None])[:2].tolist()
-    return turns((QUESTIONS[first], answer(first, placed)), (f"And at the far {second}?", answer(second, placed)))
+    return turns((QUESTIONS[first], answer(first, placed)), (FOLLOW_UP.format(second), answer(second, placed)))
 
 
-def ask_text(rng: np.random.Generator) -> list[dict]:
-    """A question that needs no picture."""
-    step = int(rng.choice([-1, 1]))
-    value = int(rng.integers(0, 9)) + (step < 0)
-    word = "after" if step > 0 else "before"
-    return turns((f"Which digit comes {word} {value}?", str(value + step)), image=False)
+def ask_all(placed: list[Placed], rng: np.random.Generator) -> list[dict]:
+    """A training conversation: every question that the canvas answers, in random order. A place asked for right after
+    another place is a follow-up half of the time."""
+    kinds = rng.permutation([kind for kind in QUESTIONS if answer(kind, placed) is not None]).tolist()
+    pairs = []
+    for before, kind in zip([None, *kinds], kinds, strict=False):
+        follows = before in PLACES and kind in PLACES and rng.random() < 0.5
+        pairs.append((FOLLOW_UP.format(kind) if follows else QUESTIONS[kind], answer(kind, placed)))
+    return turns(*pairs)
+
+
+def ask_text(questions: int, rng: np.random.Generator) -> list[dict]:
+    """A conversation of questions that need no picture."""
+    pairs = []
+    for _ in range(questions):
+        step = int(rng.choice([-1, 1]))
+        value = int(rng.integers(0, 9)) + (step < 0)
+        pairs.append((f"Which digit comes {'after' if step > 0 else 'before'} {value}?", str(value + step)))
+    return turns(*pairs, image=False)
 
 
 class Writer:
@@ -185,39 +218,50 @@ class Writer:
         self.bar.update()
 
 
-def caption_records(writer: Writer) -> list[dict]:
-    """Stage 1: every canvas once, in random order."""
-    names = writer.digits.rng.permutation(list(writer.canvases)).tolist()
-    return [
-        {
-            "id": f"caption_{Path(name).stem}",
-            "image": name,
-            "conversations": [
-                {"from": "human", "value": "<image>"},
-                {"from": "gpt", "value": caption(writer.canvases[name])},
-            ],
-        }
-        for name in names
-    ]
-
-
-def question_records(writer: Writer, amounts: dict[str, int], rng: np.random.Generator) -> list[dict]:
-    """`amounts[kind]` records of every kind, each about a random canvas that the kind can be asked about."""
+def caption_records(writer: Writer, rng: np.random.Generator) -> list[dict]:
+    """Stage 1, to be read in this order: layouts, from which such a model learns to see, then statements."""
     records = []
-    for kind, amount in amounts.items():
+    for number, text in enumerate(
+        [layout] * LAYOUT_ROUNDS + [lambda placed: statements(placed, rng)] * STATEMENT_ROUNDS
+    ):
+        names = list(writer.canvases)
+        for i in rng.permutation(len(names)).tolist():
+            name = names[i]
+            conversation = [
+                {"from": "human", "value": "<image>"},
+                {"from": "gpt", "value": text(writer.canvases[name])},
+            ]
+            records.append({"id": f"caption{number}_{i:05d}", "image": name, "conversations": conversation})
+    return records
+
+
+def train_records(writer: Writer, rng: np.random.Generator) -> list[dict]:
+    """Stage 2: a conversation about every canvas, and some questions without an image."""
+    records = [{"image": name, "conversations": ask_all(placed, rng)} for name, placed in writer.canvases.items()]
+    records += [{"conversations": ask_text(4, rng)} for _ in range(TRAIN_TEXTS)]
+    return _shuffled("train", records, rng)
+
+
+def heldout_records(writer: Writer, rng: np.random.Generator) -> list[dict]:
+    """`HELDOUT[kind]` records of every kind, each about a random canvas that the kind can be asked about."""
+    records = []
+    for kind, amount in HELDOUT.items():
         if kind == "text":
-            records += [{"kind": kind, "conversations": ask_text(rng)} for _ in range(amount)]
+            records += [{"kind": kind, "conversations": ask_text(1, rng)} for _ in range(amount)]
             continue
         pool = [name for name, placed in writer.canvases.items() if _can_ask(kind, placed)]
         rounds = [rng.permutation(pool) for _ in range(math.ceil(amount / len(pool)))]
         for name in np.concatenate(rounds)[:amount].tolist():
             records.append({"image": name, "kind": kind, "conversations": ask(kind, writer.canvases[name], rng)})
-    records = [records[i] for i in rng.permutation(len(records))]
-    return [{"id": f"{writer.split}_{number:05d}", **record} for number, record in enumerate(records)]
+    return _shuffled("heldout", records, rng)
 
 
 def _can_ask(kind: str, placed: list[Placed]) -> bool:
     return len(placed) > 1 if kind == "dialogue" else answer(kind, placed) is not None
+
+
+def _shuffled(name: str, records: list[dict], rng: np.random.Generator) -> list[dict]:
+    return [{"id": f"{name}_{number:05d}", **records[i]} for number, i in enumerate(rng.permutation(len(records)))]
 
 
 def make(output: Path, seed: int) -> dict[str, int]:
@@ -238,8 +282,10 @@ def make(output: Path, seed: int) -> dict[str, int]:
                 for _ in range(amount):
                     writer.canvas(count)
             if split == "train":
-                files["pretrain.json"] = caption_records(writer)
-            files[f"{split}.json"] = question_records(writer, RECORDS[split], rng)
+                files["pretrain.json"] = caption_records(writer, rng)
+                files["train.json"] = train_records(writer, rng)
+            else:
+                files["heldout.json"] = heldout_records(writer, rng)
     for name, records in files.items():
         lines = ",\n".join(json.dumps(record) for record in records)
         (output / name).write_text(f"[\n{lines}\n]\n")
