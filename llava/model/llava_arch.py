@@ -3,21 +3,18 @@
 Shapes: B rows, L text tokens (an image is one of them), S tokens after the merge, D channels of the language model.
 """
 
+import os
+
 import torch
 import torch.nn as nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_PATCH_TOKEN,
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-)
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
 from llava.model.checkpoint import load_adapter
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid, build_vision_projector
+from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
 from llava.utils import rank0_print
 
@@ -87,6 +84,8 @@ class LlavaMetaModel:
                 setattr(config, key, getattr(model_args, key))
         config.use_mm_proj = True
         changed = {key for key in VISION_KEYS if (getattr(config, key, None) or None) != before[key]}
+        if same_folder(config.mm_vision_tower, before["mm_vision_tower"]):
+            changed.discard("mm_vision_tower")
 
         if self.get_vision_tower() is None or changed & {"mm_vision_tower", "mm_vision_tower_type", "s2", "s2_scales"}:
             if self.get_vision_tower() is not None:
@@ -202,14 +201,14 @@ class LlavaMetaForCausalLM:
             merged[0] = merged[0] + newline * 0.0  # it has a gradient on every rank, whatever this batch merged
         return merged
 
-    def _anchor(self, like):
+    def _anchor(self, device):
         """Zero that depends on tower, projector and newline: a rank without an image takes part in their collectives.
 
         It calls them in the order in which `_visual_tokens` does, which ZeRO-3 relies on.
         """
         newline = self.get_model().image_newline if MergeRules.from_config(self.config).unpad else None
         side = self.get_vision_tower().image_size
-        zero = self.encode_images(like.new_zeros(1, 3, side, side, dtype=self.dtype)).sum()
+        zero = self.encode_images(torch.zeros(1, 3, side, side, dtype=self.dtype, device=device)).sum()
         return (zero if newline is None else zero + newline.sum()) * 0.0
 
     # --- the merge ---
@@ -263,58 +262,33 @@ class LlavaMetaForCausalLM:
 
     def _merge(self, input_ids, attention_mask, labels, images, modalities, image_sizes, padding_side):
         """(inputs_embeds [B, S, D], labels [B, S], attention_mask bool [B, S], position_ids [B, S])."""
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        rows, columns = keep.nonzero(as_tuple=True)  # the kept tokens of all rows, one after the other
-        ids = input_ids[rows, columns]
-        is_image = ids == IMAGE_TOKEN_INDEX
+        device = input_ids.device
+        input_ids = input_ids.cpu()
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
         images, modalities, image_sizes = match_images(input_ids, keep, images, modalities, image_sizes)
         visual, anchor = [], None
         if len(images):
             visual = self._visual_tokens(images, modalities, image_sizes)
         elif self.training and torch.distributed.is_initialized():
-            anchor = self._anchor(input_ids)
-
-        # where each kept token starts in its merged row
-        lengths = torch.ones_like(ids)
-        counts = torch.tensor([len(v) for v in visual], dtype=ids.dtype, device=ids.device)
-        lengths[is_image] = counts
-        row_lengths = torch.zeros(len(input_ids), dtype=ids.dtype, device=ids.device).index_add_(0, rows, lengths)
-        row_starts = row_lengths.cumsum(0) - row_lengths
-        starts = lengths.cumsum(0) - lengths - row_starts[rows]
-        limit = getattr(self.config, "tokenizer_model_max_length", None) or int(1e30)
-        row_lengths = row_lengths.clamp(max=min(limit, 2**62))
-        size = int(row_lengths.max())
-        shift = size - row_lengths if padding_side == "left" else torch.zeros_like(row_lengths)
-
-        text_at = (rows[~is_image], starts[~is_image])
-        visual_rows = rows[is_image].repeat_interleave(counts)
-        offsets = torch.arange(len(visual_rows), device=ids.device) - (counts.cumsum(0) - counts).repeat_interleave(
-            counts
+            anchor = self._anchor(device)
+        plan = plan_merge(
+            input_ids,
+            keep,
+            None if labels is None else labels.cpu(),
+            [len(tokens) for tokens in visual],
+            getattr(self.config, "tokenizer_model_max_length", None),
+            padding_side,
         )
-        visual_at = (visual_rows, starts[is_image].repeat_interleave(counts) + offsets)
-        text = self.get_model().embed_tokens(ids[~is_image])
-        visual = torch.cat(visual).to(text.dtype) if visual else text[:0]
-
-        place = torch.cat([text_at[0], visual_at[0]]), torch.cat([text_at[1], visual_at[1]])
-        values = torch.cat([text, visual])
-        if size == limit:  # cut rows that outgrow the context
-            fits = place[1] < limit
-            place, values = (place[0][fits], place[1][fits]), values[fits]
-        at = (place[0], place[1] + shift[place[0]])
-        embeds = text.new_zeros(len(input_ids), size, text.shape[-1]).index_put(at, values)
-
-        steps = torch.arange(size, device=ids.device)
-        positions = steps[None] - shift[:, None]
-        mask = (positions >= 0) & (positions < row_lengths[:, None])
-        new_labels = None
-        if labels is not None:
-            kept = text_at[1] < size
-            label_at = text_at[0][kept], (text_at[1] + shift[text_at[0]])[kept]
-            new_labels = labels.new_full((len(input_ids), size), IGNORE_INDEX)
-            new_labels[label_at] = labels[rows, columns][~is_image][kept]
+        text = self.get_model().embed_tokens(plan.text_ids.to(device))
+        values = torch.cat([text, *(tokens.to(text.dtype) for tokens in visual)])
+        if plan.fits is not None:
+            values = values[plan.fits.to(device)]
+        embeds = text.new_zeros(*plan.shape, text.shape[-1])
+        embeds = embeds.index_put((plan.rows.to(device), plan.columns.to(device)), values)
         if anchor is not None:
             embeds = embeds + anchor.to(embeds.dtype)
-        return embeds, new_labels, mask, positions * mask
+        new_labels = None if labels is None else plan.labels.to(device)
+        return embeds, new_labels, plan.mask.to(device), plan.positions.to(device)
 
     # --- forward and generation ---
 
@@ -430,53 +404,12 @@ class LlavaMetaForCausalLM:
         return added
 
 
+def same_folder(a, b) -> bool:
+    """Two spellings of one existing folder."""
+    return bool(a and b) and os.path.isdir(a) and os.path.realpath(a) == os.path.realpath(b)
+
+
 def grow_embeddings(model, tokenizer):
     """Make room for every token of the tokenizer; embeddings are never shrunk."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-
-
-def match_images(input_ids, keep, images, modalities, image_sizes):
-    """One image per image token, in order: drop the dummies that rows without an image token may bring.
-
-    Args:
-        input_ids: [B, L].
-        keep: bool [B, L], tokens that count.
-        images: sequence of tensors, or a batched tensor.
-        modalities: per image, possibly short.
-        image_sizes: per image, or None.
-
-    Returns:
-        (images, modalities, image_sizes), all as long as there are image tokens.
-
-    Raises:
-        LlavaError: the numbers do not match.
-    """
-    per_row = ((input_ids == IMAGE_TOKEN_INDEX) & keep).sum(1).tolist()
-    tokens, count = sum(per_row), len(images)
-    modalities = [modalities] if isinstance(modalities, str) else list(modalities or [])
-    modalities += ["image"] * (count - len(modalities))
-    chosen = [i for i in range(count) if modalities[i] != "text"]
-    if len(chosen) != tokens and count == tokens + per_row.count(0):
-        # LLaVA-NeXT's batches: every row without an image token brings one dummy in its place
-        chosen, at = [], 0
-        for n in per_row:
-            chosen += range(at, at + n)
-            at += max(n, 1)
-    if len(chosen) != tokens:
-        raise LlavaError(
-            f"the batch has {tokens} <image> tokens in {len(per_row)} rows, but {count} images came with it"
-        )
-    plain = isinstance(images, torch.Tensor) and images.ndim == 4
-    if image_sizes is not None and len(image_sizes) != count and not plain:
-        raise LlavaError(
-            f"image_sizes: found {len(image_sizes)}, expected one (width, height) for each of {count} images"
-        )
-    if len(chosen) == count:
-        return images, modalities, image_sizes
-    if isinstance(images, torch.Tensor):
-        images = images[chosen]
-    else:
-        images = [images[i] for i in chosen]
-    sizes = None if image_sizes is None or plain else [image_sizes[i] for i in chosen]
-    return images, [modalities[i] for i in chosen], sizes

@@ -31,7 +31,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.CANVASES, "train", (60, 60, 60))
-        patch.setitem(data.RECORDS, "train", dict.fromkeys(data.KINDS, 80))
+        patch.setattr(data, "TRAIN_TEXTS", 9)
         data.make(folder, seed=0)
     return folder
 
@@ -40,8 +40,8 @@ def demo(tmp_path_factory):
 def small(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(data, "CANVASES", {"train": (30, 30, 30), "heldout": (20, 20, 20)})
-    amounts = dict.fromkeys(data.KINDS, 3)
-    monkeypatch.setattr(data, "RECORDS", {"train": amounts, "heldout": amounts})
+    monkeypatch.setattr(data, "HELDOUT", dict.fromkeys(data.HELDOUT, 3))
+    monkeypatch.setattr(data, "TRAIN_TEXTS", 3)
 
 
 def read(folder: Path, name: str) -> list[dict]:
@@ -100,10 +100,13 @@ def test_records_are_valid_llava_records(demo):
         for record in read(demo, name):
             ids.add((name, record["id"]))
             speakers = [turn["from"] for turn in record["conversations"]]
-            assert speakers == ["human", "gpt"] * (2 if record.get("kind") == "dialogue" else 1)
+            assert speakers == ["human", "gpt"] * (len(speakers) // 2)
+            if name != "train":
+                assert len(speakers) == (4 if record.get("kind") == "dialogue" else 2)
             marks = sum(turn["value"].count("<image>") for turn in record["conversations"])
             assert marks == int("image" in record) and record["conversations"][0]["value"].count("<image>") == marks
-            assert ("image" in record) == (record.get("kind") != "text")
+            if name != "train":
+                assert ("image" in record) == (record.get("kind") != "text")
             if "image" in record:
                 assert record["image"] in pictures
                 assert record["image"].startswith("heldout") == (name == "heldout")
@@ -142,8 +145,10 @@ def test_answers_and_caption_of_a_known_canvas():
     placed = [data.Placed(7, 0, 0, 20), data.Placed(2, 1, 3, 30), data.Placed(5, 2, 2, 18)]  # one above, two below
     expected = {"count": "3", "larger": "2", "top": "7", "right": "2", "left": None, "bottom": None, "one_digit": None}
     assert {kind: data.answer(kind, placed) for kind in expected} == expected
-    assert data.caption(placed) == "3: top left 7, bottom left 5, bottom right 2, largest 2"
-    assert data.caption(placed[:1]) == "1: top left 7"
+    assert data.layout(placed) == "3: top left 7, bottom left 5, bottom right 2, largest 2"
+    assert data.layout(placed[:1]) == "1: top left 7"
+    said = data.statements(placed, np.random.default_rng(0)).split(", ")
+    assert sorted(said) == ["digits 3", "far right 2", "far top 7", "largest 2"]
     assert data.answer("one_digit", placed[:1]) == "7" and data.answer("top", placed[:1]) is None
     first, first_answer, second, second_answer = (
         turn["value"] for turn in data.ask("dialogue", placed, np.random.default_rng(0))
@@ -153,9 +158,37 @@ def test_answers_and_caption_of_a_known_canvas():
     assert [first_answer, second_answer] == [expected[place] for place in places]
 
 
+def test_a_training_conversation_asks_all_there_is():
+    placed = [data.Placed(7, 0, 0, 20), data.Placed(2, 1, 3, 30)]  # top left and bottom right
+    follow_ups = 0
+    for seed in range(20):
+        turns = data.ask_all(placed, np.random.default_rng(seed))
+        assert turns[0]["value"].startswith("<image>\n") and len(turns) == 12
+        pairs = [(turns[i]["value"].removeprefix("<image>\n"), turns[i + 1]["value"]) for i in range(0, 12, 2)]
+        before = None
+        for question, answer in pairs:
+            kind = next((kind for kind, text in data.QUESTIONS.items() if text == question), None)
+            if kind is None:  # a follow-up is only asked after another place
+                follow_ups += 1
+                assert before in data.PLACES
+                kind = question.rstrip("?").split()[-1]
+            assert answer == data.answer(kind, placed)
+            before = kind
+    assert 10 < follow_ups < 60
+
+
+def test_captions_come_in_the_order_they_are_to_be_read(demo):
+    texts = [record["conversations"][1]["value"] for record in read(demo, "pretrain")]
+    canvases = 180
+    layouts = canvases * data.LAYOUT_ROUNDS
+    assert len(texts) == canvases * (data.LAYOUT_ROUNDS + data.STATEMENT_ROUNDS)
+    assert all(": " in text for text in texts[:layouts]) and not any(": " in text for text in texts[layouts:])
+    names = [record["image"] for record in read(demo, "pretrain")]
+    assert sorted(names[:canvases]) == sorted(set(names)) and names[:canvases] != names[canvases : 2 * canvases]
+
+
 def test_text_questions_are_true():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        question, answer = (turn["value"] for turn in data.ask_text(rng))
-        step = 1 if " after " in question else -1
-        assert int(answer) == int(question.rstrip("?").split()[-1]) + step and 0 <= int(answer) <= 9
+        question, answer = (turn["value"] for turn in data.ask_text(1, rng))
+        assert int(answer) == int(question.rstrip("?").split()[-1]) + 1 and 1 <= int(answer) <= 9

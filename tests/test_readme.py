@@ -1,0 +1,58 @@
+"""What the README says can be typed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def run(*command, **env):
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable, **env}, capture_output=True, text=True
+    )
+
+
+def test_the_demo_cut_short(tmp_path):
+    """`bash scripts/finetune.sh` from nothing to the last line, with few steps and questions."""
+    command = ["bash", "scripts/finetune.sh", "--output_dir", str(tmp_path), "--max_steps", "3", "--save_steps", "2"]
+    first = run(*command, EVAL_LIMIT="40")
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-4000:]
+    result = json.loads((tmp_path / "finetune" / "eval.json").read_text())
+    last = first.stdout.rstrip().splitlines()[-1]
+    assert last == f"held-out exact match: {result['exact_match']:.3f} (n={result['n']})"
+    assert result["n"] == sum(part["n"] for part in result["by_kind"].values()) == len(result["questions"])
+    assert {"question", "answer", "prediction"} <= set(result["questions"][0])
+    assert "exact_match" in result["blank_images"]
+    assert Image.open(tmp_path / "finetune" / "report.png").width > 400
+    again = run(*command)
+    assert again.returncode == 0 and "--overwrite" in again.stdout and len(again.stdout.strip().splitlines()) == 1
+
+    # the evaluation went missing: the trained stages are not trained again
+    (tmp_path / "finetune" / "eval.json").unlink()
+    third = run(*command, EVAL_LIMIT="40")
+    assert third.returncode == 0 and third.stdout.count("finished before") == 2
+    assert third.stdout.rstrip().splitlines()[-1] == last
+
+
+PATHS = sorted(set(re.findall(r"\b(?:configs|scripts|llava|playground)/[\w./]+\.\w+", README)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_files_exist(path):
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs" / "train").glob("*.yaml")))
+def test_every_train_config_resolves(config):
+    shown = run(sys.executable, "-m", "llava.config", "show", f"configs/train/{config}", "--learning_rate", "2e-5")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"learning_rate +2e-05 +command line", shown.stdout)
+    assert re.search(r"vision_tower +\S+ +configs/towers/", shown.stdout)
