@@ -70,6 +70,8 @@ def _train(model_args, data_args, training_args):
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, parts=parts, **data)
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, out)
     if checkpoint is not None:
+        if training_args.deepspeed:
+            check_own(checkpoint, out)
         rank0_print(f"resuming from {checkpoint}")
         trainer.read_bad_records(checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -101,6 +103,15 @@ def checkpoint_to_resume(asked: str | None, out: str) -> str | None:
     whole = [path.parent for path in Path(out).glob("checkpoint-*/trainer_state.json")]  # a checkpoint's last file
     numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
     return str(max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if numbered else None
+
+
+def check_own(checkpoint: str, out: str) -> None:
+    """DeepSpeed's state is a pickle, which runs code when it is read: only this run's own folder is trusted."""
+    if Path(out).resolve() not in Path(checkpoint).resolve().parents:
+        raise LlavaError(
+            f"resume_from_checkpoint: {checkpoint} is not in output_dir {out}, expected one of the run's own "
+            "checkpoints: DeepSpeed's state is unpickled; to go on from a model use model_name_or_path"
+        )
 
 
 def finished_steps(out: str) -> int | None:

@@ -159,3 +159,13 @@ def test_missing_image_on_the_command_line(kit, tmp_path, data):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {path}: record 2 (id 'r1'): ")
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+
+
+def test_deepspeed_state_of_another_folder_is_not_read(tmp_path):
+    from llava.errors import LlavaError
+    from llava.train.train import check_own
+
+    check_own(str(tmp_path / "out" / "checkpoint-3"), str(tmp_path / "out"))
+    for stranger in ("other/checkpoint-3", "out/../other/checkpoint-3", "out"):
+        with pytest.raises(LlavaError, match="expected one of the run's own"):
+            check_own(str(tmp_path / stranger), str(tmp_path / "out"))
