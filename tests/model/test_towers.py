@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
@@ -301,3 +302,19 @@ def test_weights_with_and_without_prefix(tmp_path, kind, prefix, clip, siglip):
     save_file({prefix + k: v for k, v in source.items()}, folder / "model.safetensors", {"format": "pt"})
     found = encoder_weights(build(folder))
     assert len(found) > 30 and all(torch.equal(found[key], source[key]) for key in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "width", "side"),
+    [("openai/clip-vit-large-patch14-336", 576, 1024, 336), ("google/siglip-so400m-patch14-384", 729, 1152, 384)],
+)
+def test_towers_of_released_checkpoints_are_known_offline(name, tokens, width, side):
+    """Their config is; their weights come from the checkpoint."""
+    with torch.device("meta"):
+        tower = build_vision_tower({"mm_vision_tower": name, "mm_vision_select_layer": -2}, delay_load=True)
+    assert (tower.num_patches, tower.hidden_size, tower.image_size) == (tokens, width, side)
+    assert not tower.is_loaded
+    pixels = tower.image_processor.preprocess(Image.new("RGB", (50, 40), (0, 0, 0)), return_tensors="pt")
+    assert pixels["pixel_values"].shape == (1, 3, side, side)
+    black = -1.0 if "siglip" in name else -0.48145466 / 0.26862954
+    assert abs(pixels["pixel_values"][0, 0].mean().item() - black) < 1e-4

@@ -7,6 +7,7 @@ from llava.utils import rank0_print
 
 from .base import VisionTower
 from .hf_backbone import Backbone, quiet_loading
+from .published import PUBLISHED
 
 
 class HFVisionTower(VisionTower):
@@ -38,6 +39,8 @@ class HFVisionTower(VisionTower):
         try:
             return cls.from_pretrained(source)
         except (OSError, ValueError) as error:
+            if source in PUBLISHED:
+                return cls.from_dict(PUBLISHED[source][cls is not self.config_class])
             place = "the folder" if os.path.isdir(source) else "the hub or its cache"
             what = "config.json" if cls is self.config_class else "preprocessor_config.json"
             raise LlavaError(
