@@ -47,6 +47,8 @@ def loss_curve(path: str) -> tuple[list[int], list[float]]:
     state = read_json(path)
     history = state.get("log_history") if isinstance(state, dict) else None
     points = [(entry["step"], entry["loss"]) for entry in history or () if "loss" in entry]
+    # a run shorter than logging_steps has its mean alone
+    points = points or [(entry["step"], entry["train_loss"]) for entry in history or () if "train_loss" in entry]
     if not points:
         raise LlavaError(f"{path}: log_history: found no loss, expected a trainer_state.json with logged losses")
     steps, losses = zip(*points, strict=True)
