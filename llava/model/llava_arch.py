@@ -280,7 +280,7 @@ class LlavaMetaForCausalLM:
             padding_side,
         )
         text = self.get_model().embed_tokens(plan.text_ids.to(device))
-        values = torch.cat([text, *(tokens.to(text.dtype) for tokens in visual)])
+        values = torch.cat([text, *(tokens.to(text) for tokens in visual)])
         if plan.fits is not None:
             values = values[plan.fits.to(device)]
         embeds = text.new_zeros(*plan.shape, text.shape[-1])
@@ -368,6 +368,7 @@ class LlavaMetaForCausalLM:
             raise LlavaError("generate: give prompt ids as inputs or input_ids (inputs_embeds is not accepted)")
         kwargs.pop("position_ids", None)  # they follow from the mask
         mask = kwargs.pop("attention_mask", None)
+        ids = ids.to(self.device)
         merged = self._merge(
             ids,
             self._padding_mask(ids, **kwargs) if mask is None else mask,
