@@ -93,7 +93,7 @@ launch() {
         fi
         processes="${NUM_PROCS:-1}"
         export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
-        # Threads that wait soon sleep: as fast on an idle machine, and nearly twice as fast beside a busy process.
+        # Threads that wait soon sleep: no slower on an idle machine, and much faster beside a busy process.
         export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
         if [[ "$processes" == 1 && "${NNODES:-1}" == 1 ]]; then
             "$PYTHON" "$ROOT/llava/train/train_mem.py" "$@"
