@@ -395,7 +395,8 @@ class LlavaMetaForCausalLM:
     def initialize_vision_tokenizer(self, model_args, tokenizer):
         """Add LLaVA's optional image tokens (`mm_use_im_patch_token`, `mm_use_im_start_end`) to tokenizer and model.
 
-        New embeddings start as the mean of the old ones; the model's embeddings grow where needed and never shrink.
+        New embeddings are drawn around the mean of the old ones (transformers' mean resizing); the model's embeddings
+        grow where needed and never shrink.
         """
         new = [DEFAULT_IMAGE_PATCH_TOKEN] if getattr(model_args, "mm_use_im_patch_token", True) else []
         added = tokenizer.add_tokens(new, special_tokens=True) if new else 0

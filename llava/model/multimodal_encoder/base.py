@@ -3,6 +3,7 @@
 Shapes: B images (or crops), T tokens of an image, D channels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class FixedGrid:
         return self.side**2 + self.cls_token, None if self.cls_token else (self.side, self.side)
 
 
-class VisionTower(nn.Module):
+class VisionTower(nn.Module, ABC):
     """Base of all towers. A subclass builds `self.vision_tower` and answers the few questions below.
 
     Args:
@@ -90,21 +91,21 @@ class VisionTower(nn.Module):
 
     # --- what a subclass provides ---
 
+    @abstractmethod
     def read_config(self, args) -> None:
         """Set `config` and `image_processor`; refuse what this encoder cannot do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_empty(self) -> None:
         """Set `vision_tower` to the encoder as its config describes it, without pretrained weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_model(self, device_map=None) -> None:
         """Set `vision_tower` to the encoder with its pretrained weights, frozen; no effect when it is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] in the tower's dtype -> selected features [B, T, D]."""
-        raise NotImplementedError
 
     def reset_buffers(self) -> None:
         """Recompute buffers that are not in checkpoints; called after a checkpoint was loaded."""

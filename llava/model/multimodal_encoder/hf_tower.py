@@ -1,6 +1,7 @@
 """What the CLIP and SigLIP towers share: finding config, image processor and weights of a transformers encoder."""
 
 import os
+from abc import abstractmethod
 
 from llava.errors import LlavaError
 from llava.utils import rank0_print
@@ -71,9 +72,9 @@ class HFVisionTower(VisionTower):
     def keep_layers(self) -> int:
         return self.config.num_hidden_layers
 
+    @abstractmethod
     def layers(self) -> list[int]:
         """Indices of the hidden states that are used."""
-        raise NotImplementedError
 
     def reset_buffers(self):
         self.vision_tower.reset_buffers()
