@@ -1,0 +1,420 @@
+"""One attention for sequences of different lengths, packed one after the other without padding.
+
+Shapes: Nq query tokens and Nk key tokens of all segments together, H query heads, G key/value heads, E channels of a
+head, S segments. `cu_seqlens` [S + 1] holds where each segment begins: 0, n_0, n_0 + n_1, ..., Nq.
+
+Backends:
+    flash_attn    the flash-attn package (CUDA, half precision)
+    torch_varlen  `torch.nn.attention.varlen.varlen_attn` (CUDA, half precision)
+    sdpa          segments of equal length batched into one `scaled_dot_product_attention` call (any device and dtype)
+    reference     softmax(q k / sqrt(E)) v, segment by segment: slow, for comparison
+
+The first of them that a device and dtype allow is used. Importing this module makes "varlen" a value of
+`attn_implementation` for transformers' language models: packed rows with `cu_seq_lens_q`, ordinary batches as in sdpa.
+"""
+
+import functools
+import inspect
+import itertools
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+logger = logging.getLogger(__name__)
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+class _HostCopy:
+    """What the host knows of a `cu_seqlens` tensor, kept on the tensor itself: read once, used by every layer."""
+
+    def __init__(self, lengths: tuple[int, ...], version: int | None):
+        self.lengths = lengths
+        self.version = version
+        self.plans: dict = {}
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def pack_lengths(lengths, device=None) -> tuple[torch.Tensor, int]:
+    """Segment lengths on the host -> (`cu_seqlens` int32 [S + 1] on `device`, longest length); no later device read.
+
+    Raises:
+        ValueError: no segment, or an empty one.
+    """
+    lengths = tuple(int(length) for length in lengths)
+    _check_lengths(lengths, "lengths")
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(device=device, dtype=torch.int32)
+    cu_seqlens._host_copy = _HostCopy(lengths, _version(cu_seqlens))
+    return cu_seqlens, max(lengths)
+
+
+def _check_lengths(lengths: tuple[int, ...], name: str) -> None:
+    if not lengths:
+        raise ValueError(f"{name}: describes no segment, expected at least one")
+    if min(lengths) < 1:
+        at = next(i for i, length in enumerate(lengths) if length < 1)
+        raise ValueError(f"{name}: segment {at} has length {lengths[at]}, expected at least 1")
+
+
+def _host_copy(cu_seqlens: torch.Tensor, name: str) -> _HostCopy:
+    """Lengths of the segments on the host; read from the device the first time this tensor is seen."""
+    known = getattr(cu_seqlens, "_host_copy", None)
+    if known is not None and known.version == _version(cu_seqlens):
+        return known
+    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"{name}: found {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected integers of shape [S + 1]"
+        )
+    starts = cu_seqlens.tolist()
+    lengths = tuple(b - a for a, b in itertools.pairwise(starts))
+    _check_lengths(lengths, name)
+    if starts[0] != 0:
+        raise ValueError(f"{name}: begins with {starts[0]}, expected 0")
+    cu_seqlens._host_copy = _HostCopy(lengths, _version(cu_seqlens))
+    return cu_seqlens._host_copy
+
+
+# --- backends: each (q, k, v, lengths, cu_q, cu_k, causal, scale, dropout_p) -> [Nq, H, E] ----------------------------
+
+
+def _repeat_heads(x_NGE: torch.Tensor, heads: int) -> torch.Tensor:
+    """[N, G, E] -> [N, H, E], each key/value head once for every query head that shares it."""
+    groups = x_NGE.shape[1]
+    return x_NGE if groups == heads else x_NGE.repeat_interleave(heads // groups, dim=1)
+
+
+def _reference(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    out = []
+    segments = zip(q.split(host_q.lengths), k.split(host_k.lengths), v.split(host_k.lengths), strict=True)
+    for q_LHE, k_MHE, v_MHE in segments:
+        scores = torch.einsum("lhe,mhe->hlm", q_LHE, k_MHE) * scale
+        if causal:
+            scores = scores.masked_fill(~_causal_mask(len(q_LHE), len(k_MHE), q.device), -math.inf)
+        weights = F.dropout(scores.float().softmax(-1), dropout_p).to(q.dtype)
+        out.append(torch.einsum("hlm,mhe->lhe", weights, v_MHE))
+    return torch.cat(out)
+
+
+def _causal_mask(queries: int, keys: int, device) -> torch.Tensor:
+    """bool [queries, keys]; the last query sees the last key, as in flash-attn."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+class _Plan:
+    """How the sdpa backend batches: segments sorted by length, so that equal ones lie side by side.
+
+    groups: (segments, query length, key length). order_q, order_k: token indices that sort, None where they are sorted
+    as they come. back: token indices that restore the order of the output.
+    """
+
+    def __init__(self, lengths_q, lengths_k, device):
+        pairs = list(zip(lengths_q, lengths_k, strict=True))
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
+        self.groups: list[tuple[int, int, int]] = []
+        for at in order:
+            if self.groups and self.groups[-1][1:] == pairs[at]:
+                self.groups[-1] = (self.groups[-1][0] + 1, *pairs[at])
+            else:
+                self.groups.append((1, *pairs[at]))
+        # already side by side in this order: a view of the whole will do
+        in_order = order == list(range(len(pairs)))
+        self.order_q = None if in_order else _token_order(lengths_q, order, device)
+        self.order_k = None if in_order else _token_order(lengths_k, order, device)
+        self.back = None if in_order else self.order_q.argsort()
+
+
+def _token_order(lengths, order, device) -> torch.Tensor:
+    """Token indices that put the segments into `order`."""
+    length = torch.tensor(lengths)
+    start = length.cumsum(0) - length
+    length, start = length[order], start[order]
+    within = torch.arange(int(length.sum())) - (length.cumsum(0) - length).repeat_interleave(length)
+    return (start.repeat_interleave(length) + within).to(device)
+
+
+def _sdpa(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
+    key = (host_k.lengths, q.device)
+    plan = host_q.plans.get(key)
+    if plan is None:
+        plan = host_q.plans[key] = _Plan(host_q.lengths, host_k.lengths, q.device)
+    heads = q.shape[1]
+    if plan.order_q is not None:
+        q, k, v = q[plan.order_q], k[plan.order_k], v[plan.order_k]
+    out, at_q, at_k = [], 0, 0
+    for count, lq, lk in plan.groups:
+        q_BHLE = q[at_q : at_q + count * lq].unflatten(0, (count, lq)).transpose(1, 2)
+        k_BHME = _repeat_heads(k[at_k : at_k + count * lk], heads).unflatten(0, (count, lk)).transpose(1, 2)
+        v_BHME = _repeat_heads(v[at_k : at_k + count * lk], heads).unflatten(0, (count, lk)).transpose(1, 2)
+        mask = _causal_mask(lq, lk, q.device) if causal and lq != lk else None
+        o_BHLE = F.scaled_dot_product_attention(
+            q_BHLE, k_BHME, v_BHME, mask, dropout_p, is_causal=causal and lq == lk, scale=scale
+        )
+        out.append(o_BHLE.transpose(1, 2).flatten(0, 1))
+        at_q, at_k = at_q + count * lq, at_k + count * lk
+    joined = torch.cat(out) if len(out) > 1 else out[0]
+    return joined if plan.back is None else joined[plan.back]
+
+
+def _flash_attn(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
+    return _flash_attn_function()(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max(host_q.lengths),
+        max_seqlen_k=max(host_k.lengths),
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        causal=causal,
+    )
+
+
+@functools.cache
+def _flash_attn_function():
+    """flash-attn's packed attention, None where the package is not installed or does not load."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def _torch_varlen(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # not in torch 2.11
+            options["enable_gqa"] = True
+        else:
+            k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    window = (-1, 0) if causal else (-1, -1)
+    longest = max(host_q.lengths), max(host_k.lengths)
+    return varlen_attn(q, k, v, cu_q, cu_k, *longest, scale=scale, window_size=window, **options)
+
+
+BACKENDS = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _sdpa, "reference": _reference}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def usable_backends(q: torch.Tensor, dropout_p: float = 0.0) -> list[str]:
+    """Backends that can run on this tensor's device and dtype, the fastest first."""
+    found = ["sdpa", "reference"]
+    if q.is_cuda and q.dtype in _HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
+        if dropout_p == 0.0:
+            found.insert(0, "torch_varlen")
+        if _flash_attn_function() is not None:
+            found.insert(0, "flash_attn")
+    return found
+
+
+@functools.cache
+def _log_once(backend: str, device: str, dtype: torch.dtype) -> None:
+    logger.info("variable-length attention on %s in %s: %s", device, dtype, backend)
+
+
+def _choose(backend: str | None, q: torch.Tensor, dropout_p: float) -> str:
+    usable = usable_backends(q, dropout_p)
+    if backend == "torch":  # whatever is fastest without another package
+        usable.remove("flash_attn") if "flash_attn" in usable else None
+        backend = None
+    if backend is None:
+        return usable[0]
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "torch_varlen" and dropout_p:
+        raise ValueError(f"dropout_p: found {dropout_p}, but backend torch_varlen has no dropout; expected 0.0")
+    if backend not in usable:
+        raise ValueError(
+            f"backend {backend!r} cannot run on {q.device.type} in {q.dtype} with heads of {q.shape[-1]} channels; "
+            f"expected one of {', '.join(usable)}"
+        )
+    return backend
+
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention within each segment of a packed sequence, differentiable.
+
+    Args:
+        q: [Nq, H, E].
+        k, v: [Nk, G, E]; H must be a multiple of G (grouped-query attention).
+        cu_seqlens: [S + 1] integers, where the segments of q begin and the last one ends.
+        max_seqlen: longest segment of q.
+        cu_seqlens_k, max_seqlen_k: the same for k and v where their lengths differ from q's.
+        causal: a query sees the keys up to its own place; the last query of a segment sees all of the segment's keys.
+        scale: factor on q k; None: E ** -0.5.
+        dropout_p: dropout on the attention weights; torch_varlen has none.
+        backend: one of `BACKENDS`; "torch" for the best of PyTorch's own; None for the best there is.
+
+    Returns:
+        [Nq, H, E].
+
+    Raises:
+        ValueError: shapes or lengths that do not fit together, an empty segment, a backend that cannot run here.
+    """
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q, k, v: found shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, expected [Nq, H, E] and "
+            "twice [Nk, G, E] with H a multiple of G"
+        )
+    host_q = _host_copy(cu_seqlens, "cu_seqlens")
+    _check_total(host_q, q, max_seqlen, "cu_seqlens", "q")
+    host_k = host_q
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+        _check_total(host_k, k, max_seqlen, "cu_seqlens", "k")
+    else:
+        host_k = _host_copy(cu_seqlens_k, "cu_seqlens_k")
+        _check_total(host_k, k, max_seqlen_k, "cu_seqlens_k", "k")
+        if len(host_k.lengths) != len(host_q.lengths):
+            raise ValueError(
+                f"cu_seqlens_k: describes {len(host_k.lengths)} segments, cu_seqlens {len(host_q.lengths)}"
+            )
+        if causal and any(b < a for a, b in zip(host_q.lengths, host_k.lengths, strict=True)):
+            raise ValueError("causal: a segment has fewer keys than queries, so that its first queries see none")
+    chosen = _choose(backend, q, dropout_p)
+    _log_once(chosen, q.device.type, q.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    cu_q, cu_k = (cu.to(device=q.device, dtype=torch.int32) for cu in (cu_seqlens, cu_seqlens_k))
+    return BACKENDS[chosen](q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p)
+
+
+def _check_total(host: _HostCopy, tokens: torch.Tensor, max_seqlen: int | None, cu_name: str, name: str) -> None:
+    if sum(host.lengths) != len(tokens):
+        raise ValueError(f"{cu_name}: ends at {sum(host.lengths)}, but {name} has {len(tokens)} tokens")
+    if max_seqlen is not None and max_seqlen < max(host.lengths):  # kernels would leave out what is beyond it
+        raise ValueError(f"max_seqlen: found {max_seqlen}, but a segment of {name} has {max(host.lengths)} tokens")
+
+
+# --- as an attention of transformers' language models -----------------------------------------------------------------
+
+
+def varlen_attention_forward(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    sliding_window: int | None = None,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
+    max_length_q=None,
+    max_length_k=None,
+    **kwargs,
+):
+    """transformers' attention function for `attn_implementation="varlen"`.
+
+    Rows packed into one, described by `cu_seq_lens_q/k` and `max_length_q/k`, go through `varlen_attention`; every
+    other call is transformers' sdpa.
+
+    Args:
+        query: [B, H, L, E]; key, value: [B, G, M, E]; B is 1 for packed rows.
+
+    Returns:
+        ([B, L, H, E], None).
+
+    Raises:
+        ValueError: packed rows in several batch rows, with padding, without `cu_seq_lens_q`, or with a sliding window.
+    """
+    if cu_seq_lens_q is None:
+        if _marks_packing(attention_mask):
+            raise ValueError(
+                "attn_implementation varlen: position_ids start anew within a row, which means packed sequences; "
+                "give cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k too"
+            )
+        kwargs["sliding_window"] = sliding_window  # in the mask already, for sdpa
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    if query.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q: came with a batch of {query.shape[0]} rows, expected one packed row")
+    if attention_mask is not None and not _marks_packing(attention_mask):
+        raise ValueError("cu_seq_lens_q: came with an attention_mask that masks tokens; packed rows have no padding")
+    longest = int(max_length_q) if max_length_q is not None else max(_host_copy(cu_seq_lens_q, "cu_seq_lens_q").lengths)
+    if sliding_window is not None and sliding_window < longest:
+        raise ValueError(f"sliding_window {sliding_window}: attn_implementation varlen has none; expected sdpa")
+    out = varlen_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seq_lens_q,
+        longest,
+        cu_seqlens_k=cu_seq_lens_k,
+        max_seqlen_k=None if max_length_k is None else int(max_length_k),
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        scale=scaling,
+        dropout_p=dropout,
+    )
+    return out[None], None
+
+
+def _marks_packing(attention_mask) -> bool:
+    return attention_mask is not None and attention_mask.numel() == 0
+
+
+def varlen_mask(
+    batch_size,
+    q_length,
+    kv_length,
+    *args,
+    attention_mask=None,
+    allow_is_causal_skip=True,
+    allow_is_bidirectional_skip=None,
+    use_vmap=False,
+    **kwargs,
+):
+    """transformers' mask function for `attn_implementation="varlen"`: sdpa's, but an empty tensor for packed rows.
+
+    Their mask would be quadratic in their length, and `varlen_attention` does without.
+    """
+    # Causal, without padding, cache or a rule of the model's own, and yet the skip is forbidden: transformers found
+    # positions that start anew.
+    bidirectional = allow_is_bidirectional_skip is not None
+    plain = attention_mask is None and q_length == kv_length > 1 and not use_vmap and not bidirectional
+    if plain and not allow_is_causal_skip:
+        return torch.empty(0, dtype=torch.bool, device=kwargs.get("device"))
+    if bidirectional:
+        kwargs["allow_is_bidirectional_skip"] = allow_is_bidirectional_skip
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+
+
+AttentionInterface.register("varlen", varlen_attention_forward)
+AttentionMaskInterface.register("varlen", varlen_mask)
