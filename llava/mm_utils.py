@@ -7,6 +7,7 @@ import ast
 import base64
 import math
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 
@@ -138,15 +139,68 @@ def process_anyres_image(image, processor, grid_pinpoints):
     return processor.preprocess([image.resize((base_side, base_side)), *crops], return_tensors="pt")["pixel_values"]
 
 
-def process_image(image, processor, image_aspect_ratio, image_grid_pinpoints=None):
+@dataclass(frozen=True)
+class NativeResolution:
+    """Sizes for `image_aspect_ratio: native`: the image's own, to the nearest that the model can take.
+
+    multiple: pixels that both sides must be multiples of: the patch, times 2 where the projector merges 2x2 tokens.
+    min_pixels, max_pixels: bounds on width * height; an image beyond them is scaled, keeping its aspect.
+    """
+
+    multiple: int
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self):
+        square = self.multiple**2
+        if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < square:
+            raise LlavaError(
+                f"min_pixels, max_pixels: found {self.min_pixels}, {self.max_pixels}, expected the first not above the "
+                f"second, and that at least {square}, the smallest image this model takes"
+            )
+
+    @classmethod
+    def from_config(cls, config) -> "NativeResolution | None":
+        """For a model's config; None where `image_aspect_ratio` is not native."""
+        if getattr(config, "image_aspect_ratio", None) != "native":
+            return None
+        from llava.model.multimodal_projector.builder import MERGERS
+
+        merge = 2 if getattr(config, "mm_projector_type", None) in MERGERS else 1
+        return cls(config.mm_vision_config["patch_size"] * merge, config.min_pixels, config.max_pixels)
+
+    def __call__(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) to resize an image to."""
+        unit, area = self.multiple, width * height
+        across, down = max(round(width / unit), 1), max(round(height / unit), 1)
+        if across * down * unit**2 < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / area) / unit
+            across, down = math.ceil(width * scale), math.ceil(height * scale)
+        if across * down * unit**2 > self.max_pixels:
+            scale = math.sqrt(self.max_pixels / area) / unit
+            limit = self.max_pixels // unit**2  # where a side cannot go below one unit, the other gives way
+            across, down = (min(max(math.floor(side * scale), 1), limit) for side in (width, height))
+        return across * unit, down * unit
+
+
+def process_native_image(image, processor, size):
+    """Resize `image` to (width, height), rescale and normalise it: Tensor [3, height, width]."""
+    size = {"height": size[1], "width": size[0]}
+    return processor.preprocess(image, size=size, do_resize=True, do_center_crop=False, return_tensors="pt")[
+        "pixel_values"
+    ][0]
+
+
+def process_image(image, processor, image_aspect_ratio, image_grid_pinpoints=None, native=None):
     """Preprocess one image as `image_aspect_ratio` says.
 
     Args:
         image: PIL image of any mode and size.
         processor: the tower's image processor.
-        image_aspect_ratio: "anyres" or "anyres_max_N" (crops), "pad" (squared with the mean colour), anything else
-            (None, "square", ...): the processor alone.
+        image_aspect_ratio: "anyres" or "anyres_max_N" (crops), "pad" (squared with the mean colour), "native" (its own
+            size), anything else (None, "square", ...): the processor alone.
         image_grid_pinpoints: candidate resolutions, needed for anyres.
+        native: the model's `NativeResolution`, needed for native.
 
     Returns:
         Tensor [3, H, W], or [n, 3, H, W] for anyres.
@@ -159,6 +213,8 @@ def process_image(image, processor, image_aspect_ratio, image_grid_pinpoints=Non
             f"image_aspect_ratio: found {image_aspect_ratio!r}, which is not offered here; expected square, pad, "
             "anyres or anyres_max_N"
         )
+    if image_aspect_ratio == "native":
+        return process_native_image(image, processor, native(*image.size))
     if image_aspect_ratio == "pad":
         image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
     return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
@@ -168,12 +224,14 @@ def process_images(images, image_processor, model_cfg):
     """Preprocess a list of PIL images for `model_cfg.image_aspect_ratio`.
 
     Returns:
-        One stacked tensor if all results have the same shape ([B, 3, H, W]; anyres: [B, n, 3, H, W]), else a list.
+        One stacked tensor if all results have the same shape ([B, 3, H, W]; anyres: [B, n, 3, H, W]), else a list; for
+        native always a list, so that every image's tokens are laid out by its own size.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     grid = getattr(model_cfg, "image_grid_pinpoints", None)
-    tensors = [process_image(image, image_processor, aspect_ratio, grid) for image in images]
-    if all(x.shape == tensors[0].shape for x in tensors):
+    native = NativeResolution.from_config(model_cfg)
+    tensors = [process_image(image, image_processor, aspect_ratio, grid, native) for image in images]
+    if native is None and all(x.shape == tensors[0].shape for x in tensors):
         return torch.stack(tensors)
     return tensors
 

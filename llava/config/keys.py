@@ -148,7 +148,17 @@ class DataKeys(KeyGroup):
     is_multimodal: bool = key(False, "set by the trainer when there is a vision tower")
     early_mix_text: bool = key(False, "mix text-only records into batches with images")
     image_aspect_ratio: str = key(
-        "square", "image handling: square, pad, anyres, anyres_max_N", tower=True, checkpoint=True, refuse=_SPLIT_MODES
+        "square",
+        "image handling: square, pad, anyres, anyres_max_N; native (own size, for towers that take any)",
+        tower=True,
+        checkpoint=True,
+        refuse=_SPLIT_MODES,
+    )
+    min_pixels: int = key(
+        56 * 56, "native: smaller images are scaled up to this many pixels", tower=True, checkpoint=True
+    )
+    max_pixels: int = key(
+        1280 * 28 * 28, "native: larger images are scaled down to this many pixels", tower=True, checkpoint=True
     )
     image_grid_pinpoints: str | list[list[int]] | None = key(
         None,

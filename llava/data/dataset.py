@@ -44,6 +44,7 @@ class MediaOptions:
     video_folder: str | None = None
     image_aspect_ratio: str | None = "square"
     image_grid_pinpoints: object = None
+    native_resolution: Callable[[int, int], tuple[int, int]] | None = None  # for image_aspect_ratio native
     video_fps: float = 1
     frames_upbound: int = 0
     force_sample: bool = False
@@ -179,18 +180,20 @@ class LazySupervisedDataset(Dataset):
         return sample
 
     def _images(self, index: int, names: list[str]) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-        """Pixels and (width, height) of a record's images; several are squared and get one crop each."""
+        """Pixels and (width, height) of a record's images; unless native, several are squared and get one crop each."""
         from llava.mm_utils import process_image
 
         options = self.options
         folder = self.records.part(index).image_folder or options.image_folder
-        aspect_ratio = "pad" if len(names) > 1 else options.image_aspect_ratio
+        native = options.native_resolution
+        aspect_ratio = "pad" if len(names) > 1 and native is None else options.image_aspect_ratio
         images, sizes = [], []
         for name in names:
             path = resolve_path(folder, name, options.allow_absolute_paths)
             picture = load_image(path)
             try:
-                pixels = process_image(picture, self.image_processor, aspect_ratio, options.image_grid_pinpoints)
+                grid = options.image_grid_pinpoints
+                pixels = process_image(picture, self.image_processor, aspect_ratio, grid, native)
             except (ValueError, ZeroDivisionError) as error:  # sizes such as 2000 x 1 that no processor takes
                 reason = f"image {path}: found {picture.width}x{picture.height} pixels that cannot be processed"
                 raise LlavaError(f"{reason} ({error})") from None
@@ -200,13 +203,19 @@ class LazySupervisedDataset(Dataset):
 
     def _video(self, index: int, name: str, source: list) -> tuple[list[torch.Tensor], list[tuple[int, int]], list]:
         """Frames [T, 3, H, W] of a record's video, their (width, height), and the conversation to go with them."""
+        from llava.mm_utils import process_native_image
+
         options = self.options
         folder = self.records.part(index).video_folder or options.video_folder
         path = resolve_path(folder, name, options.allow_absolute_paths)
         video = load_video(path, options.video_fps, options.frames_upbound, options.force_sample)
         if options.add_time_instruction:
             source = _with_time(source, time_instruction(video))
-        frames = self.image_processor.preprocess(video.frames, return_tensors="pt")["pixel_values"]
+        if options.native_resolution is None:
+            frames = self.image_processor.preprocess(video.frames, return_tensors="pt")["pixel_values"]
+        else:
+            size = options.native_resolution(*video.frames[0].size)
+            frames = torch.stack([process_native_image(frame, self.image_processor, size) for frame in video.frames])
         return [frames], [video.frames[0].size], source
 
     def _visual(self, image: torch.Tensor, size: tuple[int, int], modality: str) -> int:

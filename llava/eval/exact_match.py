@@ -88,11 +88,13 @@ class Answerer:
         from PIL import Image
 
         from llava.data.images import load_image
-        from llava.mm_utils import process_image
+        from llava.mm_utils import NativeResolution, process_image
 
         config = self.model.config
-        # as in training: several pictures are squared and get one crop each
-        aspect_ratio = "pad" if len(question.paths) > 1 else getattr(config, "image_aspect_ratio", None)
+        native = NativeResolution.from_config(config)
+        # as in training: several pictures are squared and get one crop each, but for native
+        squared = len(question.paths) > 1 and native is None
+        aspect_ratio = "pad" if squared else getattr(config, "image_aspect_ratio", None)
         grid = getattr(config, "image_grid_pinpoints", None)
         pixels, sizes = [], []
         for path in question.paths:
@@ -103,7 +105,7 @@ class Answerer:
             if self.blank:
                 mean = tuple(int(255 * value) for value in self.processor.image_mean)
                 picture = Image.new("RGB", picture.size, mean)
-            values = process_image(picture, self.processor, aspect_ratio, grid)
+            values = process_image(picture, self.processor, aspect_ratio, grid, native)
             pixels.append(values.to(self.model.device, self.model.dtype))
             sizes.append(picture.size)
         return pixels, sizes

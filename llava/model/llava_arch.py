@@ -162,20 +162,30 @@ class LlavaMetaForCausalLM:
         return ProjectedGrid(self.get_vision_tower().token_grid, kind)
 
     def encode_images(self, images):
-        """Tower and projector: [N, C, H, W] -> [N, T, D]; a list of [C, H, W] -> list of [T, D]; any dtype."""
+        """Tower and projector, in any dtype.
+
+        Args:
+            images: [N, C, H, W]; or a list of [C, H, W], and of clips [T, C, H, W] where the tower sees time.
+
+        Returns:
+            [N, n, D]; or a list of [n_i, D], a clip's frames one after the other.
+        """
         features = self.get_vision_tower()(images)
         projector = self.get_model().mm_projector
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
-        if isinstance(features, list):
-            features = [feature.to(self.dtype) for feature in features]
-            if kind not in MERGERS:  # token by token: one call for all
-                return list(projector(torch.cat(features)).split([len(f) for f in features]))
-            grids = [self.get_vision_tower().token_grid(*image.shape[-2:])[1] for image in images]
-            return [projector(f[None], grid=g)[0] for f, g in zip(features, grids, strict=True)]
-        features = features.to(self.dtype)
+        grid_of = self.get_vision_tower().token_grid
+        if not isinstance(features, list):
+            features = features.to(self.dtype)
+            return projector(features, grid=grid_of(*images.shape[-2:])[1]) if kind in MERGERS else projector(features)
+        packed = torch.cat(features).to(self.dtype)  # one call for all of them
+        frames = [image.shape[0] if image.ndim == 4 else 1 for image in images]
         if kind in MERGERS:
-            return projector(features, grid=self.get_vision_tower().token_grid(*images.shape[-2:])[1])
-        return projector(features)
+            grids = [grid_of(*image.shape[-2:])[1] for image in images]
+            packed = projector.packed(packed, [grid for grid, n in zip(grids, frames, strict=True) for _ in range(n)])
+        else:
+            packed = projector(packed)
+        count_of = self._projected_grid()
+        return list(packed.split([count_of(*i.shape[-2:])[0] * n for i, n in zip(images, frames, strict=True)]))
 
     def _visual_tokens(self, images, modalities, image_sizes):
         """The visual tokens of each image: list of [N_i, D], in order."""
@@ -185,12 +195,7 @@ class LlavaMetaForCausalLM:
         # fetched on every rank, whatever the batch holds: under ZeRO-3 this is a collective
         newline = model.image_newline if rules.unpad else None
         crops = [image if image.ndim == 4 else image[None] for image in images]
-        counts = [len(c) for c in crops]
-        if len({c.shape[1:] for c in crops}) == 1:
-            features = self.encode_images(torch.cat(crops)).split(counts)
-        else:
-            flat = self.encode_images([crop for c in crops for crop in c])
-            features = [torch.stack(flat[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
+        features = self._encode_crops(crops, modalities)
         grid_of = self._projected_grid()
         merged = []
         for i, (feature, crop) in enumerate(zip(features, crops, strict=True)):
@@ -200,6 +205,19 @@ class LlavaMetaForCausalLM:
         if newline is not None and self.training:
             merged[0] = merged[0] + newline * 0.0  # it has a gradient on every rank, whatever this batch merged
         return merged
+
+    def _encode_crops(self, crops, modalities):
+        """[K_i, C, H_i, W_i] of every image, its crops or frames -> its features [K_i, n_i, D], all in one call."""
+        whole = [self.get_vision_tower().sees_time and kind == "video" for kind in modalities]
+        if not any(whole) and len({c.shape[1:] for c in crops}) == 1:
+            return self.encode_images(torch.cat(crops)).split([len(c) for c in crops])
+        units = [part for c, clip in zip(crops, whole, strict=True) for part in ([c] if clip else c)]
+        counts = [1 if clip else len(c) for c, clip in zip(crops, whole, strict=True)]
+        flat, at, features = self.encode_images(units), 0, []
+        for c, count in zip(crops, counts, strict=True):
+            features.append(torch.cat(flat[at : at + count]).unflatten(0, (len(c), -1)))
+            at += count
+        return features
 
     def _anchor(self, device):
         """Zero that depends on tower, projector and newline: a rank without an image takes part in their collectives.

@@ -39,6 +39,11 @@ class MergeRules:
         return "unpad" in self.mm_patch_merge_type
 
     @property
+    def native(self) -> bool:
+        """Whether an image is one map of its own size, without crops."""
+        return self.image_aspect_ratio == "native"
+
+    @property
     def max_crops(self) -> int | None:
         """N of anyres_max_N."""
         match = re.match(r"anyres_max_(\d+)", self.image_aspect_ratio)
@@ -161,7 +166,8 @@ def merge_visual_tokens(features_KTD, grid, image_size, modality, crop_side, new
     kind = rules.mm_patch_merge_type
     if kind != "flat" and not kind.startswith("spatial"):
         raise LlavaError(f"mm_patch_merge_type: found {kind!r}, expected flat or a spatial kind (spatial_unpad, ...)")
-    needs_grid = modality == "video" or (features_KTD.shape[0] > 1 and kind != "flat")
+    rows = rules.native and rules.unpad  # nothing is padded, but rows of different lengths are told apart
+    needs_grid = modality == "video" or rows or (features_KTD.shape[0] > 1 and kind != "flat")
     if needs_grid and grid is None:
         raise LlavaError(
             f"mm_vision_select_feature with a class token has no token grid, which mm_patch_merge_type {kind!r} and "
@@ -171,6 +177,9 @@ def merge_visual_tokens(features_KTD, grid, image_size, modality, crop_side, new
         return _merge_video(pool_frames(features_KTD, grid, rules.mm_spatial_pool_mode), newline_D, rules)
     if kind == "flat":
         return features_KTD.flatten(0, 1)
+    if rows:
+        map_CHW = features_KTD[0].transpose(0, 1).unflatten(1, grid)
+        return _tokens(_append_newline(map_CHW, newline_D))
     if features_KTD.shape[0] == 1:
         return torch.cat([features_KTD[0], newline_D[None]]) if rules.unpad else features_KTD[0]
     crops = _merge_crops(features_KTD[1:], grid, image_size, crop_side, newline_D, rules)

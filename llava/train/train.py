@@ -199,8 +199,10 @@ def check_image_options(merge_type: str, aspect_ratio: str):
         raise LlavaError(
             f"mm_patch_merge_type: found {merge_type!r}, expected flat or spatial with _unpad, _nobase, _maxpool2x2"
         )
-    if not re.fullmatch(r"square|pad|anyres(_max_[1-9]\d*)?", aspect_ratio):
-        raise LlavaError(f"image_aspect_ratio: found {aspect_ratio!r}, expected square, pad, anyres or anyres_max_N")
+    if not re.fullmatch(r"square|pad|native|anyres(_max_[1-9]\d*)?", aspect_ratio):
+        raise LlavaError(
+            f"image_aspect_ratio: found {aspect_ratio!r}, expected square, pad, native, anyres or anyres_max_N"
+        )
 
 
 def architecture_for(model_args, values) -> str:
@@ -243,7 +245,7 @@ def check_new_tokens(model_args, training_args, tokenizer):
 
 def describe(model, model_args, data_args, training_args):
     """Write into the model's config what LLaVA-NeXT's inference reads from it, and the conversation template."""
-    from llava.mm_utils import parse_grid_pinpoints, processor_sides
+    from llava.mm_utils import NativeResolution, parse_grid_pinpoints, processor_sides
 
     config = model.config
     config.architectures = [type(model).__name__]  # not the language model's, as it came
@@ -259,6 +261,14 @@ def describe(model, model_args, data_args, training_args):
     for key in ("image_aspect_ratio", "add_time_instruction", "force_sample"):
         setattr(config, key, getattr(data_args, key))
     config.image_grid_pinpoints = None
+    if data_args.image_aspect_ratio == "native":
+        config.min_pixels, config.max_pixels = data_args.min_pixels, data_args.max_pixels
+        if not model.get_vision_tower().any_size:
+            raise LlavaError(
+                f"image_aspect_ratio native: the tower {config.mm_vision_tower} takes images of one size; expected one "
+                "that takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
+            )
+    data_args.native_resolution = NativeResolution.from_config(config)
     if "anyres" in data_args.image_aspect_ratio:
         side = processor_sides(model.get_vision_tower().image_processor)[1]
         grid = parse_grid_pinpoints(data_args.image_grid_pinpoints, side)

@@ -55,6 +55,18 @@ class FixedGrid:
         return self.side**2 + self.cls_token, None if self.cls_token else (self.side, self.side)
 
 
+@dataclass(frozen=True)
+class PatchGrid:
+    """Token layout of a tower that takes images of any size: one token per patch. Picklable."""
+
+    patch: int
+
+    def __call__(self, height: int, width: int) -> tuple[int, tuple[int, int]]:
+        """(tokens, (h, w)) of an image of `height` x `width` pixels, which must be multiples of the patch."""
+        h, w = height // self.patch, width // self.patch
+        return h * w, (h, w)
+
+
 class VisionTower(nn.Module, ABC):
     """Base of all towers. A subclass builds `self.vision_tower` and answers the few questions below.
 
@@ -66,6 +78,9 @@ class VisionTower(nn.Module, ABC):
 
     A subclass implements `read_config`, `build_empty`, `load_model` and `encode`.
     """
+
+    any_size = False  # takes images of any size, in multiples of its patch
+    sees_time = False  # takes a clip as one sample, so that its frames see each other
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         super().__init__()
@@ -116,22 +131,39 @@ class VisionTower(nn.Module, ABC):
 
     # --- what the model uses ---
 
-    def forward(self, images):
-        """[B, C, H, W] -> [B, T, D]; a list of [C, H, W] -> list of [T, D]."""
-        if isinstance(images, (list, tuple)):
-            return self.forward_list(images)
+    def forward(self, images, return_spatial_dims: bool = False):
+        """Features of a batch or of images of different sizes.
+
+        Args:
+            images: [B, C, H, W]; or a list of [C, H, W], where a tower with `sees_time` also takes clips [T, C, H, W].
+            return_spatial_dims: also return (h, w) of every image's tokens (None with a class token among them).
+
+        Returns:
+            [B, n, D]; or a list of [n_i, D], a clip's frames one after the other: [T * n_i, D]. With
+            `return_spatial_dims` (features, list of (h, w)).
+        """
         # a frozen tower keeps no activations
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            return self.encode(images.to(device=self.device, dtype=self.dtype)).to(images.dtype)
+            if isinstance(images, (list, tuple)):
+                features = self.encode_list([self._own(image) for image in images])
+                features = [feature.to(image.dtype) for feature, image in zip(features, images, strict=True)]
+            else:
+                features = self.encode(self._own(images)).to(images.dtype)
+        if return_spatial_dims:
+            return features, [self.token_grid(*image.shape[-2:])[1] for image in images]
+        return features
 
-    def forward_list(self, images):
-        """List of [C, H, W] -> list of [T, D]; images of one size go through the encoder together."""
+    def _own(self, images):
+        return images.to(device=self.device, dtype=self.dtype)
+
+    def encode_list(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As `encode`, for a list; here, images of one shape go through the encoder together."""
         by_shape: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(i)
         features = [None] * len(images)
         for indices in by_shape.values():
-            for i, feature in zip(indices, self(torch.stack([images[i] for i in indices])), strict=True):
+            for i, feature in zip(indices, self.encode(torch.stack([images[i] for i in indices])), strict=True):
                 features[i] = feature
         return features
 

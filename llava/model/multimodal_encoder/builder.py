@@ -14,11 +14,15 @@ from llava.errors import LlavaError
 
 @dataclass(frozen=True)
 class TowerEntry:
-    """`path` is module:class; a tower is picked by `model_types` of the encoder's config.json, or else by name."""
+    """`path` is module:class; a tower is picked by `model_types` of the encoder's config.json, or else by name.
+
+    also_reads: model types of which the tower takes a checkpoint whose name has one of `name_parts`.
+    """
 
     path: str
     model_types: tuple[str, ...] = ()
     name_parts: tuple[str, ...] = ()
+    also_reads: tuple[str, ...] = ()
 
     def load(self):
         module, name = self.path.split(":")
@@ -27,6 +31,17 @@ class TowerEntry:
 
 # Looked through in this order; by name the first match wins.
 TOWERS = {
+    "hevc_vit_packing": TowerEntry(
+        "hevc_vit_packing_tower:HEVCViTPackingVisionTower",
+        ("llava_vit_packing",),
+        ("packing",),
+        also_reads=("llava_vit", "onevision_encoder"),
+    ),
+    "hevc_vit": TowerEntry(
+        "hevc_vit_tower:HEVCViTVisionTower",
+        ("llava_vit", "onevision_encoder"),
+        ("hevc_vit", "llava_vit", "onevision"),
+    ),
     "siglip": TowerEntry("siglip_encoder:SigLipVisionTower", ("siglip", "siglip_vision_model"), ("siglip",)),
     "clip": TowerEntry(
         "clip_encoder:CLIPVisionTower", ("clip", "clip_vision_model"), ("clip", "openai", "laion", "ShareGPT4V")
@@ -57,6 +72,11 @@ def _model_type(tower: str) -> str | None:
             raise LlavaError(f"{path}: not JSON ({error})") from None
 
 
+def _by_name(name: str, keys) -> str | None:
+    """The first of these registry ids that the name speaks for."""
+    return next((key for key in keys if any(part.lower() in name.lower() for part in TOWERS[key].name_parts)), None)
+
+
 def tower_type(cfg, tower: str) -> str:
     """Registry id for a config: `mm_vision_tower_type`, else the encoder's `model_type`, else its name.
 
@@ -71,9 +91,13 @@ def tower_type(cfg, tower: str) -> str:
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}
         model_type = stored.get("model_type") or _model_type(tower)
-        by_type = (key for key, entry in TOWERS.items() if model_type in entry.model_types)
-        by_name = (key for key, entry in TOWERS.items() if any(p.lower() in tower.lower() for p in entry.name_parts))
-        kind = next(by_type, None) or (next(by_name, None) if model_type is None else None)
+        if model_type is None:
+            kind = _by_name(tower, TOWERS)
+        else:
+            by_type = (key for key, entry in TOWERS.items() if model_type in entry.model_types)
+            # the last part of the name alone: what folders above it are called says nothing about the encoder
+            readers = [key for key, entry in TOWERS.items() if model_type in entry.also_reads and not stored]
+            kind = _by_name(os.path.basename(tower.rstrip("/")), readers) or next(by_type, None)
         if kind is None:
             found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
             raise LlavaError(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")

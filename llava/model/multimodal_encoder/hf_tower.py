@@ -1,4 +1,4 @@
-"""What the CLIP and SigLIP towers share: finding config, image processor and weights of a transformers encoder."""
+"""What towers around a `PreTrainedModel` share: finding config, image processor and weights of the encoder."""
 
 import os
 from abc import abstractmethod
@@ -18,23 +18,37 @@ class HFVisionTower(VisionTower):
     drop: tuple[str, ...] = ()
 
     def read_config(self, args):
-        source = self.vision_tower_name
         stored = getattr(args, "mm_vision_config", None)
         stored_processor = getattr(args, "mm_image_processor_config", None)
         # a checkpoint carries both, so that it loads where its tower's folder or hub is out of reach
-        self.config = self._read(self.config_class, source) if stored is None else self.config_class.from_dict(stored)
+        self.config = self.read_source_config() if stored is None else self.config_class.from_dict(stored)
         if stored_processor is None:
-            self.image_processor = self._read(self.processor_class, source)
+            self.image_processor = self.read_source_processor()
         else:
             self.image_processor = self.processor_class.from_dict(stored_processor)
-        # in a model of its own choice of attention the tower follows; custom kinds are the language model's alone
-        attention = getattr(args, "_attn_implementation", None)
-        self.attn_implementation = attention if attention in ("eager", "sdpa", "flash_attention_2") else None
+        self.attn_implementation = self.attention_for(getattr(args, "_attn_implementation", None))
         self.layers()  # a layer that does not exist is refused before any weight is read
 
+    def read_source_config(self):
+        """The encoder's config from its folder or hub repository."""
+        return self._read(self.config_class, self.vision_tower_name)
+
+    def read_source_processor(self):
+        """The image processor from the encoder's folder or hub repository."""
+        return self._read(self.processor_class, self.vision_tower_name)
+
+    def attention_for(self, language_model: str | None) -> str | None:
+        """The encoder's attention: it follows the language model, whose custom kinds are its alone."""
+        return language_model if language_model in ("eager", "sdpa", "flash_attention_2") else None
+
+    def hold(self, encoder):
+        """What becomes `vision_tower`: a module whose weights have the names that checkpoints have."""
+        return Backbone(encoder, self.keep_layers, self.drop)
+
     def build_empty(self):
-        encoder = self.model_class._from_config(self.config, attn_implementation=self.attn_implementation)
-        self.vision_tower = Backbone(encoder, self.keep_layers, self.drop)
+        self.vision_tower = self.hold(
+            self.model_class._from_config(self.config, attn_implementation=self.attn_implementation)
+        )
 
     def _read(self, cls, source):
         try:
@@ -64,7 +78,7 @@ class HFVisionTower(VisionTower):
                 raise LlavaError(
                     f"vision tower {self.vision_tower_name!r}: no weights found ({str(error).splitlines()[0][:160]})"
                 ) from None
-        self.vision_tower = Backbone(encoder, self.keep_layers, self.drop)
+        self.vision_tower = self.hold(encoder)
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 

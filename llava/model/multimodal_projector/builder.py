@@ -33,8 +33,8 @@ class ResBlock(nn.Module):
 def build_vision_projector(config, **kwargs) -> nn.Module:
     """Projector for `config.mm_projector_type` from `config.mm_hidden_size` to `config.hidden_size` channels.
 
-    It is called as `projector(x)` with x [B, T, D] -> [B, T', E]; kinds in `MERGERS` are given `grid=(h, w)` too, leave
-    a quarter of the tokens and take a single [1, T, D] at a time where images differ in size.
+    It is called as `projector(x)` with x [B, T, D] -> [B, T', E]; kinds in `MERGERS` are given `grid=(h, w)` too and
+    leave a quarter of the tokens. Images that differ in size go through their `packed(x_ND, grids)`.
 
     Raises:
         LlavaError: unknown kind.

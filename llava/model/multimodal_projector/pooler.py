@@ -1,5 +1,6 @@
 """LLaVA-NeXT's pooler projector: a 2x2 convolution with stride 2, then GELU and a linear layer."""
 
+import torch
 import torch.nn as nn
 
 
@@ -14,3 +15,9 @@ class PoolerProjector(nn.Module):
     def forward(self, x, grid):
         x = self.conv_pool(x.transpose(1, 2).unflatten(2, grid))
         return self.proj(x.flatten(2).transpose(1, 2))
+
+    def packed(self, x_ND, grids):
+        """[N, D] of frames with these grids (h, w), one after the other -> [sum (h//2)*(w//2), E]."""
+        frames = x_ND.split([h * w for h, w in grids])
+        pooled = [self.conv_pool(x.T.unflatten(1, grid)).flatten(1).T for x, grid in zip(frames, grids, strict=True)]
+        return self.proj(torch.cat(pooled))
