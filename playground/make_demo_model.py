@@ -3,7 +3,7 @@
     python playground/make_demo_model.py --output playground/demo --seed 0
 
 Reads the texts that `make_demo_data.py` wrote and leaves beside them `llm/` (Qwen2 architecture, with the tokenizer),
-`clip_tower/` and `siglip_tower/` (vision towers of one size, with their image processors).
+`clip_tower/`, `siglip_tower/` and `hevc_vit_tower/` (vision towers of one size, with their image processors).
 """
 
 import argparse
@@ -33,6 +33,7 @@ IMAGE_STATISTICS = {
     "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
     "siglip": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
 }
+KINDS = ("clip", "siglip", "hevc_vit")
 
 
 def demo_texts(folder: Path) -> list[str]:
@@ -92,24 +93,33 @@ def make_llm(folder: Path, tokenizer) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_tower(folder: Path, kind: str) -> None:
-    """A random vision tower: `kind` is "clip" or "siglip"."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+def make_encoder(kind: str):
+    """A random vision encoder of one of `KINDS`."""
+    sizes = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **TOWER}
+    if kind == "clip":
+        from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    config_class, model_class = {
-        "clip": (CLIPVisionConfig, CLIPVisionModel),
-        "siglip": (SiglipVisionConfig, SiglipVisionModel),
-    }[kind]
-    spread = {"initializer_range": SPREAD} if kind == "clip" else {}  # SigLIP's own initialisation knows no spread
-    config = config_class(image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, **TOWER, **spread)
-    model_class(config).save_pretrained(folder)
+        return CLIPVisionModel(CLIPVisionConfig(**sizes, initializer_range=SPREAD))
+    if kind == "siglip":  # whose own initialisation knows no spread
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        return SiglipVisionModel(SiglipVisionConfig(**sizes))
+    from llavavit import LlavaViTConfig, LlavaViTModel
+
+    heads = {"num_attention_heads": 3}  # its heads come in widths of 32
+    return LlavaViTModel(LlavaViTConfig(**sizes | heads, initializer_range=SPREAD))
+
+
+def make_tower(folder: Path, kind: str) -> None:
+    """A random vision tower with its image processor."""
+    make_encoder(kind).save_pretrained(folder)
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    mean, std = IMAGE_STATISTICS[kind]
+    mean, std = IMAGE_STATISTICS["siglip" if kind == "siglip" else "clip"]
     processor = {
-        "image_processor_type": "CLIPImageProcessor" if kind == "clip" else "SiglipImageProcessor",
+        "image_processor_type": "SiglipImageProcessor" if kind == "siglip" else "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": IMAGE_SIZE} if kind == "clip" else square,
+        "size": square if kind == "siglip" else {"shortest_edge": IMAGE_SIZE},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -117,18 +127,18 @@ def make_tower(folder: Path, kind: str) -> None:
         "image_mean": mean,
         "image_std": std,
     }
-    if kind == "clip":
+    if kind != "siglip":
         processor |= {"do_center_crop": True, "crop_size": square}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
 def make(output: Path, seed: int) -> None:
-    """Write `llm/`, `clip_tower/` and `siglip_tower/` under `output`, which holds the demo data."""
+    """Write `llm/` and the towers under `output`, which holds the demo data."""
     import torch
 
     torch.manual_seed(seed)
     make_llm(output / "llm", make_tokenizer(demo_texts(output)))
-    for kind in ("clip", "siglip"):
+    for kind in KINDS:
         make_tower(output / f"{kind}_tower", kind)
 
 
@@ -141,7 +151,7 @@ def main() -> None:
     if missing:
         parser.error(f"{args.output} lacks {' and '.join(missing)}: run playground/make_demo_data.py first")
     make(args.output, args.seed)
-    print(f"{args.output}: llm, clip_tower, siglip_tower")
+    print(f"{args.output}: llm, {', '.join(f'{kind}_tower' for kind in KINDS)}")
 
 
 if __name__ == "__main__":

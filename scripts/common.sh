@@ -148,16 +148,17 @@ read_demo_flags() {
     cd "$ROOT"
 }
 
-# make_demo: the demo's data and its random models for SEED, unless they are there.
+# make_demo: the demo's data and its random models for SEED, unless these programs have made them before.
 make_demo() {
-    local folder=playground/demo marker=playground/demo/made-with-seed
-    if [[ -f "$marker" && "$(cat "$marker")" == "$SEED" ]]; then
+    local folder=playground/demo marker=playground/demo/made-with-seed made
+    made="$SEED $(cat playground/make_demo_*.py | cksum)"
+    if [[ -f "$marker" && "$(cat "$marker")" == "$made" ]]; then
         return
     fi
     rm -rf "$folder"
     "$PYTHON" playground/make_demo_data.py --output "$folder" --seed "$SEED"
     "$PYTHON" playground/make_demo_model.py --output "$folder" --seed "$SEED"
-    echo "$SEED" >"$marker"
+    echo "$made" >"$marker"
 }
 
 # stage_finished NAME: that stage ran to its end; the trainer writes this file last.

@@ -63,6 +63,15 @@ def test_tower(demo, kind):
     assert hidden.shape[1] == 16 + (kind == "clip")
 
 
+def test_hevc_vit_tower(demo):
+    from llavavit import LlavaViTModel
+
+    model = LlavaViTModel.from_pretrained(demo / "hevc_vit_tower")
+    assert (model.config.image_size, model.config.patch_size, model.config.head_dim) == (56, 14, 32)
+    processor = json.loads((demo / "hevc_vit_tower" / "preprocessor_config.json").read_text())
+    assert processor["crop_size"] == {"height": 56, "width": 56}
+
+
 def test_needs_the_data_first(tmp_path):
     program = [sys.executable, str(ROOT / "playground" / "make_demo_model.py"), "--output", str(tmp_path)]
     done = subprocess.run(program, capture_output=True, text=True)
