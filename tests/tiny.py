@@ -33,7 +33,7 @@ def llm(folder: Path) -> str:
 
 
 def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, seed: int = 1) -> str:
-    """Folder of a random vision encoder with its image processor; kind is "clip" or "siglip"."""
+    """Folder of a random vision encoder with its image processor; kind is "clip", "siglip" or "hevc_vit"."""
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -52,8 +52,14 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, s
         image_size=side,
         patch_size=PATCH,
     )
-    if kind == "clip":
-        CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(folder)
+    if kind in ("clip", "hevc_vit"):
+        if kind == "clip":
+            CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(folder)
+        else:
+            from llavavit import LlavaViTConfig, LlavaViTModel
+
+            width = {"hidden_size": 64, "initializer_range": 0.1}  # its heads come in widths of 32
+            LlavaViTModel(LlavaViTConfig(**sizes | width)).save_pretrained(folder)
         CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
             folder
         )

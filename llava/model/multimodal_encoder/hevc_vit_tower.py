@@ -62,6 +62,10 @@ class HEVCViTVisionTower(HFVisionTower):
         states = self.vision_tower(pixels, hidden_state_indices=self.layers()).hidden_states
         return torch.cat(states, dim=-1)
 
+    def encode_list(self, images):
+        self.check_sizes(images)  # of all of them, before any is encoded
+        return super().encode_list(images)
+
     def check_sizes(self, images):
         """Refuse images whose sides are not multiples of the patch; the image processing is to see to that."""
         patch = self.config.patch_size
