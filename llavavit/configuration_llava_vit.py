@@ -3,6 +3,10 @@
 from transformers import PreTrainedConfig
 
 LAYER_NORM_TYPES = ("layer_norm", "rms_norm")
+_COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_channels", "image_size", "patch_size"),
+)
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's statistics, which these encoders were trained with
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -26,7 +30,7 @@ class LlavaViTConfig(PreTrainedConfig):
         head_norm_eps: eps of the pooling head's norm; None: `layer_norm_eps`. The models were trained with another one.
 
     Raises:
-        ValueError: a width of heads or a `layer_norm_type` that the model has no form for.
+        ValueError: a size that is no count, a width of heads or a `layer_norm_type` that the model has no form for.
     """
 
     model_type = "llava_vit"
@@ -49,6 +53,10 @@ class LlavaViTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: found {value!r}, expected a whole number from 1")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 32:
             raise ValueError(
                 f"hidden_size {self.hidden_size} with num_attention_heads {self.num_attention_heads}: "

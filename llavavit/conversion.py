@@ -8,6 +8,7 @@ All hold the same numbers. What differs are names, and whether the query, key an
 """
 
 import dataclasses
+import os
 import re
 
 import torch
@@ -47,14 +48,15 @@ def clean_state_dict(state: dict) -> dict:
     """The weights alone: out of `model` or `state_dict`, without wrappers' prefixes and without rotary buffers.
 
     Raises:
-        ValueError: values that are no tensors.
+        ValueError: something else than tensors by name.
     """
-    for nest in ("state_dict", "model"):
-        if isinstance(state.get(nest), dict):
-            state = state[nest]
+    if not isinstance(state, dict):
+        raise ValueError(f"weights: found {type(state).__name__}, expected tensors by name")
+    while nests := [nest for nest in ("state_dict", "model") if isinstance(state.get(nest), dict)]:
+        state = state[nests[0]]
     cleaned = {}
     for name, value in state.items():
-        name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
         if ".inv_freq" in name:
             continue
         if not isinstance(value, torch.Tensor):
@@ -85,7 +87,7 @@ def convert_state_dict(state: dict, to: str) -> dict:
         to: one of `LAYOUTS`.
 
     Raises:
-        ValueError: a name that belongs to no layout, a layer without one of its projections.
+        ValueError: a name that belongs to no layout, a layer without one of its projections or with unequal ones.
     """
     if to not in LAYOUTS:
         raise ValueError(f"layout: found {to!r}, expected one of {', '.join(LAYOUTS)}")
@@ -106,14 +108,19 @@ def _fuse(state: dict) -> dict:
     """q_proj, k_proj and v_proj of every layer as one `qkv`."""
     fused = {}
     for name, value in state.items():
-        if ".self_attn.q_proj." in name:
-            parts = [name.replace("q_proj", part) for part in _PARTS]
-            missing = [part for part in parts if part not in state]
-            if missing:
-                raise ValueError(f"weights: found {name!r} without {missing[0]!r}")
-            fused[name.replace("q_proj", "qkv")] = torch.cat([state[part] for part in parts])
-        elif ".self_attn.k_proj." not in name and ".self_attn.v_proj." not in name:
+        part = next((part for part in _PARTS if f".self_attn.{part}." in name), None)
+        if part is None:
             fused[name] = value
+            continue
+        names = [name.replace(part, other) for other in _PARTS]
+        missing = [other for other in names if other not in state]
+        if missing:
+            raise ValueError(f"weights: found {name!r} without {missing[0]!r}")
+        if part == _PARTS[0]:
+            if len({state[other].shape for other in names}) > 1:
+                shapes = ", ".join(f"{other} {tuple(state[other].shape)}" for other in names)
+                raise ValueError(f"weights: found {shapes}, expected one shape")
+            fused[name.replace(part, "qkv")] = torch.cat([state[other] for other in names])
     return fused
 
 
@@ -122,6 +129,8 @@ def _split(state: dict) -> dict:
     split = {}
     for name, value in state.items():
         if ".self_attn.qkv." in name:
+            if len(value) % 3:
+                raise ValueError(f"weights: found {name!r} with {len(value)} rows, expected a multiple of 3")
             for part, piece in zip(_PARTS, value.chunk(3), strict=True):
                 split[name.replace("qkv", part)] = piece.clone()  # a file cannot hold parts of one tensor
         else:
@@ -136,7 +145,7 @@ _LAYOUT_OF_TYPE = {
     OneVisionEncoderConfig.model_type: "padded",
     LlavaViTPackingConfig.model_type: "packed",
 }
-_TYPES = {c.model_type: c for c in (LlavaViTConfig, OneVisionEncoderConfig, LlavaViTPackingConfig)}
+CONFIG_CLASSES = {c.model_type: c for c in (LlavaViTConfig, OneVisionEncoderConfig, LlavaViTPackingConfig)}
 
 
 def _own_fields(config_class) -> set[str]:
@@ -149,7 +158,7 @@ def convert_config(values: dict, config_class, **changes):
 
     The values' own type fills in what they leave to its defaults.
     """
-    full = _TYPES[values["model_type"]].from_dict(values).to_dict()
+    full = CONFIG_CLASSES[values["model_type"]].from_dict(values).to_dict()
     kept = {name: full[name] for name in _own_fields(config_class) if name in full} | changes
     return config_class(dtype=full.get("dtype"), **kept)
 
@@ -170,18 +179,21 @@ def infer_config(state: dict, config_class=LlavaViTConfig, model_name: str | Non
         raise ValueError(f"model name: found {model_name!r}, expected one of {', '.join(SIZES)}")
     layout = detect_layout(state)
     state = convert_state_dict(state, "packed")
-    patches = state["patch_embed.proj.weight"]
+    patches, mlp = state["patch_embed.proj.weight"], state.get("encoder.layers.0.mlp.fc1.weight")
+    if patches.ndim != 4 or mlp is None:
+        raise ValueError("weights: found no patch embedding [D, C, p, p] with a first layer, expected an encoder's")
     found = {
         "patch_size": patches.shape[-1],
         "hidden_size": patches.shape[0],
         "num_hidden_layers": sum(name.endswith(".mlp.fc1.weight") and name.startswith("encoder.") for name in state),
-        "intermediate_size": len(state["encoder.layers.0.mlp.fc1.weight"]),
+        "intermediate_size": len(mlp),
     }
     names = SIZES if model_name is None else (model_name,)
     sizes = [size for name in names for size in SIZES[name] if found.items() <= size.items()]
     if not sizes:
-        what = "no published size" if model_name is None else f"not {model_name}"
-        raise ValueError(f"weights: found {found}, which is {what}; give a config for others")
+        named = "" if model_name is None else " or ".join(f"{size}" for size in SIZES[model_name])
+        expected = f"{model_name}: {named}" if named else f"a size of {', '.join(SIZES)}, or a config"
+        raise ValueError(f"weights: found {found}, expected {expected}")
     values = sizes[0] | {
         "num_channels": patches.shape[1],
         "use_head": "head.probe" in state,
@@ -199,7 +211,7 @@ def read_weights(source: str, **hub) -> dict:
     """The weights of a local folder or a hub repository: safetensors, one file or several, or else a .bin.
 
     Raises:
-        OSError: none there.
+        OSError: none there, or not all of several.
     """
     import json
 
@@ -216,8 +228,10 @@ def read_weights(source: str, **hub) -> dict:
             return clean_state_dict(load(path))
         if index := find(f"{ending}.index.json"):
             with open(index) as file:
-                shards = sorted(set(json.load(file)["weight_map"].values()))
-            return clean_state_dict({name: value for shard in shards for name, value in load(find(shard)).items()})
+                paths = {shard: find(shard) for shard in sorted(set(json.load(file)["weight_map"].values()))}
+            if missing := [shard for shard, path in paths.items() if path is None]:
+                raise OSError(f"{source}: found no {missing[0]}, which {os.path.basename(index)} names")
+            return clean_state_dict({name: value for path in paths.values() for name, value in load(path).items()})
     raise OSError(f"{source}: found no model.safetensors and no pytorch_model.bin")
 
 
@@ -237,7 +251,7 @@ def load_any_layout(config_class, source, kwargs: dict):
     hub = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
     values, _ = PreTrainedConfig.get_config_dict(source, **hub)
     model_type = values.get("model_type")
-    if model_type == config_class.model_type or model_type not in _TYPES:
+    if model_type == config_class.model_type or model_type not in CONFIG_CLASSES:
         return None
     config = kwargs.pop("config", None)
     if not isinstance(config, config_class):
