@@ -16,6 +16,7 @@ from llava.tools.vit_checkpoint import Checkpoint, new_folder, read_checkpoint, 
 from llava.tools.vit_outputs import (
     TOLERANCE,
     check_differences,
+    describe_inputs,
     differences,
     random_images,
     run_converted,
@@ -57,9 +58,7 @@ def quiet() -> None:
 
 
 def print_differences(measured: dict[str, float], config) -> None:
-    count, _, height, width = random_images(config).shape
-    size = f"{count} random images of {height}x{width} pixels"
-    print(f"largest differences on {size} in float32 (limit {TOLERANCE:.0e}):")
+    print(f"largest differences on {describe_inputs(config)} (limit {TOLERANCE:.0e}):")
     for name, value in measured.items():
         print(f"  {name:<18} {value:.1e}")
 

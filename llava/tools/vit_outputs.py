@@ -56,24 +56,40 @@ def run_folder(folder: str, layout: str, pixels):
 
 
 def run_model(model, pixels, positions=None):
-    """`Outputs` [B, L, D] of a padded or packed model for [B, C, H, W] or [B, C, T, H, W], and [B, L, 3] positions."""
+    """`Outputs` of a padded or packed model for [B, C, H, W] or [B, C, T, H, W], and [B, L, 3] positions."""
+    import torch
+
+    with torch.no_grad():
+        out = model(**model_inputs(model.config, pixels, positions), output_hidden_states=True)
+    return unpack(out.last_hidden_state, out.pooler_output, out.hidden_states, len(pixels))
+
+
+def model_inputs(config, pixels, positions=None) -> dict:
+    """What the padded or packed model of a config takes, for pixels and positions as in `run_model`."""
     import torch
     import torch.nn.functional as F
 
+    from llavavit import LlavaViTPackingConfig
+
+    inputs = {} if positions is None else {"patch_positions": positions}
+    if config.model_type != LlavaViTPackingConfig.model_type:
+        return inputs | {"pixel_values": pixels}
+    clips, p = pixels if pixels.ndim == 5 else pixels[:, :, None], config.patch_size
+    batch, _, frames, height, width = clips.shape
+    rows = F.unfold(clips.transpose(1, 2).flatten(0, 1), p, stride=p).transpose(1, 2).flatten(0, 1)
+    grid = torch.tensor([[frames, height // p, width // p]] * batch)
+    inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
+    return inputs | {"hidden_states": rows.contiguous(), "grid_thw": grid}
+
+
+def unpack(last_hidden_state, pooler_output, hidden_states, batch: int):
+    """`Outputs` of a model, each [batch, L, D] whether it came packed or not."""
     from llava.tools.vit_reference import Outputs
 
-    with torch.no_grad():
-        if model.main_input_name == "pixel_values":
-            out = model(pixels, patch_positions=positions, output_hidden_states=True)
-            return Outputs(out.last_hidden_state, out.pooler_output, out.hidden_states)
-        clips, p = pixels if pixels.ndim == 5 else pixels[:, :, None], model.config.patch_size
-        batch, _, frames, height, width = clips.shape
-        rows = F.unfold(clips.transpose(1, 2).flatten(0, 1), p, stride=p).transpose(1, 2).flatten(0, 1)
-        grid = torch.tensor([[frames, height // p, width // p]] * batch)
-        positions = None if positions is None else positions.flatten(0, 1)
-        out = model(rows, grid, patch_positions=positions, output_hidden_states=True)
-        states = tuple(state.unflatten(0, (batch, -1)) for state in out.hidden_states)
-        return Outputs(out.last_hidden_state.unflatten(0, (batch, -1)), out.pooler_output, states)
+    def batched(x):
+        return x.reshape(batch, -1, x.shape[-1])
+
+    return Outputs(batched(last_hidden_state), pooler_output, tuple(map(batched, hidden_states)))
 
 
 def differences(found, expected) -> dict[str, float]:
@@ -101,9 +117,15 @@ def _worst(values) -> float:
 
 
 def check_differences(measured: dict[str, float], what: str) -> None:
-    """Raise LlavaError where an output differs by more than `TOLERANCE`, or by NaN."""
+    """Raise LlavaError where an output differs by more than `TOLERANCE`, or is NaN."""
     for name, value in measured.items():
         if not value <= TOLERANCE:
             raise LlavaError(
                 f"{what}: {name} differs by {value:.1e}, expected at most {TOLERANCE:.0e}; nothing is written"
             )
+
+
+def describe_inputs(config) -> str:
+    """What `random_images` are, in words."""
+    count, _, height, width = random_images(config).shape
+    return f"{count} random images of {height}x{width} pixels in float32"
