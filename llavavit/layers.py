@@ -67,12 +67,12 @@ def grid_positions(grid: list[tuple[int, int, int]], device=None) -> torch.Tenso
     """[N, 3] places (t, h, w) of the tokens of samples with these grids, in order."""
     sizes = torch.tensor(grid)
     counts = sizes.prod(1)
-    starts = (counts.cumsum(0) - counts).to(device)
+    starts = counts.cumsum(0) - counts
+    samples = torch.cat([sizes, starts[:, None], counts[:, None]], 1)
+    samples = samples.to(device, non_blocking=True)  # a blocking copy waits for all that the device has to do
     total = int(counts.sum())
-    sizes, counts = sizes.to(device), counts.to(device)
-    per_token = torch.cat([sizes, starts[:, None]], 1).repeat_interleave(counts, 0, output_size=total)
-    index = torch.arange(total, device=device) - per_token[:, 3]
-    return unravel(index, per_token[:, 1], per_token[:, 2])
+    _, h, w, start, _ = samples.repeat_interleave(samples[:, 4], 0, output_size=total).unbind(1)
+    return unravel(torch.arange(total, device=device) - start, h, w)
 
 
 def unravel(index: torch.Tensor, h, w) -> torch.Tensor:
@@ -80,8 +80,8 @@ def unravel(index: torch.Tensor, h, w) -> torch.Tensor:
     return torch.stack([index // (h * w), index % (h * w) // w, index % w], dim=-1)
 
 
-def rotary_table(positions: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each [N, 1, E] in float32, of tokens at `positions` [N, 3] as (t, h, w).
+def rotary_table(positions: torch.Tensor, config, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), each [N, 1, E], of tokens at `positions` [N, 3] as (t, h, w); sin has the signs that `rotate` needs.
 
     Of a head's E/2 frequencies 4/16 turn with t, 6/16 with h, 6/16 with w, each axis with its own geometric series.
     The angles stand twice, one half after the other, while `rotate` pairs neighbouring channels: an odd mixture, and
@@ -91,20 +91,18 @@ def rotary_table(positions: torch.Tensor, config) -> tuple[torch.Tensor, torch.T
     unit = config.head_dim // 32
     angles = []
     for axis, share in enumerate((4, 6, 6)):
-        count = share * unit
-        exponents = torch.arange(count, dtype=torch.float32, device=positions.device) / count
-        frequencies = 1.0 / config.rope_theta**exponents
-        angles.append(positions[:, axis, None].float() * frequencies)
-    half = torch.cat(angles, dim=-1)
-    whole = torch.cat([half, half], dim=-1)[:, None]
-    return whole.cos(), whole.sin()
+        exponents = torch.arange(share * unit, dtype=torch.float32, device=positions.device) / (share * unit)
+        angles.append(positions[:, axis, None] * config.rope_theta**-exponents)
+    whole = torch.cat([*angles, *angles], dim=-1)[:, None]
+    cos, sin = whole.cos().to(dtype), whole.sin().to(dtype)
+    sin[..., ::2] *= -1
+    return cos, sin
 
 
 def rotate(x_NHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding over neighbouring channels: (x0, x1, ...) cos + (-x1, x0, ...) sin."""
-    even, odd = x_NHE[..., ::2], x_NHE[..., 1::2]
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return x_NHE * cos + turned * sin
+    """Rotary embedding over neighbouring channels: (x0, x1, ...) cos + (x1, x0, ...) (-sin, sin, ...)."""
+    neighbours = x_NHE.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x_NHE * cos, neighbours, sin)
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -120,10 +118,10 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(self, x_ND, rotary, cu_seqlens, max_seqlen):
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.project(x_ND))
+        q, k, v = self.project(x_ND, rotary)
         out_NHE = varlen_attention(
-            rotate(q, *rotary),
-            rotate(k, *rotary),
+            q,
+            k,
             v,
             cu_seqlens,
             max_seqlen,
@@ -141,11 +139,12 @@ class SeparateAttention(Attention):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
 
-    def project(self, x):
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def project(self, x_ND, rotary):
+        q, k, v = (proj(x_ND).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, *rotary), rotate(k, *rotary), v
 
-    def output(self, x):
-        return self.out_proj(x)
+    def output(self, x_ND):
+        return self.out_proj(x_ND)
 
 
 class FusedAttention(Attention):
@@ -156,11 +155,12 @@ class FusedAttention(Attention):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def project(self, x):
-        return self.qkv(x).chunk(3, dim=-1)
+    def project(self, x_ND, rotary):
+        qk, v = self.qkv(x_ND).unflatten(-1, (3 * self.heads, -1)).split([2 * self.heads, self.heads], dim=1)
+        return *rotate(qk, *rotary).chunk(2, dim=1), v
 
-    def output(self, x):
-        return self.proj(x)
+    def output(self, x_ND):
+        return self.proj(x_ND)
 
 
 class MLP(nn.Module):
@@ -208,15 +208,18 @@ class Encoder(nn.Module):
         Returns:
             ({index: [N, D]}, (cu_seqlens, max_seqlen)).
         """
-        cos, sin = rotary_table(positions_N3, self.config)
-        rotary = cos.to(x_ND.dtype), sin.to(x_ND.dtype)
-        packing = pack_lengths(lengths, x_ND.device)
+        # x may be float32 while the projections under autocast are not; a float32 table would make q and k float32
+        kind = x_ND.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
+        rotary = rotary_table(positions_N3, self.config, dtype)
+        cu_seqlens, max_seqlen = pack_lengths(lengths, x_ND.device)
         states = {0: x_ND} if 0 in keep else {}
         for i, layer in enumerate(self.layers[: max(keep)], start=1):
-            x_ND = layer(x_ND, rotary, *packing)
+            # by keyword: reentrant checkpointing hands on copies of positional tensors, which lack their host copy
+            x_ND = layer(x_ND, rotary=rotary, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
             if i in keep:
                 states[i] = x_ND
-        return states, packing
+        return states, (cu_seqlens, max_seqlen)
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------
@@ -243,7 +246,7 @@ class ProbeAttention(nn.Module):
         k, v = F.linear(x_ND, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
         cu_probes, _ = pack_lengths([1] * samples, x_ND.device)
         out_SHE = varlen_attention(
-            q_D.unflatten(0, (heads, -1)).expand(samples, -1, -1),
+            q_D.unflatten(0, (heads, -1)).repeat(samples, 1, 1),
             k.unflatten(-1, (heads, -1)),
             v.unflatten(-1, (heads, -1)),
             cu_probes,

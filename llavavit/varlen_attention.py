@@ -32,12 +32,17 @@ logger = logging.getLogger(__name__)
 
 
 class _HostCopy:
-    """What the host knows of a `cu_seqlens` tensor, kept on the tensor itself: read once, used by every layer."""
+    """What the host knows of a `cu_seqlens` tensor, kept on the tensor itself: read once, used by every layer.
+
+    A change of the tensor in place shows in its version; inference tensors have none and must not be changed.
+    """
 
     def __init__(self, lengths: tuple[int, ...], version: int | None):
         self.lengths = lengths
+        self.total = sum(lengths)
+        self.longest = max(lengths)
         self.version = version
-        self.plans: dict = {}
+        self.groups: dict[tuple[int, ...], list[list[int]]] = {}  # of the sdpa backend, by the lengths of the keys
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -52,9 +57,10 @@ def pack_lengths(lengths, device=None) -> tuple[torch.Tensor, int]:
     """
     lengths = tuple(int(length) for length in lengths)
     _check_lengths(lengths, "lengths")
-    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(device=device, dtype=torch.int32)
+    cu_seqlens = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)  # a blocking copy waits for all that the device has to do
     cu_seqlens._host_copy = _HostCopy(lengths, _version(cu_seqlens))
-    return cu_seqlens, max(lengths)
+    return cu_seqlens, cu_seqlens._host_copy.longest
 
 
 def _check_lengths(lengths: tuple[int, ...], name: str) -> None:
@@ -70,7 +76,7 @@ def _host_copy(cu_seqlens: torch.Tensor, name: str) -> _HostCopy:
     known = getattr(cu_seqlens, "_host_copy", None)
     if known is not None and known.version == _version(cu_seqlens):
         return known
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"{name}: found {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected integers of shape [S + 1]"
         )
@@ -83,7 +89,7 @@ def _host_copy(cu_seqlens: torch.Tensor, name: str) -> _HostCopy:
     return cu_seqlens._host_copy
 
 
-# --- backends: each (q, k, v, lengths, cu_q, cu_k, causal, scale, dropout_p) -> [Nq, H, E] ----------------------------
+# --- backends: each (q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p) -> [Nq, H, E] ---------------------
 
 
 def _repeat_heads(x_NGE: torch.Tensor, heads: int) -> torch.Tensor:
@@ -100,7 +106,8 @@ def _reference(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
         scores = torch.einsum("lhe,mhe->hlm", q_LHE, k_MHE) * scale
         if causal:
             scores = scores.masked_fill(~_causal_mask(len(q_LHE), len(k_MHE), q.device), -math.inf)
-        weights = F.dropout(scores.float().softmax(-1), dropout_p).to(q.dtype)
+        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        weights = F.dropout(weights, dropout_p).to(q.dtype)
         out.append(torch.einsum("hlm,mhe->lhe", weights, v_MHE))
     return torch.cat(out)
 
@@ -110,59 +117,42 @@ def _causal_mask(queries: int, keys: int, device) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-class _Plan:
-    """How the sdpa backend batches: segments sorted by length, so that equal ones lie side by side.
-
-    groups: (segments, query length, key length). order_q, order_k: token indices that sort, None where they are sorted
-    as they come. back: token indices that restore the order of the output.
-    """
-
-    def __init__(self, lengths_q, lengths_k, device):
-        pairs = list(zip(lengths_q, lengths_k, strict=True))
-        order = sorted(range(len(pairs)), key=pairs.__getitem__)
-        self.groups: list[tuple[int, int, int]] = []
-        for at in order:
-            if self.groups and self.groups[-1][1:] == pairs[at]:
-                self.groups[-1] = (self.groups[-1][0] + 1, *pairs[at])
-            else:
-                self.groups.append((1, *pairs[at]))
-        # already side by side in this order: a view of the whole will do
-        in_order = order == list(range(len(pairs)))
-        self.order_q = None if in_order else _token_order(lengths_q, order, device)
-        self.order_k = None if in_order else _token_order(lengths_k, order, device)
-        self.back = None if in_order else self.order_q.argsort()
-
-
-def _token_order(lengths, order, device) -> torch.Tensor:
-    """Token indices that put the segments into `order`."""
-    length = torch.tensor(lengths)
-    start = length.cumsum(0) - length
-    length, start = length[order], start[order]
-    within = torch.arange(int(length.sum())) - (length.cumsum(0) - length).repeat_interleave(length)
-    return (start.repeat_interleave(length) + within).to(device)
+def _group_equal(lengths_q, lengths_k) -> list[list[int]]:
+    """Indices of the segments, those of equal lengths together."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, pair in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        groups.setdefault(pair, []).append(i)
+    return list(groups.values())
 
 
 def _sdpa(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
-    key = (host_k.lengths, q.device)
-    plan = host_q.plans.get(key)
-    if plan is None:
-        plan = host_q.plans[key] = _Plan(host_q.lengths, host_k.lengths, q.device)
-    heads = q.shape[1]
-    if plan.order_q is not None:
-        q, k, v = q[plan.order_q], k[plan.order_k], v[plan.order_k]
-    out, at_q, at_k = [], 0, 0
-    for count, lq, lk in plan.groups:
-        q_BHLE = q[at_q : at_q + count * lq].unflatten(0, (count, lq)).transpose(1, 2)
-        k_BHME = _repeat_heads(k[at_k : at_k + count * lk], heads).unflatten(0, (count, lk)).transpose(1, 2)
-        v_BHME = _repeat_heads(v[at_k : at_k + count * lk], heads).unflatten(0, (count, lk)).transpose(1, 2)
-        mask = _causal_mask(lq, lk, q.device) if causal and lq != lk else None
-        o_BHLE = F.scaled_dot_product_attention(
-            q_BHLE, k_BHME, v_BHME, mask, dropout_p, is_causal=causal and lq == lk, scale=scale
-        )
-        out.append(o_BHLE.transpose(1, 2).flatten(0, 1))
-        at_q, at_k = at_q + count * lq, at_k + count * lk
-    joined = torch.cat(out) if len(out) > 1 else out[0]
-    return joined if plan.back is None else joined[plan.back]
+    groups = host_q.groups.get(host_k.lengths)
+    if groups is None:
+        groups = host_q.groups[host_k.lengths] = _group_equal(host_q.lengths, host_k.lengths)
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    if len(groups) == 1:
+        segments = len(host_q.lengths)
+        o_BLHE = _sdpa_batch(*(x.unflatten(0, (segments, -1)) for x in (q, k, v)), causal, scale, dropout_p)
+        return o_BLHE.flatten(0, 1)
+    # split and cat rather than an index: one pass less each way, and none for a length that occurs once
+    parts = q.split(host_q.lengths), k.split(host_k.lengths), v.split(host_k.lengths)
+    out = [None] * len(host_q.lengths)
+    for group in groups:
+        batch = (part[group[0]][None] if len(group) == 1 else torch.stack([part[i] for i in group]) for part in parts)
+        for i, o_LHE in zip(group, _sdpa_batch(*batch, causal, scale, dropout_p).unbind(0), strict=True):
+            out[i] = o_LHE
+    return torch.cat(out)
+
+
+def _sdpa_batch(q_BLHE, k_BMHE, v_BMHE, causal, scale, dropout_p):
+    queries, keys = q_BLHE.shape[1], k_BMHE.shape[1]
+    # is_causal aligns at the first key where the lengths differ, a mask at the last
+    mask = _causal_mask(queries, keys, q_BLHE.device) if causal and queries != keys else None
+    q_BHLE, k_BHME, v_BHME = (x.transpose(1, 2) for x in (q_BLHE, k_BMHE, v_BMHE))
+    o_BHLE = F.scaled_dot_product_attention(
+        q_BHLE, k_BHME, v_BHME, mask, dropout_p, is_causal=causal and mask is None, scale=scale
+    )
+    return o_BHLE.transpose(1, 2)
 
 
 def _flash_attn(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
@@ -172,8 +162,8 @@ def _flash_attn(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
         v,
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
-        max_seqlen_q=max(host_q.lengths),
-        max_seqlen_k=max(host_k.lengths),
+        max_seqlen_q=host_q.longest,
+        max_seqlen_k=host_k.longest,
         dropout_p=dropout_p,
         softmax_scale=scale,
         causal=causal,
@@ -195,13 +185,17 @@ def _torch_varlen(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p)
 
     options = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # not in torch 2.11
+        if _has_parameter(varlen_attn, "enable_gqa"):  # not in torch 2.11
             options["enable_gqa"] = True
         else:
             k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     window = (-1, 0) if causal else (-1, -1)
-    longest = max(host_q.lengths), max(host_k.lengths)
-    return varlen_attn(q, k, v, cu_q, cu_k, *longest, scale=scale, window_size=window, **options)
+    return varlen_attn(q, k, v, cu_q, cu_k, host_q.longest, host_k.longest, scale=scale, window_size=window, **options)
+
+
+@functools.cache
+def _has_parameter(function, name: str) -> bool:
+    return name in inspect.signature(function).parameters
 
 
 BACKENDS = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _sdpa, "reference": _reference}
@@ -226,11 +220,10 @@ def _log_once(backend: str, device: str, dtype: torch.dtype) -> None:
 
 def _choose(backend: str | None, q: torch.Tensor, dropout_p: float) -> str:
     usable = usable_backends(q, dropout_p)
-    if backend == "torch":  # whatever is fastest without another package
-        usable.remove("flash_attn") if "flash_attn" in usable else None
-        backend = None
     if backend is None:
         return usable[0]
+    if backend == "torch":  # the best without another package
+        return next(name for name in usable if name != "flash_attn")
     if backend not in BACKENDS:
         raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "torch_varlen" and dropout_p:
@@ -284,6 +277,11 @@ def varlen_attention(
             f"q, k, v: found shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, expected [Nq, H, E] and "
             "twice [Nk, G, E] with H a multiple of G"
         )
+    if torch.is_autocast_enabled(q.device.type):  # which the CUDA kernels here know nothing of
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype")
     host_q = _host_copy(cu_seqlens, "cu_seqlens")
     _check_total(host_q, q, max_seqlen, "cu_seqlens", "q")
     host_k = host_q
@@ -307,10 +305,10 @@ def varlen_attention(
 
 
 def _check_total(host: _HostCopy, tokens: torch.Tensor, max_seqlen: int | None, cu_name: str, name: str) -> None:
-    if sum(host.lengths) != len(tokens):
-        raise ValueError(f"{cu_name}: ends at {sum(host.lengths)}, but {name} has {len(tokens)} tokens")
-    if max_seqlen is not None and max_seqlen < max(host.lengths):  # kernels would leave out what is beyond it
-        raise ValueError(f"max_seqlen: found {max_seqlen}, but a segment of {name} has {max(host.lengths)} tokens")
+    if host.total != len(tokens):
+        raise ValueError(f"{cu_name}: ends at {host.total}, but {name} has {len(tokens)} tokens")
+    if max_seqlen is not None and max_seqlen < host.longest:  # kernels would leave out what is beyond it
+        raise ValueError(f"max_seqlen: found {max_seqlen}, but a segment of {name} has {host.longest} tokens")
 
 
 # --- as an attention of transformers' language models -----------------------------------------------------------------
@@ -359,7 +357,7 @@ def varlen_attention_forward(
         raise ValueError(f"cu_seq_lens_q: came with a batch of {query.shape[0]} rows, expected one packed row")
     if attention_mask is not None and not _marks_packing(attention_mask):
         raise ValueError("cu_seq_lens_q: came with an attention_mask that masks tokens; packed rows have no padding")
-    longest = int(max_length_q) if max_length_q is not None else max(_host_copy(cu_seq_lens_q, "cu_seq_lens_q").lengths)
+    longest = int(max_length_q) if max_length_q is not None else _host_copy(cu_seq_lens_q, "cu_seq_lens_q").longest
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(f"sliding_window {sliding_window}: attn_implementation varlen has none; expected sdpa")
     out = varlen_attention(
