@@ -21,6 +21,7 @@ from .layers import (
     SeparateAttention,
     build_norm,
     frames_to_patches,
+    grid_positions,
     unravel,
 )
 
@@ -69,6 +70,28 @@ class LlavaViTPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
 
+    def encode_packed(self, rows, grid_thw, patch_positions=None, output_hidden_states=None, hidden_state_indices=None):
+        """Encode packed patches, as `LlavaViTPackingModel.forward` describes it."""
+        width = self.config.num_channels * self.config.patch_size**2
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise ValueError(f"hidden_states: found shape {tuple(rows.shape)}, expected [N, {width}]")
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
+            raise ValueError(
+                f"grid_thw: found {grid_thw.dtype} of shape {tuple(grid_thw.shape)}, expected integers of shape [S, 3]"
+            )
+        grid = grid_thw.tolist()
+        lengths = [t * h * w for t, h, w in grid]
+        if not grid or min(min(sizes) for sizes in grid) < 1 or sum(lengths) != len(rows):
+            raise ValueError(
+                f"grid_thw: found {grid[:8]}{' ...' if len(grid) > 8 else ''} with {sum(lengths)} patches, expected "
+                f"sizes of at least 1 with the {len(rows)} patches of hidden_states"
+            )
+        if patch_positions is None:
+            patch_positions = grid_positions(grid, rows.device)
+        elif patch_positions.shape != (len(rows), 3):
+            raise ValueError(f"patch_positions: found shape {tuple(patch_positions.shape)}, expected ({len(rows)}, 3)")
+        return self.run(self.embed(rows), patch_positions, lengths, output_hidden_states, hidden_state_indices)
+
     def run(self, x_ND, positions_N3, lengths, output_hidden_states=None, hidden_state_indices=None):
         """From embedded patches to the model's outputs, packed.
 
@@ -107,15 +130,14 @@ class LlavaViTPreTrainedModel(PreTrainedModel):
 
 
 class Embeddings(nn.Module):
-    """[B*T, C, H, W] -> [B*T*h*w, D]."""
+    """[N, C*p*p] -> [N, D]."""
 
     def __init__(self, config):
         super().__init__()
         self.patch_embedding = PatchProjection(config)
-        self.patch_size = config.patch_size
 
-    def forward(self, frames):
-        return self.patch_embedding(frames_to_patches(frames, self.patch_size))
+    def forward(self, rows):
+        return self.patch_embedding(rows)
 
 
 class LlavaViTModel(LlavaViTPreTrainedModel):
@@ -134,6 +156,10 @@ class LlavaViTModel(LlavaViTPreTrainedModel):
     def get_input_embeddings(self):
         return self.embeddings.patch_embedding
 
+    def embed(self, rows):
+        """[N, C*p*p] -> [N, D]."""
+        return self.embeddings(rows)
+
     @can_return_tuple
     def forward(
         self,
@@ -142,17 +168,20 @@ class LlavaViTModel(LlavaViTPreTrainedModel):
         patch_positions=None,
         output_hidden_states=None,
         hidden_state_indices=None,
+        grid_thw=None,
     ):
-        """Encode images or clips of one size.
+        """Encode images or clips of one size; or, given `grid_thw`, packed ones of any sizes.
 
         Args:
-            pixel_values: [B, C, H, W] or [B, C, T, H, W]; H and W multiples of the patch size.
+            pixel_values: [B, C, H, W] or [B, C, T, H, W]; H and W multiples of the patch size. With `grid_thw`
+                [N, C*p*p]; then input and output are those of `LlavaViTPackingModel.forward`.
             visible_indices: [B, K] which patches enter the encoder, counted over the sample's T*h*w in raster order.
             patch_positions: (t, h, w) of every token that enters the encoder, [B, L, 3], or [B, K, 3] together with
                 `visible_indices`; not given: their places in the sample.
             output_hidden_states: return the input of every block and the output of the last, all before
                 `layernorm_post`; None: as the config says.
             hidden_state_indices: return these hidden states alone, in this order, and run no further than the last.
+            grid_thw: [S, 3] (frames, rows, columns) in patches of packed samples.
             return_dict: False for a tuple.
 
         Returns:
@@ -162,6 +191,12 @@ class LlavaViTModel(LlavaViTPreTrainedModel):
         Raises:
             ValueError: shapes that do not fit together, sizes that are not multiples of the patch.
         """
+        if grid_thw is not None:
+            if visible_indices is not None:
+                raise ValueError("visible_indices: have no meaning for packed patches; leave out the rows instead")
+            return self.encode_packed(
+                pixel_values, grid_thw, patch_positions, output_hidden_states, hidden_state_indices
+            )
         if pixel_values.ndim not in (4, 5):
             raise ValueError(
                 f"pixel_values: found shape {tuple(pixel_values.shape)}, expected [B, C, H, W] or [B, C, T, H, W]"
@@ -170,7 +205,8 @@ class LlavaViTModel(LlavaViTPreTrainedModel):
         clips = pixel_values if is_clip else pixel_values[:, :, None]
         batch, _, t, height, width = clips.shape
         h, w = height // self.config.patch_size, width // self.config.patch_size
-        x_BLD = self.embeddings(clips.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, t * h * w))
+        rows = frames_to_patches(clips.transpose(1, 2).flatten(0, 1), self.config.patch_size)
+        x_BLD = self.embed(rows).unflatten(0, (batch, t * h * w))
         grid = (self.rope_frames(t, patch_positions) if is_clip else 1, h, w)
         x_BKD, positions_BK3 = self.select_tokens(x_BLD, grid, visible_indices, patch_positions)
         if positions_BK3.shape != (*x_BKD.shape[:2], 3):

@@ -7,7 +7,7 @@ import torch.nn as nn
 from transformers.utils import can_return_tuple
 
 from .configuration_llava_vit import LlavaViTPackingConfig
-from .layers import FusedAttention, PatchProjection, grid_positions
+from .layers import FusedAttention, PatchProjection
 from .modeling_llava_vit import LlavaViTPreTrainedModel
 
 
@@ -38,6 +38,10 @@ class LlavaViTPackingModel(LlavaViTPreTrainedModel):
     def get_input_embeddings(self):
         return self.patch_embed.proj
 
+    def embed(self, rows):
+        """[N, C*p*p] -> [N, D]."""
+        return self.patch_embed(rows)
+
     @can_return_tuple
     def forward(
         self, hidden_states, grid_thw, patch_positions=None, output_hidden_states=None, hidden_state_indices=None
@@ -58,26 +62,4 @@ class LlavaViTPackingModel(LlavaViTPreTrainedModel):
         Raises:
             ValueError: shapes that do not fit together, a sample without patches.
         """
-        config = self.config
-        row = config.num_channels * config.patch_size**2
-        if hidden_states.ndim != 2 or hidden_states.shape[1] != row:
-            raise ValueError(f"hidden_states: found shape {tuple(hidden_states.shape)}, expected [N, {row}]")
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
-            raise ValueError(
-                f"grid_thw: found {grid_thw.dtype} of shape {tuple(grid_thw.shape)}, expected integers of shape [S, 3]"
-            )
-        grid = grid_thw.tolist()
-        lengths = [t * h * w for t, h, w in grid]
-        if not grid or min(min(sizes) for sizes in grid) < 1 or sum(lengths) != len(hidden_states):
-            raise ValueError(
-                f"grid_thw: found {grid[:8]}{' ...' if len(grid) > 8 else ''} with {sum(lengths)} patches, expected "
-                f"sizes of at least 1 with the {len(hidden_states)} patches of hidden_states"
-            )
-        if patch_positions is None:
-            patch_positions = grid_positions(grid, hidden_states.device)
-        elif patch_positions.shape != (len(hidden_states), 3):
-            raise ValueError(
-                f"patch_positions: found shape {tuple(patch_positions.shape)}, expected ({len(hidden_states)}, 3)"
-            )
-        x_ND = self.patch_embed(hidden_states)
-        return self.run(x_ND, patch_positions, lengths, output_hidden_states, hidden_state_indices)
+        return self.encode_packed(hidden_states, grid_thw, patch_positions, output_hidden_states, hidden_state_indices)

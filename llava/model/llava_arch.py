@@ -181,7 +181,7 @@ class LlavaMetaForCausalLM:
         frames = [image.shape[0] if image.ndim == 4 else 1 for image in images]
         if kind in MERGERS:
             grids = [grid_of(*image.shape[-2:])[1] for image in images]
-            packed = projector.packed(packed, [grid for grid, n in zip(grids, frames, strict=True) for _ in range(n)])
+            packed = projector(packed, grids=[grid for grid, n in zip(grids, frames, strict=True) for _ in range(n)])
         else:
             packed = projector(packed)
         count_of = self._projected_grid()

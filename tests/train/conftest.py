@@ -17,6 +17,7 @@ class Kit:
         self.clip = tiny.tower(folder / "clip")
         self.clip_other = tiny.tower(folder / "clip_other", seed=7)
         self.siglip = tiny.tower(folder / "siglip", kind="siglip")
+        self.hevc_vit = tiny.tower(folder / "hevc_vit", kind="hevc_vit")
         self.data: dict[str, str] = {}
 
     def records(self, kinds: str) -> str:

@@ -22,6 +22,13 @@ DEEPSPEED = pytest.mark.skipif(
     shutil.which("c++") is None, reason="DeepSpeed compiles an extension at first use: no C++ compiler"
 )
 RATES = {"mm_projector_lr": 2e-3, "mm_vision_tower_lr": 5e-4}
+NATIVE = {  # every image a size of its own, packed
+    "vision_tower": "hevc_vit",
+    "mm_vision_tower_type": "hevc_vit_packing",
+    "mm_projector_type": "spatial_merge",
+    "image_aspect_ratio": "native",
+    "gradient_checkpointing": True,
+}
 PROJECTOR_ALONE = {"mm_tunable_parts": "mm_mlp_adapter", "gradient_checkpointing": True}
 
 
@@ -54,11 +61,14 @@ def single(kit, tmp_path_factory):
         pytest.param(2, {}, id="zero2", marks=DEEPSPEED),
         pytest.param(3, {"model_name_or_path": "trained"}, id="zero3-from-a-checkpoint", marks=DEEPSPEED),
         pytest.param(3, PROJECTOR_ALONE, id="zero3-projector", marks=DEEPSPEED),
+        pytest.param(3, NATIVE, id="zero3-packed-native", marks=DEEPSPEED),
     ],
 )
 def test_two_processes_equal_one(kit, single, tmp_path, stage, changes):
     if "model_name_or_path" in changes:  # stage 2: tower, projector and newline come from a LLaVA checkpoint
         changes = {"model_name_or_path": single()}
+    if changes == NATIVE:
+        changes = NATIVE | {"vision_tower": kit.hevc_vit}
     expected = single(**changes)
     out = tmp_path / "out"
     deepspeed = None if stage is None else ROOT / f"scripts/zero{stage}.json"

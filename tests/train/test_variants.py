@@ -206,3 +206,95 @@ def test_multi_scale_tower(kit, tmp_path, spy):
     assert spy.trainer.model.config.image_grid_pinpoints == [[56, 56], [56, 112], [112, 56], [112, 112]]
     sample = spy.trainer.train_dataset[0]
     assert sample["images"][0].shape[-2:] == (56, 56)
+
+
+@pytest.mark.parametrize("kind", ["hevc_vit", "hevc_vit_packing"])
+def test_hevc_vit(kit, tmp_path, spy, kind):
+    """Trained from one folder of weights, padded or packed; checkpointing recomputes and changes nothing."""
+    runs = {}
+    for checkpointing in (False, True):
+        out = tmp_path / f"out{checkpointing}"
+        kit.run(
+            out,
+            vision_tower=kit.hevc_vit,
+            mm_vision_tower_type=kind,
+            gradient_checkpointing=checkpointing,
+        )
+        assert spy.moved_parts() == ALL
+        blocks = spy.trainer.model.get_vision_tower().vision_tower.encoder.layers
+        assert all(block.gradient_checkpointing is checkpointing for block in blocks)
+        runs[checkpointing] = tiny.history(out)
+    assert runs[False][-1]["loss"] < runs[False][0]["loss"]
+    for a, b in zip(runs[False], runs[True], strict=True):
+        assert abs(a["loss"] - b["loss"]) <= 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4
+    config = json.loads((out / "config.json").read_text())
+    assert config["mm_vision_config"]["model_type"] == kind.replace("hevc", "llava")
+
+
+@pytest.mark.parametrize("merge", ["spatial_unpad", "flat"])
+def test_native_resolution(kit, tmp_path, spy, merge):
+    """Every image has tokens of its own number, in training, in the counts, and in the checkpoint that is loaded."""
+    from llava.mm_utils import process_images
+    from llava.model.builder import load_pretrained_model
+
+    out = kit.run(
+        tmp_path / "out",
+        "imti",
+        vision_tower=kit.hevc_vit,
+        mm_vision_tower_type="hevc_vit_packing",
+        mm_projector_type="spatial_merge",
+        mm_patch_merge_type=merge,
+        image_aspect_ratio="native",
+        image_grid_pinpoints=None,
+        min_pixels=28 * 28,
+        max_pixels=3 * 28 * 28,
+        max_steps=2,
+    )
+    assert spy.moved_parts() == ALL
+    samples = [spy.trainer.train_dataset[i] for i in (0, 1, 3)]
+    images = [image for sample in samples for image in sample["images"]]
+    sizes = [size for sample in samples for size in sample["image_sizes"]]
+    assert len(images) == 4 and len({image.shape for image in images}) > 1
+    assert all(image.shape[1] % 28 == image.shape[2] % 28 == 0 for image in images)
+    counter = spy.trainer.model.visual_token_counter()
+    counts = [counter(tuple(image.shape), size) for image, size in zip(images, sizes, strict=True)]
+    grids = [(image.shape[1] // 28, image.shape[2] // 28) for image in images]
+    assert counts == [h * (w + (merge == "spatial_unpad")) for h, w in grids]
+    tokens = spy.trainer.model.eval()._visual_tokens(images, ["image"] * 4, sizes)
+    assert [len(t) for t in tokens] == counts
+
+    _, model, processor, _ = load_pretrained_model(str(out), None, "x", device_map="cpu", torch_dtype="float32")
+    assert (model.config.min_pixels, model.config.max_pixels) == (28 * 28, 3 * 28 * 28)
+    picture = Image.open(Path(kit.records("imti")).parent / "images/0_0.png")
+    assert process_images([picture], processor, model.config)[0].equal(images[0])
+
+
+def test_native_resolution_needs_a_tower_that_takes_it(kit, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        kit.run(tmp_path / "out", "imti", image_aspect_ratio="native", image_grid_pinpoints=None)
+    assert "image_aspect_ratio native: the tower" in capsys.readouterr().err
+
+
+def test_a_video_through_hevc_vit(kit, tmp_path, spy):
+    """A clip at native resolution is one sample of the packed tower."""
+    (tmp_path / "videos/clip").mkdir(parents=True)
+    for at in range(3):
+        Image.fromarray(np.full((30, 50, 3), 60 * at, dtype=np.uint8)).save(tmp_path / f"videos/clip/{at}.png")
+    turns = [{"from": "human", "value": "<image>\nWhat happens?"}, {"from": "gpt", "value": "A temple in China."}]
+    (tmp_path / "clips.json").write_text(json.dumps([{"id": "v", "video": "clip", "conversations": turns}] * 2))
+    kit.run(
+        tmp_path / "out",
+        None,
+        data_path=tmp_path / "clips.json",
+        video_folder=tmp_path / "videos",
+        vision_tower=kit.hevc_vit,
+        mm_vision_tower_type="hevc_vit_packing",
+        image_aspect_ratio="native",
+        image_grid_pinpoints=None,
+        min_pixels=14 * 14,
+        mm_newline_position="grid",
+        per_device_train_batch_size=2,
+        max_steps=1,
+    )
+    assert spy.moved_parts() == ALL
+    assert spy.trainer.train_dataset[0]["images"][0].shape == (3, 3, 28, 56)  # 30 x 50 pixels, to the nearest 14

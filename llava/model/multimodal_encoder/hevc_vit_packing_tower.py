@@ -4,23 +4,33 @@ The walk of a batch through it, patch 16, width D (`playground/packing_tower_exa
 
     images          [4, 3, 224, 224]    or a list of [C, H_i, W_i] and of clips [T_i, C, H_i, W_i]
       images_to_packed
-    hidden_states   [784, 768]          4 x 14 x 14 patches of 3 x 16 x 16 pixels, one image after the other
+    hidden_states   [784, 768]          4 x 14 x 14 patches of 3 x 16 x 16 values, one image after the other
     grid_thw        [4, 3]              4 x [1, 14, 14]
-      LlavaViTPackingModel              attention within each image, the rest on all patches at once
-    hidden_states   [784, D]
+      LlavaViTPackingModel              attention within each image, everything else on all patches at once
+    features        [784, D]            the hidden state that mm_vision_select_layer picks (or several, side by side)
       packed_to_features
     features        [4, 196, D]         or a list of [n_i, D]
+
+There is no class token, so `cls_patch` is `patch`. A clip is one sample, whose frames see each other. A checkpoint in
+the padded layout or under the released name (onevision_encoder) is renamed on loading.
 """
 
-import torch
+import os
 
+import torch
+from transformers import CLIPImageProcessorPil, PreTrainedConfig
+
+from llava.errors import LlavaError
 from llavavit import LlavaViTPackingConfig, LlavaViTPackingModel
+from llavavit.configuration_llava_vit import IMAGE_MEAN, IMAGE_STD
+from llavavit.conversion import convert_config
 from llavavit.layers import frames_to_patches
 
-from .hevc_vit_tower import HEVCViTVisionTower
+from .base import PatchGrid, select_layers
+from .hf_tower import HFVisionTower
 
 # ======================================================================================================================
-# Conversions: [B, C, H, W] <-> [N, patch_dim]
+# Conversions: images -> [N, patch_dim] -> features of each image
 # ======================================================================================================================
 
 
@@ -28,20 +38,18 @@ def images_to_packed(images, patch_size: int) -> tuple[torch.Tensor, torch.Tenso
     """Cut images into patches and put all patches into one sequence.
 
     Args:
-        images: [B, C, H, W], or [B, T, C, H, W] clips; or a list of [C, H, W] and [T, C, H, W]. Heights and widths are
-            multiples of `patch_size`, N is the number of patches of all of them.
+        images: [B, C, H, W]; or a list of [C, H, W] and of clips [T, C, H, W]. Heights and widths are multiples of
+            `patch_size`; N is the number of patches of all of them.
 
     Returns:
         hidden_states: [N, C * patch_size**2], patches in raster order, each flattened channel first.
         grid_thw: [images, 3] on the CPU, (frames, rows, columns) in patches.
     """
-    frames = [image if image.ndim == 4 else image[None] for image in images]
-    grid = [(len(f), f.shape[-2] // patch_size, f.shape[-1] // patch_size) for f in frames]
-    if isinstance(images, torch.Tensor):  # of one size: a view and one copy
-        patches = frames_to_patches(images.flatten(0, images.ndim - 4), patch_size)
-    else:
-        patches = torch.cat([frames_to_patches(f, patch_size) for f in frames])
-    return patches, torch.tensor(grid)
+    clips = [image if image.ndim == 4 else image[None] for image in images]
+    grid = [(len(clip), clip.shape[-2] // patch_size, clip.shape[-1] // patch_size) for clip in clips]
+    if isinstance(images, torch.Tensor):  # of one size: all in one copy
+        return frames_to_patches(images, patch_size), torch.tensor(grid)
+    return torch.cat([frames_to_patches(clip, patch_size) for clip in clips]), torch.tensor(grid)
 
 
 def packed_to_features(features: torch.Tensor, grid_thw: torch.Tensor, batched: bool):
@@ -63,17 +71,82 @@ def packed_to_features(features: torch.Tensor, grid_thw: torch.Tensor, batched: 
 # ======================================================================================================================
 
 
-class HEVCViTPackingVisionTower(HEVCViTVisionTower):
-    config_class, model_class = LlavaViTPackingConfig, LlavaViTPackingModel
+class HEVCViTPackingVisionTower(HFVisionTower):
+    config_class, model_class, processor_class = LlavaViTPackingConfig, LlavaViTPackingModel, CLIPImageProcessorPil
+    any_size = sees_time = True
 
     def encode(self, images):
-        return self._encode_packed(images, batched=True)
+        return self.encode_packed(images, batched=True)
 
     def encode_list(self, images):
-        return self._encode_packed(images, batched=False)
+        return self.encode_packed(images, batched=False)
 
-    def _encode_packed(self, images, batched: bool):
+    def encode_packed(self, images, batched: bool):
+        """One call of the encoder, whatever the images: under ZeRO-3 every rank must make the same calls."""
         self.check_sizes(images)
         patches, grid_thw = images_to_packed(images, self.config.patch_size)
-        states = self.vision_tower(patches, grid_thw, hidden_state_indices=self.layers()).hidden_states
+        states = self.vision_tower(patches, grid_thw=grid_thw, hidden_state_indices=self.layers()).hidden_states
         return packed_to_features(torch.cat(states, dim=-1), grid_thw, batched)
+
+    def check_sizes(self, images):
+        """Refuse images whose sides are not multiples of the patch; the image processing is to see to that."""
+        patch = self.config.patch_size
+        sizes = {tuple(image.shape[-2:]) for image in images}
+        wrong = sorted(size for size in sizes if size[0] % patch or size[1] % patch or 0 in size)
+        if wrong:
+            found = ", ".join(f"{height}x{width}" for height, width in wrong[:8]) + (", ..." if len(wrong) > 8 else "")
+            raise LlavaError(
+                f"the vision tower takes images with height and width in multiples of {patch} pixels, got {found}"
+            )
+
+    def layers(self) -> list[int]:
+        return select_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers + 1)
+
+    @property
+    def token_grid(self):
+        return PatchGrid(self.config.patch_size)
+
+    @property
+    def num_patches(self):
+        return self.num_patches_per_side**2
+
+    # --- config, processor, weights ---
+
+    def read_source_config(self):
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(self.vision_tower_name)
+        except OSError:
+            return super().read_source_config()  # raises, with what is missing
+        try:
+            return convert_config(values, self.config_class)
+        except (KeyError, ValueError) as error:
+            reason = f"model_type {error}, no HEVC-ViT" if isinstance(error, KeyError) else error
+            raise LlavaError(f"vision tower {self.vision_tower_name!r}: config.json: {reason}") from None
+
+    def read_source_processor(self):
+        """As stored with the encoder; for a folder without one, CLIP's at the encoder's size."""
+        folder = self.vision_tower_name
+        if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
+            side = self.config.image_size
+            return self.processor_class(
+                size={"shortest_edge": side},
+                crop_size={"height": side, "width": side},
+                image_mean=list(IMAGE_MEAN),
+                image_std=list(IMAGE_STD),
+            )
+        return super().read_source_processor()
+
+    def attention_for(self, language_model):
+        return "eager" if language_model == "eager" else "varlen"  # the fastest that the device has
+
+    def hold(self, encoder):
+        return encoder
+
+    def reset_buffers(self):
+        """There are none: rotary frequencies are computed in the forward."""
+
+    def unused_modules(self):
+        yield from self.vision_tower.encoder.layers[max(self.layers()) :]
+        for name in ("layernorm_post", "head"):
+            if hasattr(self.vision_tower, name):
+                yield getattr(self.vision_tower, name)

@@ -34,7 +34,7 @@ def build_vision_projector(config, **kwargs) -> nn.Module:
     """Projector for `config.mm_projector_type` from `config.mm_hidden_size` to `config.hidden_size` channels.
 
     It is called as `projector(x)` with x [B, T, D] -> [B, T', E]; kinds in `MERGERS` are given `grid=(h, w)` too and
-    leave a quarter of the tokens. Images that differ in size go through their `packed(x_ND, grids)`.
+    leave a quarter of the tokens; images that differ in size come packed, as x [N, D] with `grids=[(h, w), ...]`.
 
     Raises:
         LlavaError: unknown kind.

@@ -2,7 +2,7 @@
 
 Both kinds have the same weights (`ln_q`, `mlp.0`, `mlp.2`). `patch_merger` takes every four consecutive tokens, right
 for towers that emit 2x2 blocks one after the other; `spatial_merge` takes true 2x2 neighbours of a raster grid.
-`packed` does the same for frames of different grids, one after the other, in one call.
+Frames of different grids go through in one call: packed one after the other, with their `grids`.
 """
 
 import math
@@ -15,24 +15,19 @@ from llava.errors import LlavaError
 
 
 class PatchMerger(nn.Module):
-    """[B, T, D] -> [B, T/4, E], every four consecutive tokens to one."""
+    """[B, T, D] -> [B, T/4, E], every four consecutive tokens to one; packed, [N, D] with `grids` -> [N/4, E]."""
 
     def __init__(self, d_vision: int, d_text: int):
         super().__init__()
         self.ln_q = nn.LayerNorm(d_vision, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(4 * d_vision, 4 * d_vision), nn.GELU(), nn.Linear(4 * d_vision, d_text))
 
-    def forward(self, x, grid=None):
-        if x.shape[1] % 4:
-            raise LlavaError(f"mm_projector_type patch_merger: merges 4 tokens, an image has {x.shape[1]}")
-        return self.merge(x)
-
-    def packed(self, x_ND, grids):
-        """[N, D] of frames with these grids (h, w) -> [N/4, E]."""
-        wrong = [grid for grid in grids if grid[0] * grid[1] % 4]
+    def forward(self, x, grid=None, grids=None):
+        tokens = [x.shape[1]] if grids is None else [h * w for h, w in grids]
+        wrong = [count for count in tokens if count % 4]
         if wrong:
-            raise LlavaError(f"mm_projector_type patch_merger: merges 4 tokens, got a grid of {wrong[0]}")
-        return self.merge(x_ND)
+            raise LlavaError(f"mm_projector_type patch_merger: merges 4 tokens, an image has {wrong[0]}")
+        return self.merge(x)
 
     def merge(self, x):
         """[..., T, D] -> [..., T/4, E]."""
@@ -40,26 +35,31 @@ class PatchMerger(nn.Module):
 
 
 class SpatialMerge(PatchMerger):
-    """[B, h*w, D] -> [B, h/2*w/2, E], every 2x2 neighbourhood to one; a square grid where none is given."""
+    """[B, h*w, D] -> [B, h/2*w/2, E], every 2x2 neighbourhood to one; a square grid where none is given.
 
-    def forward(self, x, grid=None):
-        h, w = grid or (math.isqrt(x.shape[1]),) * 2
-        if h * w != x.shape[1] or h % 2 or w % 2:
-            raise LlavaError(f"mm_projector_type spatial_merge: merges 2x2 tokens, got {x.shape[1]} on a {h}x{w} grid")
-        return self.merge(x[:, block_order(h, w).to(x.device)])
+    Packed, [N, D] with `grids` -> [N/4, E].
+    """
 
-    def packed(self, x_ND, grids):
-        wrong = [grid for grid in grids if grid[0] % 2 or grid[1] % 2]
-        if wrong:
-            raise LlavaError(f"mm_projector_type spatial_merge: merges 2x2 tokens, got a grid of {wrong[0]}")
-        order, at = [], 0
-        for h, w in grids:
-            order.append(block_order(h, w) + at)
-            at += h * w
-        return self.merge(x_ND[torch.cat(order).to(x_ND.device)])
+    def forward(self, x, grid=None, grids=None):
+        frames = grids or [grid or (math.isqrt(x.shape[1]),) * 2]
+        tokens = x.shape[-2]
+        if sum(h * w for h, w in frames) != tokens or any(h % 2 or w % 2 for h, w in frames):
+            found = " and ".join(f"{h}x{w}" for h, w in frames[:4]) + (" and more" if len(frames) > 4 else "")
+            raise LlavaError(f"mm_projector_type spatial_merge: merges 2x2 tokens, got {tokens} on a {found} grid")
+        return self.merge(x.index_select(-2, packed_block_order(frames).to(x.device)))
+
+
+def packed_block_order(grids) -> torch.Tensor:
+    """Indices of packed frames' tokens, each frame's as `block_order` says."""
+    order, at = [], 0
+    for h, w in grids:
+        order.append(block_order(h, w) + at)
+        at += h * w
+    return torch.cat(order)
 
 
 @lru_cache(maxsize=4096)
 def block_order(h: int, w: int) -> torch.Tensor:
-    """[h*w] raster indices of a grid, its 2x2 neighbourhoods one after the other."""
-    return torch.arange(h * w).view(h // 2, 2, w // 2, 2).transpose(1, 2).flatten()
+    """Raster indices of a grid's 2x2 neighbourhoods, one after the other; an odd last row or column is left out."""
+    whole = torch.arange(h * w).view(h, w)[: h // 2 * 2, : w // 2 * 2]
+    return whole.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2).flatten()
