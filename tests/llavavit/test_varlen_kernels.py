@@ -1,0 +1,179 @@
+"""Variable-length attention on the CUDA kernels: what they are given, held by stand-ins, and which one is chosen."""
+
+import importlib
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llavavit.varlen_attention import usable_backends
+from tests.llavavit.varlen_formula import CASES, call, formula, make
+
+# the package's `varlen_attention` is the function
+module = importlib.import_module("llavavit.varlen_attention")
+
+
+def kernel_like(record, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+    """The formula behind a kernel's checks: int32 starts, host lengths, last dimension contiguous."""
+    for starts, longest, tokens in ((cu_q, max_q, q), (cu_k, max_k, k)):
+        assert starts.dtype == torch.int32 and type(longest) is int and longest == starts.diff().max()
+        assert starts[-1] == len(tokens) and tokens.stride(-1) == 1
+    record.append(dict(kv_heads=k.shape[1], causal=causal, scale=scale))
+    return formula(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), causal, scale).to(q.dtype)
+
+
+def torch_kernel(record, with_gqa):
+    """`torch.nn.attention.varlen.varlen_attn` as of 2.13, or as of 2.11, which knows nothing of grouped queries."""
+
+    def refuse_groups(query, key):
+        if query.shape[1] != key.shape[1]:
+            raise ValueError("Expect query and key/value to have the same number of heads")
+
+    def run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size):
+        assert window_size in ((-1, -1), (-1, 0))
+        causal = window_size == (-1, 0)
+        return kernel_like(record, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal, scale)
+
+    def varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+        enable_gqa=False,
+        seqused_k=None,
+        block_table=None,
+        num_splits=None,
+    ):
+        if not enable_gqa:
+            refuse_groups(query, key)
+        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+    def varlen_attn_2_11(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+    ):
+        refuse_groups(query, key)
+        return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+    return varlen_attn if with_gqa else varlen_attn_2_11
+
+
+def flash_kernel(record):
+    """`flash_attn.flash_attn_varlen_func`."""
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ):
+        assert window_size == (-1, -1)
+        out = kernel_like(
+            record, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale
+        )
+        record[-1]["dropout_p"] = dropout_p
+        return out
+
+    return flash_attn_varlen_func
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """Record of a flash-attn package that is a stand-in."""
+    record = []
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_kernel(record)))
+    module._flash_attn_function.cache_clear()
+    yield record
+    module._flash_attn_function.cache_clear()
+
+
+KERNEL_CASES = ("unsorted", "two to a key head", "one key head", "probes", "causal", "causal, more keys", "scale")
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES)
+@pytest.mark.parametrize("kernel", ["torch 2.13", "torch 2.11", "flash_attn"])
+def test_what_the_kernels_are_given(case, kernel, monkeypatch, flash_attn):
+    record = flash_attn
+    backend = "flash_attn" if kernel == "flash_attn" else "torch_varlen"
+    if backend == "torch_varlen":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_kernel(record, kernel == "torch 2.13"))
+    monkeypatch.setattr(module, "usable_backends", lambda q, dropout_p=0.0: [backend])
+    values = dict(CASES[case])
+    heads = {name: values.pop(name) for name in ("heads", "kv_heads") if name in values}
+    q, k, v, gradient = make(values["lengths_q"], values.get("lengths_k"), **heads)
+    out = call(q, k, v, **values)
+    expected = formula(q, k, v, **values)
+    assert torch.allclose(out.double(), expected, atol=1e-6)
+    found, wanted = (torch.autograd.grad(o, (q, k, v), gradient.to(o.dtype)) for o in (out, expected))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+    (seen,) = record
+    assert seen["scale"] == values.get("scale", 8**-0.5) and seen["causal"] == values.get("causal", False)
+    assert seen["kv_heads"] == (q.shape[1] if kernel == "torch 2.11" else k.shape[1])  # repeated only where it must be
+
+
+def test_dropout_reaches_flash_attn(monkeypatch, flash_attn):
+    monkeypatch.setattr(module, "usable_backends", lambda q, dropout_p=0.0: ["flash_attn"])
+    q, k, v, _ = make([4])
+    call(q, k, v, [4], dropout_p=0.25)
+    assert flash_attn[0]["dropout_p"] == 0.25
+
+
+def on_cuda(dtype=torch.bfloat16, channels=64):
+    """What the choice looks at of a tensor on a CUDA device."""
+    return SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(4, 2, channels))
+
+
+def test_choice_of_backend(monkeypatch, flash_attn):
+    everything = ["flash_attn", "torch_varlen", "sdpa", "reference"]
+    plain = everything[2:]
+    assert usable_backends(on_cuda()) == everything and usable_backends(on_cuda(torch.float16)) == everything
+    assert usable_backends(on_cuda(), dropout_p=0.1) == ["flash_attn", *plain]
+    for q in (on_cuda(torch.float32), on_cuda(channels=260), on_cuda(channels=12), torch.empty(4, 2, 64).bfloat16()):
+        assert usable_backends(q) == plain
+    assert module._choose(None, on_cuda(), 0.0) == "flash_attn"
+    assert module._choose("torch", on_cuda(), 0.0) == "torch_varlen"
+    assert module._choose("torch", on_cuda(), 0.1) == module._choose("torch", on_cuda(torch.float32), 0.0) == "sdpa"
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
+    module._flash_attn_function.cache_clear()
+    assert usable_backends(on_cuda()) == everything[1:] and module._choose(None, on_cuda(), 0.0) == "torch_varlen"
+    with pytest.raises(ValueError, match=r"'flash_attn' cannot run on cuda .* expected one of torch_varlen, sdpa"):
+        module._choose("flash_attn", on_cuda(), 0.0)
+
+
+def test_backend_is_logged_once(caplog):
+    module._log_once.cache_clear()
+    q, k, v, _ = make([4])
+    with caplog.at_level(logging.INFO, logger="llavavit.varlen_attention"):
+        for _ in range(3):
+            call(q, k, v, [4])
+    assert [record.message for record in caplog.records] == ["variable-length attention on cpu in torch.float32: sdpa"]
