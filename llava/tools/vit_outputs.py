@@ -55,31 +55,29 @@ def run_folder(folder: str, layout: str, pixels):
     return run_model(model_class(layout).from_pretrained(folder, dtype=torch.float32).eval(), pixels)
 
 
-def run_model(model, pixels, positions=None):
-    """`Outputs` of a padded or packed model for [B, C, H, W] or [B, C, T, H, W], and [B, L, 3] positions."""
+def run_model(model, pixels):
+    """`Outputs` of a padded or packed model for [B, C, H, W] or [B, C, T, H, W]."""
     import torch
 
     with torch.no_grad():
-        out = model(**model_inputs(model.config, pixels, positions), output_hidden_states=True)
+        out = model(**model_inputs(model.config, pixels), output_hidden_states=True)
     return unpack(out.last_hidden_state, out.pooler_output, out.hidden_states, len(pixels))
 
 
-def model_inputs(config, pixels, positions=None) -> dict:
-    """What the padded or packed model of a config takes, for pixels and positions as in `run_model`."""
+def model_inputs(config, pixels) -> dict:
+    """What the padded or packed model of a config takes, for pixels as in `run_model`."""
     import torch
     import torch.nn.functional as F
 
     from llavavit import LlavaViTPackingConfig
 
-    inputs = {} if positions is None else {"patch_positions": positions}
     if config.model_type != LlavaViTPackingConfig.model_type:
-        return inputs | {"pixel_values": pixels}
+        return {"pixel_values": pixels}
     clips, p = pixels if pixels.ndim == 5 else pixels[:, :, None], config.patch_size
     batch, _, frames, height, width = clips.shape
     rows = F.unfold(clips.transpose(1, 2).flatten(0, 1), p, stride=p).transpose(1, 2).flatten(0, 1)
     grid = torch.tensor([[frames, height // p, width // p]] * batch)
-    inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
-    return inputs | {"hidden_states": rows.contiguous(), "grid_thw": grid}
+    return {"hidden_states": rows.contiguous(), "grid_thw": grid}
 
 
 def unpack(last_hidden_state, pooler_output, hidden_states, batch: int):
