@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llavavit.varlen_attention import usable_backends
+from llavavit.varlen_attention import usable_backends, varlen_attention
 from tests.llavavit.varlen_formula import CASES, call, formula, make
 
 # the package's `varlen_attention` is the function
@@ -139,6 +139,13 @@ def test_what_the_kernels_are_given(case, kernel, monkeypatch, flash_attn):
     (seen,) = record
     assert seen["scale"] == values.get("scale", 8**-0.5) and seen["causal"] == values.get("causal", False)
     assert seen["kv_heads"] == (q.shape[1] if kernel == "torch 2.11" else k.shape[1])  # repeated only where it must be
+
+
+def test_kernels_get_int32(monkeypatch, flash_attn):
+    monkeypatch.setattr(module, "usable_backends", lambda q, dropout_p=0.0: ["flash_attn"])
+    q, k, v, _ = make([4, 6])
+    out = varlen_attention(q, k, v, torch.tensor([0, 4, 10]), 6)
+    assert torch.allclose(out.double(), formula(q, k, v, [4, 6]), atol=1e-6)
 
 
 def test_dropout_reaches_flash_attn(monkeypatch, flash_attn):
