@@ -170,17 +170,16 @@ class LlavaMetaForCausalLM:
         Returns:
             [N, n, D]; or a list of [n_i, D], a clip's frames one after the other.
         """
-        features = self.get_vision_tower()(images)
-        projector = self.get_model().mm_projector
+        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
-        grid_of = self.get_vision_tower().token_grid
-        if not isinstance(features, list):
-            features = features.to(self.dtype)
-            return projector(features, grid=grid_of(*images.shape[-2:])[1]) if kind in MERGERS else projector(features)
-        packed = torch.cat(features).to(self.dtype)  # one call for all of them
+        if isinstance(images, torch.Tensor):
+            features = tower(images).to(self.dtype)
+            grid = {"grid": tower.token_grid(*images.shape[-2:])[1]} if kind in MERGERS else {}
+            return projector(features, **grid)
+        packed = tower(images, packed=True).to(self.dtype)  # one call for all of them, in the projector too
         frames = [image.shape[0] if image.ndim == 4 else 1 for image in images]
         if kind in MERGERS:
-            grids = [grid_of(*image.shape[-2:])[1] for image in images]
+            grids = [tower.token_grid(*image.shape[-2:])[1] for image in images]
             packed = projector(packed, grids=[grid for grid, n in zip(grids, frames, strict=True) for _ in range(n)])
         else:
             packed = projector(packed)

@@ -159,7 +159,7 @@ def random_state(shapes: dict[str, torch.Tensor], small: bool = False) -> dict[s
         sees is of the size of its eps: another eps then gives quite other outputs.
     """
     generator = torch.Generator().manual_seed(2)
-    shrunk = ("patch_embedding", "layernorm_pre", "self_attn.out_proj", "head.attention.out_proj")
+    layers = sum(name.endswith("layer_norm1.weight") for name in shapes)
     state = {}
     for name, like in shapes.items():
         value = torch.randn(like.shape, generator=generator)
@@ -169,7 +169,10 @@ def random_state(shapes: dict[str, torch.Tensor], small: bool = False) -> dict[s
             value = 1 + 0.2 * value
         elif name != "head.probe":
             value /= like[0].numel() ** 0.5
-        if small and (any(part in name for part in shrunk) or (name.startswith("encoder") and ".mlp.fc2." in name)):
+        into_stream = "self_attn.out_proj" in name or (name.startswith("encoder") and ".mlp.fc2." in name)
+        if into_stream:
+            value /= (2 * layers) ** 0.5  # as wide at the end as at the start
+        if small and (into_stream or any(part in name for part in ("embedding", "norm_pre", "attention.out_proj"))):
             value *= 1e-3
         state[name] = value
     return state

@@ -66,3 +66,10 @@ PROBES = {
         **{"patch_size": 8, "layer_norm_type": "rms_norm", "use_head": False},
     },
 }
+# a value other than the default for every key that all three types have
+NO_DEFAULTS = {
+    **{"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 3},
+    **{"num_channels": 2, "image_size": 32, "patch_size": 8, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 3e-6},
+    **{"layer_norm_type": "rms_norm", "attention_dropout": 0.25, "initializer_range": 0.01, "rope_theta": 300.0},
+    **{"use_head": False, "head_norm_eps": 2e-5},
+}

@@ -131,24 +131,32 @@ class VisionTower(nn.Module, ABC):
 
     # --- what the model uses ---
 
-    def forward(self, images, return_spatial_dims: bool = False):
+    def forward(self, images, return_spatial_dims: bool = False, packed: bool = False):
         """Features of a batch or of images of different sizes.
 
         Args:
             images: [B, C, H, W]; or a list of [C, H, W], where a tower with `sees_time` also takes clips [T, C, H, W].
             return_spatial_dims: also return (h, w) of every image's tokens (None with a class token among them).
+            packed: return the features of all images one after the other. A tower inside a model does so: under ZeRO-3
+                the number of tensors that a module returns must not depend on the batch.
 
         Returns:
-            [B, n, D]; or a list of [n_i, D], a clip's frames one after the other: [T * n_i, D]. With
+            [B, n, D]; or a list of [n_i, D], a clip's frames one after the other: [T * n_i, D]; or packed [N, D]. With
             `return_spatial_dims` (features, list of (h, w)).
         """
+        as_list = isinstance(images, (list, tuple))
         # a frozen tower keeps no activations
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            if isinstance(images, (list, tuple)):
+            if as_list:
                 features = self.encode_list([self._own(image) for image in images])
+            else:
+                features = self.encode(self._own(images))
+            if packed:
+                features = torch.cat(features) if as_list else features.flatten(0, 1)
+            elif as_list:
                 features = [feature.to(image.dtype) for feature, image in zip(features, images, strict=True)]
             else:
-                features = self.encode(self._own(images)).to(images.dtype)
+                features = features.to(images.dtype)
         if return_spatial_dims:
             return features, [self.token_grid(*image.shape[-2:])[1] for image in images]
         return features
