@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .varlen_attention import pack_lengths, varlen_attention
+from .varlen_attention import autocast_dtype, pack_lengths, varlen_attention
 
 # attn_implementation -> backend of `varlen_attention`
 ATTENTION_BACKENDS = {"varlen": None, "sdpa": "torch", "flash_attention_2": "flash_attn", "eager": "reference"}
@@ -57,7 +57,7 @@ class PatchProjection(nn.Conv2d):
         super().__init__(config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=False)
 
     def forward(self, rows):
-        return F.linear(rows, self.weight.flatten(1))
+        return F.linear(rows.to(self.weight.dtype), self.weight.flatten(1))
 
 
 # --- rotary embedding -------------------------------------------------------------------------------------------------
@@ -208,10 +208,8 @@ class Encoder(nn.Module):
         Returns:
             ({index: [N, D]}, (cu_seqlens, max_seqlen)).
         """
-        # x may be float32 while the projections under autocast are not; a float32 table would make q and k float32
-        kind = x_ND.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
-        rotary = rotary_table(positions_N3, self.config, dtype)
+        # the dtype of q and k, which under autocast is not that of x: a float32 table would make them float32
+        rotary = rotary_table(positions_N3, self.config, autocast_dtype(x_ND) or x_ND.dtype)
         cu_seqlens, max_seqlen = pack_lengths(lengths, x_ND.device)
         states = {0: x_ND} if 0 in keep else {}
         for i, layer in enumerate(self.layers[: max(keep)], start=1):

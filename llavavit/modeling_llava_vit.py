@@ -197,9 +197,11 @@ class LlavaViTModel(LlavaViTPreTrainedModel):
             return self.encode_packed(
                 pixel_values, grid_thw, patch_positions, output_hidden_states, hidden_state_indices
             )
-        if pixel_values.ndim not in (4, 5):
+        channels = self.config.num_channels
+        if pixel_values.ndim not in (4, 5) or pixel_values.shape[1] != channels:
             raise ValueError(
-                f"pixel_values: found shape {tuple(pixel_values.shape)}, expected [B, C, H, W] or [B, C, T, H, W]"
+                f"pixel_values: found shape {tuple(pixel_values.shape)}, expected [B, {channels}, H, W] or "
+                f"[B, {channels}, T, H, W]"
             )
         is_clip = pixel_values.ndim == 5
         clips = pixel_values if is_clip else pixel_values[:, :, None]

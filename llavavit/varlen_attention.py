@@ -236,6 +236,16 @@ def _choose(backend: str | None, q: torch.Tensor, dropout_p: float) -> str:
     return backend
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives matrix products on this tensor's device, None where it is off.
+
+    PyTorch does not apply it by itself to the CUDA kernels here, nor to the choice between them.
+    """
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
@@ -277,9 +287,8 @@ def varlen_attention(
             f"q, k, v: found shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, expected [Nq, H, E] and "
             "twice [Nk, G, E] with H a multiple of G"
         )
-    if torch.is_autocast_enabled(q.device.type):  # which the CUDA kernels here know nothing of
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if autocast_dtype(q) is not None:
+        q, k, v = (x.to(autocast_dtype(q)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype")
     host_q = _host_copy(cu_seqlens, "cu_seqlens")

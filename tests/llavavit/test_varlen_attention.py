@@ -176,15 +176,6 @@ def test_autocast_is_one_dtype():
 # --- one read of the lengths ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """What was read from tensors with tolist."""
-    seen = []
-    plain = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: seen.append(self) or plain(self))
-    return seen
-
-
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("made_inside", [True, False])
 def test_lengths_are_read_once(reads, mode, made_inside):
