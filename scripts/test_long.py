@@ -1,4 +1,4 @@
-"""Run the demo over several seeds, hold each against the bar, and write a dated JSON (see test_long.sh)."""
+"""Run the demo over several seeds and with other towers, hold each against the bar, write a dated JSON."""
 
 import argparse
 import datetime
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BAR = {"overall": 0.90, "one_digit": 0.95, "every_kind": 0.75}
 BLANK_MARGIN = 0.15  # with blank pictures an image kind may be this far above chance: 140 questions are few
 LEAST = {"questions": 1000, "one_digit": 300, "share_of_a_kind": 0.08}
+DEFAULT_TOWER, OTHER_TOWERS = "demo_clip", ("demo_hevc_vit", "demo_hevc_vit_packing")
 RARE_KINDS = {"text"}  # kinds without an image: at most 5% of the questions, so not held to the least share
 
 
@@ -41,18 +42,20 @@ def shortfalls(result: dict) -> list[str]:
     return found
 
 
-def run_demo(seed: int, output: Path, extra: list[str]) -> dict:
+def run_demo(seed: int, tower: str, output: Path, extra: list[str]) -> dict:
     """One demo from an empty folder; what is kept of it."""
-    command = ["bash", "scripts/finetune.sh", "--overwrite", "--seed", str(seed), "--output_dir", str(output), *extra]
+    flags = {"--tower": f"configs/towers/{tower}.yaml", "--seed": str(seed), "--output_dir": str(output)}
+    command = ["bash", "scripts/finetune.sh", "--overwrite", *(word for flag in flags.items() for word in flag), *extra]
+    run = {"seed": seed, "tower": tower}
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT)
     seconds = round(time.monotonic() - start, 1)
     if done.returncode != 0:
-        return {"seed": seed, "seconds": seconds, "shortfalls": [f"ended with status {done.returncode}"]}
+        return {**run, "seconds": seconds, "shortfalls": [f"ended with status {done.returncode}"]}
     result = json.loads((output / "finetune" / "eval.json").read_text(encoding="utf-8"))
     questions = {"predictions", "questions", "records", "examples"}
     summary = {name: value for name, value in result.items() if name not in questions and not isinstance(value, list)}
-    return {"seed": seed, "seconds": seconds, **summary, "shortfalls": shortfalls(result)}
+    return {**run, "seconds": seconds, **summary, "shortfalls": shortfalls(result)}
 
 
 def host() -> dict:
@@ -70,17 +73,19 @@ def host() -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help=f"runs with {DEFAULT_TOWER}")
+    parser.add_argument("--towers", nargs="*", default=OTHER_TOWERS, help="other towers, one run each with seed 0")
     parser.add_argument("--output", type=Path, default=ROOT / "checkpoints/long", help="folder for the runs")
-    args, extra = parser.parse_known_args()
-    runs = []
     now = datetime.datetime.now(datetime.timezone.utc)
-    path = ROOT / "test_results" / f"long_{now:%Y%m%d}.json"
-    path.parent.mkdir(exist_ok=True)
-    for seed in args.seeds:
-        print(f"seed {seed}", flush=True)
-        runs.append(run_demo(seed, args.output / f"seed{seed}", extra))
-        passed = not any(run["shortfalls"] for run in runs) and len(runs) == len(args.seeds)
+    parser.add_argument("--json", type=Path, default=ROOT / "test_results" / f"long_{now:%Y%m%d}.json")
+    args, extra = parser.parse_known_args()
+    wanted = [(seed, DEFAULT_TOWER) for seed in args.seeds] + [(0, tower) for tower in args.towers]
+    runs, passed = [], False
+    args.json.parent.mkdir(exist_ok=True)
+    for seed, tower in wanted:
+        print(f"{tower}, seed {seed}", flush=True)
+        runs.append(run_demo(seed, tower, args.output / f"{tower}_seed{seed}", extra))
+        passed = not any(run["shortfalls"] for run in runs) and len(runs) == len(wanted)
         report = {
             "started": now.isoformat(),
             "host": host(),
@@ -89,11 +94,12 @@ def main() -> int:
             "demo": runs,
             "passed": passed,
         }
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for run in runs:
         verdict = "; ".join(run["shortfalls"]) or "above the bar"
-        print(f"seed {run['seed']}: exact match {run.get('exact_match', 0):.3f} in {run['seconds']} s, {verdict}")
-    print(f"written to {path.relative_to(ROOT)}")
+        score = f"exact match {run.get('exact_match', 0):.3f} in {run['seconds']} s"
+        print(f"{run['tower']}, seed {run['seed']}: {score}, {verdict}")
+    print(f"written to {args.json}")
     return 0 if passed else 1
 
 

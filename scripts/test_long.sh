@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What takes longer than the tests: resuming under DeepSpeed, and the whole demo over several seeds. Writes
-# test_results/long_YYYYMMDD.json and fails below the bar. SEEDS="0 1" bash scripts/test_long.sh runs fewer seeds.
+# What takes longer than the tests: resuming under DeepSpeed, and the whole demo over several seeds, then with the other
+# towers. Writes test_results/long_YYYYMMDD.json and fails below the bar. SEEDS="0 1" TOWERS="demo_hevc_vit" (or empty)
+# bash scripts/test_long.sh runs fewer.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 use_environment test torch transformers deepspeed sklearn pytest
 cd "$ROOT"
 "$PYTHON" -m pytest -q scripts/long_tests
-"$PYTHON" scripts/test_long.py --seeds ${SEEDS:-0 1 2 3 4} "$@"
+"$PYTHON" scripts/test_long.py --seeds ${SEEDS-0 1 2 3 4} --towers ${TOWERS-demo_hevc_vit demo_hevc_vit_packing} "$@"

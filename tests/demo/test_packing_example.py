@@ -1,0 +1,25 @@
+"""The example prints the walk that the tower's docstring describes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_walk():
+    program = [sys.executable, str(ROOT / "playground" / "packing_tower_example.py")]
+    done = subprocess.run(program, check=True, capture_output=True, text=True, cwd=ROOT)
+    batch, mixed = done.stdout.split("-- a list")
+    lines = [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in batch.splitlines() if "[" in line]
+    assert lines == [
+        ["images", "[4, 3, 224, 224]"],
+        ["hidden_states", "[784, 768]"],
+        ["grid_thw", str([[1, 14, 14]] * 4)],
+        ["encoder output", "[784, 64]"],
+        ["features", "[4, 196, 64]"],
+    ]
+    assert "equal to tower(images)  True" in batch
+    assert "[[196, 64], [40, 64], [144, 64]]" in mixed and "[(14, 14), (4, 10), (8, 6)]" in mixed
+    assert float(mixed.rsplit(None, 1)[1]) < 1e-5
