@@ -12,7 +12,7 @@ def test_walk():
     program = [sys.executable, str(ROOT / "playground" / "packing_tower_example.py")]
     done = subprocess.run(program, check=True, capture_output=True, text=True, cwd=ROOT)
     batch, mixed = done.stdout.split("-- a list")
-    lines = [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in batch.splitlines() if "[" in line]
+    lines = [re.split(r"\s{2,}", line, maxsplit=1) for line in batch.splitlines() if re.match(r"[a-z].*\[", line)]
     assert lines == [
         ["images", "[4, 3, 224, 224]"],
         ["hidden_states", "[784, 768]"],
