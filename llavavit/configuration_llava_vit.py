@@ -30,7 +30,8 @@ class LlavaViTConfig(PreTrainedConfig):
         head_norm_eps: eps of the pooling head's norm; None: `layer_norm_eps`. The models were trained with another one.
 
     Raises:
-        ValueError: a size that is no count, a width of heads or a `layer_norm_type` that the model has no form for.
+        ValueError: a size that is no count, an eps or theta that is no number above 0, a width of heads or a
+            `layer_norm_type` that the model has no form for.
     """
 
     model_type = "llava_vit"
@@ -57,6 +58,10 @@ class LlavaViTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: found {value!r}, expected a whole number from 1")
+        for name in ("layer_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"{name}: found {value!r}, expected a number above 0")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 32:
             raise ValueError(
                 f"hidden_size {self.hidden_size} with num_attention_heads {self.num_attention_heads}: "

@@ -59,7 +59,7 @@ def read_state(path: str) -> dict:
         if path.endswith((".pth", ".pt", ".bin")):
             return clean_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError:
-        raise LlavaError(f"{path}: found a pickle of more than tensors, expected weights alone") from None
+        raise LlavaError(f"{path}: cannot be read as weights: it is no file of tensors alone") from None
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         raise LlavaError(f"{path}: cannot be read as weights: {_one_line(error)}") from None
     raise LlavaError(f"{path}: found no known ending, expected a folder, .safetensors, .pth, .pt or .bin")
