@@ -352,7 +352,8 @@ def varlen_attention_forward(
         ([B, L, H, E], None).
 
     Raises:
-        ValueError: packed rows in several batch rows, with padding, without `cu_seq_lens_q`, or with a sliding window.
+        ValueError: packed rows in several batch rows, with padding, without `cu_seq_lens_q`, or of a model that changes
+            the scores (a sliding window, soft capping, a bias, sinks).
     """
     if cu_seq_lens_q is None:
         if _marks_packing(attention_mask):
@@ -360,12 +361,15 @@ def varlen_attention_forward(
                 "attn_implementation varlen: position_ids start anew within a row, which means packed sequences; "
                 "give cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k too"
             )
-        kwargs["sliding_window"] = sliding_window  # in the mask already, for sdpa
+        # a sliding window is in the mask already
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: came with a batch of {query.shape[0]} rows, expected one packed row")
     if attention_mask is not None and not _marks_packing(attention_mask):
         raise ValueError("cu_seq_lens_q: came with an attention_mask that masks tokens; packed rows have no padding")
+    for name in ("softcap", "position_bias", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: attn_implementation varlen has none for packed rows; expected None")
     longest = int(max_length_q) if max_length_q is not None else _host_copy(cu_seq_lens_q, "cu_seq_lens_q").longest
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(f"sliding_window {sliding_window}: attn_implementation varlen has none; expected sdpa")

@@ -12,6 +12,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.masking_utils import sdpa_mask
 
 import llavavit.varlen_attention  # noqa: F401  registers "varlen"
 
@@ -187,3 +188,29 @@ def test_sliding_window(window, fits):
     else:
         with pytest.raises(ValueError, match=f"sliding_window {window}: attn_implementation varlen has none"):
             model(**pack(sequences()))
+
+
+@pytest.mark.parametrize("name", ["softcap", "position_bias", "s_aux"])
+def test_scores_of_another_kind(name):
+    x = torch.randn(1, 2, 4, 8)
+    starts = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"{name}: attn_implementation varlen has none"):
+        module.varlen_attention_forward(None, x, x, x, None, cu_seq_lens_q=starts, **{name: torch.ones(2)})
+
+
+@pytest.mark.parametrize("allow", [True, False])
+@pytest.mark.parametrize("padding", [None, 0, 2])
+@pytest.mark.parametrize("sizes", [(2, 4, 4), (2, 1, 6)])
+def test_masks_are_those_of_sdpa(sizes, padding, allow):
+    """All but the mask of positions that start anew, which for a forbidden skip is an empty tensor."""
+    mask = None
+    if padding is not None:
+        mask = torch.ones(sizes[0], sizes[2], dtype=torch.bool)
+        mask[1, :padding] = False
+    # the other arguments are the same in transformers 5.17 and 5.23
+    options = dict(q_offset=sizes[2] - sizes[1], attention_mask=mask, allow_is_causal_skip=allow)
+    found, expected = module.varlen_mask(*sizes, **options), sdpa_mask(*sizes, **options)
+    if mask is None and not allow and sizes[1] > 1:
+        assert found.numel() == 0 and expected.numel() > 0
+    else:
+        assert (found is None and expected is None) or torch.equal(found, expected)

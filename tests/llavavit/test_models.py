@@ -91,6 +91,7 @@ def run(model, pixels, **inputs):
 def test_padded_is_the_formulas(kind, what, changes):
     model, pixels = make(kind, **changes), batch(what)
     assert_same(run(model, pixels), formulas(model, pixels))
+    assert ("layernorm_pre.bias" in model.state_dict()) == ("layer_norm_type" not in changes)  # by which formulas go
 
 
 def places(index, pixels):
