@@ -1,0 +1,48 @@
+"""A demo-size LLaVA with an HEVC-ViT tower learns from the demo data: a short run of stage 1, padded and packed."""
+
+import json
+
+import pytest
+
+from tests.demo.test_make_demo_data import data, load
+
+CONFIG = "configs/train/demo_pretrain.yaml"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A few hundred pictures, and the random models that belong to them."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CANVASES", {"train": (300, 20, 20), "heldout": (60, 20, 20)})
+        patch.setattr(data, "HELDOUT", dict.fromkeys(data.HELDOUT, 3))
+        patch.setattr(data, "TRAIN_TEXTS", 3)
+        data.make(folder, seed=0)
+    load("make_demo_model").make(folder, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize("tower", ["demo_hevc_vit", "demo_hevc_vit_packing"])
+def test_loss_falls(demo, tmp_path, tower):
+    from llava.train.train import train
+
+    flags = {
+        "tower": f"configs/towers/{tower}.yaml",
+        "vision_tower": demo / "hevc_vit_tower",
+        "model_name_or_path": demo / "llm",
+        "data_path": demo / "pretrain.json",
+        "image_folder": demo / "images",
+        "output_dir": tmp_path / "out",
+        "max_steps": 30,
+        "per_device_train_batch_size": 32,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    train([CONFIG, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))])
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < 0.6 * losses[0]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["mm_vision_config"]["model_type"] == tower.replace("demo_hevc", "llava")
