@@ -121,12 +121,11 @@ def rotary_angles(places: torch.Tensor, channels: int, theta: float) -> torch.Te
 
 def turn(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotate [B, K, H, E]: channels 2i and 2i + 1 are a pair, each turned by its own angle."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = slice(0, None, 2), slice(1, None, 2)
     turned = torch.empty_like(x)
-    for first in range(0, x.shape[-1], 2):
-        second = first + 1
-        a, b = x[..., first], x[..., second]
-        turned[..., first] = a * angles[..., first].cos().to(x.dtype) - b * angles[..., first].sin().to(x.dtype)
-        turned[..., second] = b * angles[..., second].cos().to(x.dtype) + a * angles[..., second].sin().to(x.dtype)
+    turned[..., first] = x[..., first] * cos[..., first] - x[..., second] * sin[..., first]
+    turned[..., second] = x[..., second] * cos[..., second] + x[..., first] * sin[..., second]
     return turned
 
 
