@@ -249,6 +249,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # it works with lengths on the host; a compiled block is cut here once rather than many times
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
