@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from llava.errors import LlavaError, report_errors
@@ -32,7 +33,10 @@ def _leave_process_group():
 
     # a process that ends inside its group aborts under ZeRO-2
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gloo = torch.distributed.get_backend() == "gloo"
         torch.distributed.destroy_process_group()
+        if gloo:  # its threads let go of the last tensors a moment late, and abort if Python is shutting down by then
+            time.sleep(0.5)
 
 
 def _train(model_args, data_args, training_args):
