@@ -4,7 +4,7 @@
 
 Sides: the project's models; the models in the files of a Hub folder (`--hub-dir`, or one assembled here), loaded as
 `trust_remote_code` does; the published values in tests/golden/hevc_vit; the plain formulas of
-`llava.tools.vit_reference` in float64; the published defaults in `llava.tools.vit_published`. Compared are configs,
+`llava.tools.vit.reference` in float64; the published defaults in `llava.tools.vit.published`. Compared are configs,
 names and shapes, weights to the last bit, and outputs, which must agree within 1e-5 in float32. `--config` adds the
 models of a config.json with random weights. Exit status: 0 if everything holds, 1 if not.
 """
@@ -23,9 +23,9 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from llava.errors import LlavaError, report_errors  # noqa: E402
-from llava.tools import vit_published as published  # noqa: E402
-from llava.tools.check_table import Report, facts, identical, near, same, shapes, under  # noqa: E402
-from llava.tools.vit_sides import MODELS, ONEVISION, PACKED, PADDED, Side, formulas  # noqa: E402
+from llava.tools.vit import published  # noqa: E402
+from llava.tools.vit.check_table import Report, facts, identical, near, same, shapes, under  # noqa: E402
+from llava.tools.vit.sides import MODELS, ONEVISION, PACKED, PADDED, Side, formulas  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden" / "hevc_vit"
 MOST_PARAMETERS = 400e6  # a --config with more is compared in structure alone
@@ -183,7 +183,7 @@ def check_golden(report: Report, sides: list[Side]) -> None:
 
 
 def read_case(stored_as: str, prefix: str):
-    from llava.tools.vit_cases import read_golden_case
+    from llava.tools.vit.cases import read_golden_case
 
     values = published.DEFAULTS[stored_as] | golden_config(stored_as)
     path = golden_folder(stored_as) / "io.safetensors"
@@ -197,7 +197,7 @@ def golden_formulas(stored_as: str, prefix: str) -> list:
 
 
 def golden_models(side: Side, stored_as: str, prefix: str) -> list:
-    from llava.tools.vit_cases import run_case
+    from llava.tools.vit.cases import run_case
 
     case, expected = read_case(stored_as, prefix)
     rows, result = expected.pop("hidden_states_in", None), []
@@ -211,7 +211,7 @@ def golden_models(side: Side, stored_as: str, prefix: str) -> list:
 
 def check_cases(report: Report, sides: list[Side], stored_as: str) -> None:
     """Models with published weights on more cases: against the formulas, and against the project's first model."""
-    from llava.tools.vit_cases import build_cases, run_case
+    from llava.tools.vit.cases import build_cases, run_case
 
     report.title(f"outputs, weights of {published.GOLDEN_FOLDERS[stored_as]}")
     full = published.DEFAULTS[stored_as] | golden_config(stored_as)
@@ -226,7 +226,7 @@ def check_cases(report: Report, sides: list[Side], stored_as: str) -> None:
 
 
 def one_case(side: Side, stored_as: str, case, expected: dict) -> list:
-    from llava.tools.vit_cases import LONG_TIME_AXIS, run_case
+    from llava.tools.vit.cases import LONG_TIME_AXIS, run_case
 
     result = []
     for model_type in READERS[stored_as]:
@@ -240,7 +240,7 @@ def one_case(side: Side, stored_as: str, case, expected: dict) -> list:
 
 def check_probes(report: Report, sides: list[Side]) -> None:
     """Random weights that make every eps matter, under configs that make every value matter."""
-    from llava.tools.vit_cases import random_state
+    from llava.tools.vit.cases import random_state
 
     report.title("outputs, random weights")
     for name, values in published.PROBES.items():
@@ -252,7 +252,7 @@ def check_probes(report: Report, sides: list[Side]) -> None:
 
 def expected_outputs(state: dict, values: dict) -> list:
     """[(case, outputs of the formulas)] for an encoder."""
-    from llava.tools.vit_cases import build_cases
+    from llava.tools.vit.cases import build_cases
 
     full = published.DEFAULTS[values.get("model_type", PADDED)] | values
     cases = build_cases(full["num_channels"], full["patch_size"])
@@ -268,7 +268,7 @@ def random_models(side: Side, values: dict, state: dict, expected: list, scaled:
 
 
 def all_cases(model, expected: list, scaled: bool) -> list:
-    from llava.tools.vit_cases import run_case
+    from llava.tools.vit.cases import run_case
 
     result = []
     for case, outputs in expected:
@@ -281,7 +281,7 @@ def all_cases(model, expected: list, scaled: bool) -> list:
 
 def check_hub_folder(report: Report, project: Side, hub: Side) -> None:
     """Its own weights, which need not be the published ones, in its own model and in the project's."""
-    from llava.tools.vit_checkpoint import read_state
+    from llava.tools.vit.checkpoint import read_state
 
     report.title("the Hub folder's own weights")
     folder = hub.hub_folder
@@ -321,7 +321,7 @@ def hub_configs(folder: str, values: dict) -> list:
 
 def check_config(report: Report, sides: list[Side], path: str) -> None:
     """The models of a config.json, with random weights."""
-    from llava.tools.vit_cases import random_state
+    from llava.tools.vit.cases import random_state
 
     values = read_model_config(path)
     values = published.DEFAULTS[values["model_type"]] | values
@@ -358,7 +358,7 @@ def mapped_shapes(side: Side, values: dict) -> list:
 def assemble_hub_folder(work: str) -> str:
     """A folder as `upload_llava_vit` makes it, of the published weights."""
     from llava.tools.upload_llava_vit import assemble
-    from llava.tools.vit_checkpoint import read_checkpoint
+    from llava.tools.vit.checkpoint import read_checkpoint
 
     folder = Path(work) / "llava_vit_tiny"
     folder.mkdir()

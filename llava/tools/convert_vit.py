@@ -4,7 +4,7 @@
 
 IN is a folder of `llava_vit`, `llava_vit_packing` or `onevision_encoder`, or a file of weights in any layout. OUT gets
 config.json, model.safetensors (in the dtype of IN) and preprocessor_config.json. Then both are read again and given the
-same random images in float32: IN in its own model, or in the plain formulas of `vit_reference` for weights in the
+same random images in float32: IN in its own model, or in the plain formulas of `vit.reference` for weights in the
 source layout, which has no model here. If an output differs by more than 1e-4 there is no OUT.
 """
 
@@ -12,8 +12,8 @@ import argparse
 import os
 
 from llava.errors import LlavaError, report_errors
-from llava.tools.vit_checkpoint import Checkpoint, new_folder, read_checkpoint, write_checkpoint
-from llava.tools.vit_outputs import (
+from llava.tools.vit.checkpoint import Checkpoint, new_folder, read_checkpoint, write_checkpoint
+from llava.tools.vit.outputs import (
     TOLERANCE,
     check_differences,
     describe_inputs,

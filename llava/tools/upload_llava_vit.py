@@ -16,11 +16,11 @@ import sys
 import tempfile
 
 from llava.errors import LlavaError, report_errors
-from llava.tools import reload_hub_folder
 from llava.tools.convert_vit import TARGETS, quiet
-from llava.tools.model_card import model_card
-from llava.tools.vit_checkpoint import Checkpoint, new_folder, read_checkpoint, write_checkpoint
-from llava.tools.vit_outputs import (
+from llava.tools.vit import reload_hub_folder
+from llava.tools.vit.checkpoint import Checkpoint, new_folder, read_checkpoint, write_checkpoint
+from llava.tools.vit.model_card import model_card
+from llava.tools.vit.outputs import (
     check_differences,
     describe_inputs,
     differences,
@@ -54,7 +54,7 @@ def assemble(folder: str, checkpoint: Checkpoint, layout: str, repo_id: str, ima
         image_size: side in pixels for the configs, where it is not the checkpoint's.
 
     Returns:
-        What was compared with the formulas of `vit_reference` -> the largest difference of each output.
+        What was compared with the formulas of `llava.tools.vit.reference` -> the largest difference of each output.
 
     Raises:
         LlavaError: one of them is above the limit of 1e-4.
@@ -87,7 +87,7 @@ def run_alone(folder: str, config, layout: str, pixels):
     """`Outputs` of a folder in a Python of its own, which has this project's packages only from that folder."""
     from safetensors.torch import load_file, save_file
 
-    from llava.tools.vit_checkpoint import model_class
+    from llava.tools.vit.checkpoint import model_class
     from llavavit.conversion import convert_config
 
     config = convert_config(config.to_dict(), model_class(layout).config_class)

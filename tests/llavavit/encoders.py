@@ -2,7 +2,7 @@
 
 import torch
 
-from llava.tools.vit_reference import encode
+from llava.tools.vit.reference import encode
 from llavavit import (
     LlavaViTConfig,
     LlavaViTModel,

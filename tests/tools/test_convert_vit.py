@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 
 import llavavit.conversion
-from llava.tools import vit_checkpoint
 from llava.tools.convert_vit import main
+from llava.tools.vit import checkpoint as vit_checkpoint
 from llavavit import SIZES, LlavaViTModel, LlavaViTPackingModel
 from llavavit.conversion import SOURCE_EPS, convert_state_dict
 from tests.tools.vit_weights import FOLDERS, TINY, TINY_SIZE, golden_state, same, source_state

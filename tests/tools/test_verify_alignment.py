@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import llavavit.conversion
 import llavavit.layers
 from llava.tools import upload_llava_vit
-from llava.tools.vit_outputs import run_folder
+from llava.tools.vit.outputs import run_folder
 from llavavit import LlavaViTConfig
 from tests.tools.vit_weights import GOLDEN
 
@@ -322,7 +322,7 @@ def test_a_config_that_is_none_is_told_in_one_line(hub, tmp_path, capsys, monkey
 
 
 def test_a_difference_that_is_no_number_fails():
-    from llava.tools.check_table import identical, near
+    from llava.tools.vit.check_table import identical, near
 
     nan, one = torch.tensor([float("nan")]), torch.ones(1)
     assert all(wrong for _, wrong, _ in near({"a": nan, "b": one}, {"a": one, "b": nan}))

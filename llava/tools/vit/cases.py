@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from llava.tools.vit_outputs import model_inputs
-from llava.tools.vit_reference import Outputs, encode
+from llava.tools.vit.outputs import model_inputs
+from llava.tools.vit.reference import Outputs, encode
 
 LONG_TIME_AXIS = "long time axis"
 

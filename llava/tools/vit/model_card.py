@@ -137,7 +137,7 @@ def model_card(repo_id: str, config, layout: str, measured: dict[str, dict[str, 
 def _parameters(config) -> int:
     import torch
 
-    from llava.tools.vit_checkpoint import class_of
+    from llava.tools.vit.checkpoint import class_of
 
     with torch.device("meta"):
         return class_of(config)(config).num_parameters()

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import llava.tools.vit_reference
-from llava.tools.vit_cases import named, read_golden_case
-from llava.tools.vit_reference import encode
+import llava.tools.vit.reference
+from llava.tools.vit.cases import named, read_golden_case
+from llava.tools.vit.reference import encode
 from llavavit.conversion import convert_state_dict
 from tests.tools.vit_weights import FOLDERS, golden_state
 
@@ -39,7 +39,7 @@ def test_formulas_give_the_published_values(folder, prefix, dtype):
 
 
 def test_formulas_use_nothing_of_the_project():
-    tree = ast.parse(Path(llava.tools.vit_reference.__file__).read_text())
+    tree = ast.parse(Path(llava.tools.vit.reference.__file__).read_text())
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imports == {"math", "typing", "torch", "torch.nn.functional"}

@@ -1,7 +1,7 @@
 """Outputs of an HEVC-ViT checkpoint from its several forms, and how far they lie apart."""
 
 from llava.errors import LlavaError
-from llava.tools.vit_checkpoint import Checkpoint, class_of, model_class, read_state
+from llava.tools.vit.checkpoint import Checkpoint, class_of, model_class, read_state
 
 TOLERANCE = 1e-4
 
@@ -16,7 +16,7 @@ def random_images(config, count: int = 2):
 
 def run_reference(checkpoint: Checkpoint, pixels):
     """`Outputs` of the plain formulas for the weights of a checkpoint."""
-    from llava.tools.vit_reference import encode
+    from llava.tools.vit.reference import encode
     from llavavit.conversion import convert_state_dict
 
     config = checkpoint.config
@@ -82,7 +82,7 @@ def model_inputs(config, pixels) -> dict:
 
 def unpack(last_hidden_state, pooler_output, hidden_states, batch: int):
     """`Outputs` of a model, each [batch, L, D] whether it came packed or not."""
-    from llava.tools.vit_reference import Outputs
+    from llava.tools.vit.reference import Outputs
 
     def batched(x):
         return x.reshape(batch, -1, x.shape[-1])

@@ -3,7 +3,7 @@
 import functools
 import importlib
 
-from llava.tools import vit_published as published
+from llava.tools.vit import published
 
 PADDED, PACKED, ONEVISION = "llava_vit", "llava_vit_packing", "onevision_encoder"
 MODELS = {
@@ -66,7 +66,7 @@ class Side:
 
 def formulas(state: dict, values: dict, case) -> dict:
     """Outputs of the plain formulas, for weights of any layout and a config's values, else the published defaults."""
-    from llava.tools.vit_cases import run_formulas
+    from llava.tools.vit.cases import run_formulas
     from llavavit.conversion import convert_state_dict
 
     full = published.DEFAULTS[values.get("model_type", PADDED)] | values

@@ -1,0 +1,1 @@
+"""Parts of the commands that convert, upload and verify HEVC-ViT encoders."""
