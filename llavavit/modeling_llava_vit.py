@@ -24,6 +24,7 @@ from .layers import (
     grid_positions,
     unravel,
 )
+from .varlen_attention import pack_lengths
 
 
 class LlavaViTPreTrainedModel(PreTrainedModel):
@@ -114,14 +115,14 @@ class LlavaViTPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"hidden_state_indices: found {wanted}, expected indices from 0 to {last}")
         else:
             wanted = range(last + 1) if output_hidden_states else [last]
-        states, packing = self.encoder(self.layernorm_pre(x_ND), positions_N3, lengths, frozenset(wanted))
+        states = self.encoder(self.layernorm_pre(x_ND), positions_N3, lengths, frozenset(wanted))
         hidden_states = tuple(states[i] for i in wanted)
         if hidden_state_indices is not None:
             return BaseModelOutputWithPooling(hidden_states=hidden_states)
         x_ND, pooled_SD = states[last], None
         if self.config.use_head:
             x_ND = self.layernorm_post(x_ND)
-            pooled_SD = self.head(x_ND, *packing)
+            pooled_SD = self.head(x_ND, *pack_lengths(lengths, x_ND.device))
         return BaseModelOutputWithPooling(
             last_hidden_state=x_ND,
             pooler_output=pooled_SD,

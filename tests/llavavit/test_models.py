@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from llavavit.conversion import convert_state_dict
-from llavavit.layers import frames_to_patches
+from llavavit.layers import cache_sized, frames_to_patches
 from tests.llavavit.encoders import LAYERS, PATCH, assert_same, difference, formulas, images, make, pack, pair
 
+layers = importlib.import_module("llavavit.layers")
 GOLDEN = Path(__file__).parents[1] / "golden" / "hevc_vit"
 CASES = {
     "llava_vit_tiny": ("image", "video", "video_sparse"),
@@ -204,6 +205,48 @@ def test_packed_is_padded_image_by_image(changes):
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
         assert wanted[name].abs().max() > 0 and difference(gradient, wanted[name]) < 1e-5, name
+
+
+# --- in parts on a CPU -------------------------------------------------------------------------------------------------
+
+
+def test_parts_that_a_cache_holds(monkeypatch):
+    width = 2**20 // 100
+    assert cache_sized([40, 60, 1, 99, 300, 100, 2], width) == [[40, 60], [1, 99], [300], [100], [2]]
+    assert cache_sized([300], width) == [[300]] and cache_sized([1] * 5, width) == [[1] * 5]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert cache_sized([40, 60, 1, 99], width) == [[40, 60, 1, 99]]  # the same module calls on all ranks
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_parts_are_the_whole(kind, monkeypatch):
+    model = make(kind)
+    inputs = pack(images(*MIXED)) if kind == "packed" else (torch.cat([batch("image"), batch("image") + 1]),)
+    calls = []
+    model.encoder.layers[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    outs = []
+    for limit in (10**6, 30):
+        monkeypatch.setattr(
+            layers, "cache_sized", lambda lengths, width, limit=limit: cache_sized(lengths, 2**20 // limit)
+        )
+        out = model(*inputs, output_hidden_states=True)
+        model.zero_grad()
+        (out.last_hidden_state.square().sum() + out.pooler_output.sum() + out.hidden_states[1].sum()).backward()
+        outs.append((out, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    assert calls[0] == sum(calls[1:]) and len(calls) > 3 and max(calls[1:]) <= 30
+    assert_same(outs[1][0], outs[0][0])
+    for name, gradient in outs[0][1].items():
+        assert difference(outs[1][1][name], gradient) < 1e-5, name
+    chosen = model(*inputs, hidden_state_indices=[2, 0]).hidden_states
+    assert torch.equal(chosen[0], outs[1][0].hidden_states[2]) and torch.equal(chosen[1], outs[1][0].hidden_states[0])
+
+
+def test_a_large_pack_goes_in_parts():
+    model, rows = make("packed", num_hidden_layers=1), torch.randn(6 * 2000, 48)
+    calls = []
+    model.encoder.layers[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    run(model, rows, grid_thw=torch.tensor([[1, 40, 50]] * 6))
+    assert calls == [10000, 2000]  # 2^20 values of the 96 that an MLP is wide
 
 
 def test_packed_samples_do_not_see_each_other():
