@@ -207,7 +207,7 @@ def test_packed_is_padded_image_by_image(changes):
         assert wanted[name].abs().max() > 0 and difference(gradient, wanted[name]) < 1e-5, name
 
 
-# --- in parts on a CPU -------------------------------------------------------------------------------------------------
+# --- in parts on a CPU ------------------------------------------------------------------------------------------------
 
 
 def test_parts_that_a_cache_holds(monkeypatch):
