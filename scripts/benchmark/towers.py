@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sizes", type=int, nargs=2, metavar=("MIN", "MAX"), help="pixels of a side (demo 56 448, vit-l 224 1008)"
     )
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each side")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side")
     parser.add_argument("--seed", type=int, default=0, help="of sizes and pixels")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the blocks (not those of the padded side)"
