@@ -202,10 +202,16 @@ BACKENDS = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _s
 _HALF = (torch.float16, torch.bfloat16)
 
 
+@functools.cache
+def _runs_flash(device: torch.device) -> bool:
+    """The kernels want an Ampere or later."""
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def usable_backends(q: torch.Tensor, dropout_p: float = 0.0) -> list[str]:
     """Backends that can run on this tensor's device and dtype, the fastest first."""
     found = ["sdpa", "reference"]
-    if q.is_cuda and q.dtype in _HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0:
+    if q.is_cuda and q.dtype in _HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and _runs_flash(q.device):
         if dropout_p == 0.0:
             found.insert(0, "torch_varlen")
         if _flash_attn_function() is not None:

@@ -163,6 +163,7 @@ def on_cuda(dtype=torch.bfloat16, channels=64):
 def test_choice_of_backend(monkeypatch, flash_attn):
     everything = ["flash_attn", "torch_varlen", "sdpa", "reference"]
     plain = everything[2:]
+    monkeypatch.setattr(module, "_runs_flash", lambda device: device.type == "cuda")
     assert usable_backends(on_cuda()) == everything and usable_backends(on_cuda(torch.float16)) == everything
     assert usable_backends(on_cuda(), dropout_p=0.1) == ["flash_attn", *plain]
     for q in (on_cuda(torch.float32), on_cuda(channels=260), on_cuda(channels=12), torch.empty(4, 2, 64).bfloat16()):
@@ -175,6 +176,18 @@ def test_choice_of_backend(monkeypatch, flash_attn):
     assert usable_backends(on_cuda()) == everything[1:] and module._choose(None, on_cuda(), 0.0) == "torch_varlen"
     with pytest.raises(ValueError, match=r"'flash_attn' cannot run on cuda .* expected one of torch_varlen, sdpa"):
         module._choose("flash_attn", on_cuda(), 0.0)
+
+
+@pytest.mark.parametrize(
+    "capability, built, expected",
+    [((8, 0), True, True), ((9, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)],
+)
+def test_devices_of_the_kernels(monkeypatch, capability, built, expected):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    module._runs_flash.cache_clear()
+    assert ("torch_varlen" in usable_backends(on_cuda())) == expected
+    module._runs_flash.cache_clear()
 
 
 def test_backend_is_logged_once(caplog):

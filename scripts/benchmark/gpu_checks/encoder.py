@@ -39,7 +39,7 @@ def attention_inputs(device: str, lengths, keys=None, heads=8, kv_heads=8, chann
     generator = torch.Generator().manual_seed(len(lengths) + kv_heads)
     rows = sum(lengths), sum(keys or lengths), sum(keys or lengths), sum(lengths)
     shapes = [(n, h, channels) for n, h in zip(rows, (heads, kv_heads, kv_heads, heads), strict=True)]
-    return [(torch.randn(shape, generator=generator) * 64).round().to(device).double() / 64 for shape in shapes]
+    return [(torch.randn(shape, generator=generator) * 32).round().to(device).double() / 32 for shape in shapes]
 
 
 def run_attention(backend: str, dtype, inputs, lengths, keys=None, causal=False):
