@@ -84,7 +84,12 @@ def test_unequal_sides_are_an_error(bench, tmp_path, monkeypatch, capsys, fault)
         )
     else:
         plain = sides.padded
-        monkeypatch.setitem(sides.SIDES, "padded", lambda *args: [value * float("nan") for value in plain(*args)])
+
+        def one_not_a_number(model, images):
+            states, pooled = plain(model, images)
+            return states, pooled * float("nan")
+
+        monkeypatch.setitem(sides.SIDES, "padded", one_not_a_number)
     output = tmp_path / "towers.json"
     assert towers.main([*TINY, "--output", str(output)]) == 1
     assert json.loads(output.read_text())["equal"] is False
