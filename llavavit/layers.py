@@ -194,7 +194,6 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Block(config, attention_class) for _ in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
 
     def forward(self, x_ND, positions_N3, lengths, keep):
         """Run as far as the last wanted state.
@@ -203,10 +202,10 @@ class Encoder(nn.Module):
             x_ND: tokens.
             positions_N3: their places (t, h, w).
             lengths: tokens of each sample, on the host.
-            keep: indices of the wanted states: 0 is the input, i the output of block i.
+            keep: indices of the wanted states, ascending: 0 is the input, i the output of block i.
 
         Returns:
-            {index: [N, D]}.
+            Those states, each [N, D]; a tuple, since ZeRO-3 looks for tensors in what a module returns.
         """
         # the dtype of q and k, which under autocast is not that of x: a float32 table would make them float32
         cos, sin = rotary_table(positions_N3, self.config, autocast_dtype(x_ND) or x_ND.dtype)
@@ -216,18 +215,18 @@ class Encoder(nn.Module):
         sizes = [sum(part) for part in parts]
         pieces = zip(x_ND.split(sizes), cos.split(sizes), sin.split(sizes), parts, strict=True)
         states = [self.run_blocks(x, (cos, sin), part, keep) for x, cos, sin, part in pieces]
-        return {i: torch.cat([state[i] for state in states]) for i in keep}
+        return tuple(torch.cat(state) for state in zip(*states, strict=True))
 
     def run_blocks(self, x_ND, rotary, lengths, keep):
-        """{index: [N, D]} of samples that go through together."""
+        """The wanted states of samples that go through together."""
         cu_seqlens, max_seqlen = pack_lengths(lengths, x_ND.device)
-        states = {0: x_ND} if 0 in keep else {}
-        for i, layer in enumerate(self.layers[: max(keep)], start=1):
+        states = [x_ND] if 0 in keep else []
+        for i, layer in enumerate(self.layers[: keep[-1]], start=1):
             # by keyword: reentrant checkpointing hands on copies of positional tensors, which lack their host copy
             x_ND = layer(x_ND, rotary=rotary, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
             if i in keep:
-                states[i] = x_ND
-        return states
+                states.append(x_ND)
+        return tuple(states)
 
 
 def cache_sized(lengths: list[int], width: int) -> list[list[int]]:

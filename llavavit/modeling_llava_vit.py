@@ -115,7 +115,8 @@ class LlavaViTPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"hidden_state_indices: found {wanted}, expected indices from 0 to {last}")
         else:
             wanted = range(last + 1) if output_hidden_states else [last]
-        states = self.encoder(self.layernorm_pre(x_ND), positions_N3, lengths, frozenset(wanted))
+        keep = sorted(set(wanted))
+        states = dict(zip(keep, self.encoder(self.layernorm_pre(x_ND), positions_N3, lengths, keep), strict=True))
         hidden_states = tuple(states[i] for i in wanted)
         if hidden_state_indices is not None:
             return BaseModelOutputWithPooling(hidden_states=hidden_states)
