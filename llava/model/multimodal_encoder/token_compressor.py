@@ -3,6 +3,7 @@
 Shapes: B images, N = in*in tokens of D channels on a square grid; k kernel, s stride, p padding, in tokens.
 """
 
+import math
 import os
 
 import torch
@@ -18,7 +19,6 @@ MAX_KERNEL_SIZE = 7
 PUBLISHED_GEOMETRIES = {(24, 12): (3, 2, 1), (24, 8): (3, 3, 0), (16, 12): (5, 1, 0), (16, 8): (3, 2, 1)}
 WEIGHT_FILES = ("token_compressor.safetensors", "model.safetensors")
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
-CHECKPOINT_PREFIX = "model.vision_tower.token_compressor."
 
 
 def compression_geometry(input_grid_size: int, output_grid_size: int) -> tuple[int, int, int]:
@@ -35,9 +35,7 @@ def compression_geometry(input_grid_size: int, output_grid_size: int) -> tuple[i
     sizes = {"input_grid_size": input_grid_size, "output_grid_size": output_grid_size}
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
-            raise LlavaError(
-                f"token compression: {name}: found {size!r}, expected a positive number of tokens per side"
-            )
+            raise LlavaError(f"token compression: {name}: found {size!r}, expected the tokens per side")
     title = f"token compression {input_grid_size}x{input_grid_size} -> {output_grid_size}x{output_grid_size}"
     if output_grid_size > input_grid_size:
         raise LlavaError(f"{title}: the output grid is larger than the input grid; expected at most {input_grid_size}")
@@ -65,7 +63,7 @@ class PartialConv2d(nn.Module):
     """Partial convolution (arXiv 1804.07723) of a square grid on which every input is valid, D -> D, no bias.
 
     The convolution of the zero-padded grid, times kernel area / taps inside the grid at each output position. Since
-    only the padding is invalid, that factor is a constant: the buffer `correction` [1, 1, out, out], which is not saved.
+    only the padding is invalid, that factor is constant: the buffer `correction` [1, 1, out, out], which is not saved.
     """
 
     def __init__(self, channels: int, input_grid_size: int, kernel_size: int, stride: int, padding: int):
@@ -135,8 +133,8 @@ class TokenCompressor(nn.Module):
         side = self.input_grid_size
         if tokens.ndim != 3 or tokens.shape[1:] != (side**2, self.hidden_dim):
             raise LlavaError(
-                f"token compression {self._grids()}: found tokens of shape {tuple(tokens.shape)}, expected "
-                f"(images, {side**2}, {self.hidden_dim})"
+                f"token compression {self._grids()}: found {_describe(tokens)}, expected [images, {side**2}, "
+                f"{self.hidden_dim}], a grid of {side}x{side}"
             )
         x = tokens.transpose(1, 2).unflatten(2, (side, side))
         x = F.gelu(self.norm(self.compress_conv(x))) + self.pos_embed
@@ -151,6 +149,12 @@ class TokenCompressor(nn.Module):
             f"{self._grids()} tokens of {self.hidden_dim}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, receptive field {field} tokens"
         )
+
+
+def _describe(tokens) -> str:
+    shape = list(tokens.shape)
+    side = math.isqrt(shape[1]) if len(shape) == 3 else 0
+    return f"tokens {shape}, " + (f"a grid of {side}x{side}" if side and side**2 == shape[1] else "no square grid")
 
 
 def load_token_compressor(compressor: TokenCompressor, path: str) -> None:
@@ -204,14 +208,12 @@ def _compressor_weights(path: str) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise LlavaError(f"{path}: found {type(state).__name__}, expected names and tensors of a token compressor")
     state = {_plain_name(name): value for name, value in state.items()}
-    inside = {n.removeprefix(CHECKPOINT_PREFIX): v for n, v in state.items() if n.startswith(CHECKPOINT_PREFIX)}
-    state = inside or state
+    prefix = "token_compressor."  # with model.vision_tower. before it in the checkpoints of whole models
+    state = {name.split(prefix, 1)[1]: value for name, value in state.items() if prefix in name} or state
     state.pop("compress_conv.mask_kernel", None)
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise LlavaError(
-                f"{path}: {name}: found {type(value).__name__}, expected the tensors of a token compressor"
-            )
+            raise LlavaError(f"{path}: {name}: found {type(value).__name__}, expected a token compressor's tensors")
     return state
 
 
