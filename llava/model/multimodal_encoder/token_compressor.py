@@ -76,7 +76,7 @@ class PartialConv2d(nn.Module):
         (k, _), (s, _), (p, _) = self.conv.kernel_size, self.conv.stride, self.conv.padding
         starts = torch.arange(-p, self.input_grid_size + p - k + 1, s, device=device)
         taps = (starts + k).clamp(max=self.input_grid_size) - starts.clamp(min=0)  # along one axis
-        return (k * k / (taps[:, None] * taps)).to(torch.get_default_dtype())[None, None]
+        return (k * k / (taps[:, None] * taps))[None, None]
 
     def reset_buffers(self):
         self.correction.copy_(self._correction(self.correction.device))
