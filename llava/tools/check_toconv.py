@@ -46,7 +46,7 @@ def named_positions(side: int) -> list[tuple[str, int, int]]:
 
 
 def random_clip(image_size: int):
-    """A frozen CLIP vision encoder of two layers and 32 channels."""
+    """A CLIP vision encoder of two layers and 32 channels, the same at every call."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
