@@ -53,9 +53,13 @@ class ModelKeys(KeyGroup):
     version: str = key("v0", "conversation template", checkpoint="conversation_template")
     mm_tunable_parts: str | None = key(
         None,
-        "parts to train, joined by commas: mm_vision_tower, mm_mlp_adapter, mm_language_model; above the freeze keys",
+        "parts to train, joined by commas: mm_vision_tower, mm_token_compressor, mm_mlp_adapter, mm_language_model; "
+        "above the freeze keys",
     )
     freeze_backbone: bool = key(False, "freeze the language model")
+    freeze_mm_token_compressor: bool = key(
+        False, "freeze the token compressor, which otherwise is trained where the projector is"
+    )
     tune_mm_mlp_adapter: bool = key(False, "train the projector only (when mm_tunable_parts is not given)")
     tune_mm_vision_resampler: bool = key(False, "train the resampler", only_default="the vision resampler")
     unfreeze_mm_vision_tower: bool = key(False, "train the vision tower (when mm_tunable_parts is not given)")
@@ -86,6 +90,18 @@ class ModelKeys(KeyGroup):
     )
     s2: bool = key(False, "multi-scale features (S2)", tower_part=True, checkpoint=True)
     s2_scales: str = key("336,672,1008", "the scales of S2 in pixels", tower_part=True, checkpoint=True)
+    use_token_compression: bool = key(
+        False, "compress the tower's tokens with a partial convolution (ToConv)", tower_part=True, checkpoint=True
+    )
+    compression_input_size: int = key(
+        24, "side of the token grid before the compressor", tower_part=True, checkpoint=True
+    )
+    compression_output_size: int = key(
+        12, "side of the token grid after the compressor", tower_part=True, checkpoint=True
+    )
+    pretrain_token_compressor: str | None = key(
+        None, "token compressor to start from: a file of its weights, or the folder of a training run", tower=True
+    )
     delay_load: bool = key(True, "accepted for LLaVA-NeXT's launch lines: the tower is loaded once, where it is needed")
 
     mm_projector_type: str = key(
@@ -182,6 +198,7 @@ class TrainKeys(KeyGroup):
 
     model_max_length: int = key(4096, "longest sequence in tokens, visual tokens included; longer ones are truncated")
     mm_projector_lr: float | None = key(None, "learning rate of the projector; not given: learning_rate")
+    mm_token_compressor_lr: float | None = key(None, "learning rate of the token compressor; not given: learning_rate")
     mm_vision_tower_lr: float | None = key(None, "learning rate of the vision tower; not given: learning_rate")
     freeze_mm_mlp_adapter: bool = key(False, "freeze the projector (when mm_tunable_parts is not given)")
     freeze_mm_vision_resampler: bool = key(False, "nothing to freeze: there is no resampler")

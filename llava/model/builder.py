@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from llava.errors import LlavaError
 from llava.model.checkpoint import ADAPTER_KEYS, find_adapter, load_adapter, read_weights
+from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.utils import rank0_print
 
 # architecture -> (module, config class); the class names are LLaVA-NeXT's
@@ -185,7 +186,7 @@ def load_pretrained_model(
         # transformers is about to write the base's name over the checkpoint's, in which this folder lies
         config.mm_vision_tower = os.path.join(model_path, config.mm_vision_tower)
     dtype = pick_dtype(torch_dtype, on_cpu)
-    model = _load_weights(
+    model, lacks_compressor = _load_weights(
         model_class,
         model_base or model_path,
         with_projector=model_base is None,
@@ -197,6 +198,8 @@ def load_pretrained_model(
     )
     if model_base is not None:
         _load_projector(model, model_path)
+    elif lacks_compressor:
+        _start_compressor(model, model_path)
     tokenizer = load_tokenizer(model_base or model_path)
     model.eval()
     if getattr(model.config, "conversation_template", None) is None:
@@ -226,7 +229,11 @@ def context_length(config) -> int:
 
 
 def _load_weights(model_class, source: str, with_projector: bool, **kwargs):
-    """`from_pretrained` that refuses what it would fill with random numbers."""
+    """`from_pretrained` that refuses what it would fill with random numbers.
+
+    Returns:
+        The model, and whether the checkpoint lacks the token compressor that its config asks for.
+    """
     try:
         model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
     except (OSError, UnpicklingError, SafetensorError) as error:
@@ -239,7 +246,20 @@ def _load_weights(model_class, source: str, with_projector: bool, **kwargs):
             f"{source}: the checkpoint lacks {len(missing)} weights of {model_class.__name__}, "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    return model
+    return model, any(".token_compressor." in key for key in info["missing_keys"])
+
+
+def _start_compressor(model, folder: str):
+    """A compressor that is added to a model trained without one: from its own file, or else untrained."""
+    path = getattr(model.config, "pretrain_token_compressor", None)
+    if path:
+        load_token_compressor(model.get_vision_tower().token_compressor, path)
+        rank0_print(f"{folder}: was trained without token compression; the compressor comes from {path}")
+    else:
+        rank0_print(
+            f"warning: {folder}: holds no token compressor, so an untrained one is used, whose tokens mean nothing to "
+            "the language model; set pretrain_token_compressor or train it"
+        )
 
 
 def _load_projector(model, folder: str):
@@ -249,6 +269,8 @@ def _load_projector(model, folder: str):
     weights = read_weights(path)
     if hasattr(model.get_model(), "image_newline") and not any(key.endswith("image_newline") for key in weights):
         raise LlavaError(f"{path}: no image_newline in it, which mm_patch_merge_type of {folder} calls for")
+    if model.get_vision_tower().token_compressor is not None and not any("token_compressor." in key for key in weights):
+        raise LlavaError(f"{path}: no token_compressor in it, which use_token_compression of {folder} calls for")
     load_adapter(model.get_model(), path)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from llava.errors import LlavaError
 
 ADAPTER_NAME = "mm_projector.safetensors"
-ADAPTER_KEYS = ("mm_projector", "image_newline")
+ADAPTER_KEYS = ("mm_projector", "image_newline", "token_compressor")
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def find_adapter(folder: str) -> str | None:
 
 
 def adapter_state(named_parameters) -> dict[str, torch.Tensor]:
-    """The projector's and newline's parameters under LLaVA's names, on the CPU, gathered where ZeRO-3 split them.
+    """Parameters of projector, newline and token compressor under LLaVA's names, on the CPU, whole under ZeRO-3 too.
 
     A collective under ZeRO-3: every rank must call it.
     """
@@ -53,13 +53,13 @@ def adapter_state(named_parameters) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(state: dict[str, torch.Tensor], folder: str) -> None:
-    """Write `mm_projector.safetensors` (keys `model.mm_projector.*`, `model.image_newline`)."""
+    """Write `mm_projector.safetensors`: `model.mm_projector.*`, `model.image_newline`, `...token_compressor.*`."""
     os.makedirs(folder, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, os.path.join(folder, ADAPTER_NAME), {"format": "pt"})
 
 
 def load_adapter(model, path: str) -> None:
-    """Load projector (and newline, where both sides have one) into a base model with a vision half.
+    """Load projector (newline and token compressor, where both sides have one) into a base model with a vision half.
 
     Args:
         model: the inner model that owns `mm_projector`.
@@ -71,21 +71,29 @@ def load_adapter(model, path: str) -> None:
     if os.path.isdir(path):
         path = find_adapter(path) or os.path.join(path, ADAPTER_NAME)
     weights = read_weights(path)
-    projector = {k.split("mm_projector.", 1)[1]: v for k, v in weights.items() if "mm_projector." in k}
+    kind = f"mm_projector_type {getattr(model.config, 'mm_projector_type', None)}"
+    pairs = _pairs(model.mm_projector, weights, "mm_projector.", f"{path}: its projector does not fit {kind}")
+    compressor = model.vision_tower.token_compressor
+    if compressor is not None and any("token_compressor." in key for key in weights):
+        fault = f"{path}: its token compressor does not fit this model's"
+        pairs += _pairs(compressor, weights, "token_compressor.", fault)
     newline = next((v for k, v in weights.items() if k.endswith("image_newline")), None)
-    expected = {k: tuple(getattr(p, "ds_shape", p.shape)) for k, p in model.mm_projector.named_parameters()}
-    found = {k: tuple(v.shape) for k, v in projector.items()}
-    if found != expected:
-        odd = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
-        raise LlavaError(
-            f"{path}: its projector does not fit mm_projector_type {getattr(model.config, 'mm_projector_type', None)}: "
-            + ", ".join(f"{k} is {found.get(k, 'missing')}, expected {expected.get(k, 'absent')}" for k in odd[:3])
-        )
-    pairs = [(p, projector[k]) for k, p in model.mm_projector.named_parameters()]
     if newline is not None and getattr(model, "image_newline", None) is not None:
         pairs.append((model.image_newline, newline))
     for parameter, value in pairs:
         _assign(parameter, value)
+
+
+def _pairs(module, weights, prefix: str, fault: str) -> list:
+    """[(parameter, its value)] of a module whose weights are named prefix + name, in a file of more."""
+    values = {k.split(prefix, 1)[1]: v for k, v in weights.items() if prefix in k}
+    expected = {k: tuple(getattr(p, "ds_shape", p.shape)) for k, p in module.named_parameters()}
+    found = {k: tuple(v.shape) for k, v in values.items()}
+    if found != expected:
+        odd = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+        listed = ", ".join(f"{k} is {found.get(k, 'missing')}, expected {expected.get(k, 'absent')}" for k in odd[:3])
+        raise LlavaError(f"{fault}: {listed}")
+    return [(p, values[k]) for k, p in module.named_parameters()]
 
 
 def _assign(parameter, value):

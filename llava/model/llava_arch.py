@@ -13,6 +13,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import LlavaError
 from llava.model.checkpoint import load_adapter
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid, build_vision_projector
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
@@ -28,7 +29,11 @@ VISION_KEYS = (
     "mm_projector_type",
     "s2",
     "s2_scales",
+    "use_token_compression",
+    "compression_input_size",
+    "compression_output_size",
 )
+COMPRESSION_KEYS = set(VISION_KEYS[-3:])
 
 
 class LlavaMetaModel:
@@ -93,7 +98,13 @@ class LlavaMetaModel:
             config.mm_vision_config = config.mm_image_processor_config = None  # those of the tower that goes
             self.vision_tower = build_vision_tower(config)
         self.vision_tower.set_features(config)
+        compressor = self.vision_tower.token_compressor
+        if changed & COMPRESSION_KEYS or (compressor and compressor.hidden_dim != self.vision_tower.feature_size):
+            self.vision_tower.set_compression(config)
         self.vision_tower.load_model()
+        if getattr(model_args, "pretrain_token_compressor", None) and self.vision_tower.token_compressor is not None:
+            config.pretrain_token_compressor = model_args.pretrain_token_compressor
+            load_token_compressor(self.vision_tower.token_compressor, model_args.pretrain_token_compressor)
         if (
             getattr(self, "mm_projector", None) is None
             or self.vision_tower.hidden_size != config.mm_hidden_size
@@ -129,9 +140,9 @@ class LlavaMetaForCausalLM:
         model, tower = self.get_model(), self.get_vision_tower()
         if tower is None:
             return
-        lacking = {key for key in missing if key.startswith("model.vision_tower.")}
+        lacking = {key for key in missing if key.startswith("model.vision_tower.vision_tower.")}
         if lacking:
-            total = sum(1 for _ in tower.parameters())
+            total = sum(1 for _ in tower.vision_tower.parameters())
             if len(lacking) < total:  # the source's weights in place of trained ones would go unnoticed
                 raise LlavaError(
                     f"{self.config._name_or_path}: the checkpoint lacks {len(lacking)} of its vision tower's {total} "
@@ -141,6 +152,8 @@ class LlavaMetaForCausalLM:
             tower.to(device=self.device, dtype=self.dtype)
         tower.reset_buffers()
         tower.is_loaded = True
+        if any(key.startswith("model.vision_tower.token_compressor.") for key in missing):
+            tower.token_compressor.reset_parameters()  # what transformers leaves in missing weights is no start
         if "model.image_newline" in missing:
             model.reset_newline()
         model.describe_vision()

@@ -97,7 +97,11 @@ class LLaVATrainer(Trainer):
     def create_optimizer(self, model=None):
         made = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        rates = {"mm_vision_tower": self.args.mm_vision_tower_lr, "mm_mlp_adapter": self.args.mm_projector_lr}
+        rates = {
+            "mm_vision_tower": self.args.mm_vision_tower_lr,
+            "mm_token_compressor": self.args.mm_token_compressor_lr,
+            "mm_mlp_adapter": self.args.mm_projector_lr,
+        }
         if made and any(rate is not None for rate in rates.values()):
             split_by_learning_rate(optimizer, self.model, rates)
         return optimizer
@@ -121,7 +125,7 @@ class LLaVATrainer(Trainer):
                 self.bad_records = set(json.load(file))
 
     def save_adapter(self, folder: str) -> None:
-        """Write the projector (and newline) alone; every rank must call it."""
+        """Write the projector (newline, token compressor) alone; every rank must call it."""
         state = adapter_state(self.accelerator.unwrap_model(self.model).named_parameters())
         if self.args.should_save:
             save_adapter(state, folder)

@@ -3,13 +3,16 @@
 import torch.nn as nn
 
 from llava.errors import LlavaError
+from llava.model.multimodal_encoder.builder import uses_compression
 from llava.utils import rank0_print
 
-PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_language_model")
+PARTS = ("mm_vision_tower", "mm_token_compressor", "mm_mlp_adapter", "mm_language_model")
 
 
 def part_of(name: str) -> str:
     """The part that a parameter belongs to; the newline token goes with the language model, as in LLaVA-NeXT."""
+    if "token_compressor." in name:
+        return "mm_token_compressor"
     if "vision_tower." in name:
         return "mm_vision_tower"
     return "mm_mlp_adapter" if "mm_projector." in name else "mm_language_model"
@@ -20,8 +23,17 @@ def tunable_parts(model_args, training_args) -> set[str]:
 
     Without `mm_tunable_parts` everything but the vision tower is trained; `tune_mm_mlp_adapter` leaves only the
     projector; `freeze_mm_mlp_adapter`, `freeze_backbone`, `unfreeze_language_model` and `unfreeze_mm_vision_tower` say
-    what their names say.
+    what their names say. A token compressor is trained wherever the projector is, unless `freeze_mm_token_compressor`.
     """
+    parts = _tunable_parts(model_args, training_args)
+    if "mm_mlp_adapter" in parts and uses_compression(model_args):
+        parts.add("mm_token_compressor")
+    if model_args.freeze_mm_token_compressor:
+        parts.discard("mm_token_compressor")
+    return parts
+
+
+def _tunable_parts(model_args, training_args) -> set[str]:
     if model_args.mm_tunable_parts is not None:
         parts = {part.strip() for part in model_args.mm_tunable_parts.split(",") if part.strip()}
         unknown = parts - set(PARTS)
@@ -46,7 +58,7 @@ def set_trainable(model: nn.Module, parts: set[str]) -> None:
 
     The tower's modules that have no part in its features stay frozen: an optimizer would only decay them.
     """
-    counts = dict.fromkeys(PARTS, 0)
+    counts = {part: 0 for part in PARTS if any(part_of(name) == part for name, _ in model.named_parameters())}
     total = 0
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
@@ -83,5 +95,5 @@ def split_by_learning_rate(optimizer, model: nn.Module, rates: dict[str, float |
 
 
 def is_adapter_only(parts: set[str]) -> bool:
-    """True for LLaVA's stage 1, which trains and keeps the projector alone."""
-    return parts == {"mm_mlp_adapter"}
+    """True for LLaVA's stage 1, which trains and keeps the projector alone, and a token compressor with it."""
+    return bool(parts) and parts <= {"mm_mlp_adapter", "mm_token_compressor"}

@@ -16,6 +16,7 @@ class Kit:
         self.llm = tiny.llm(folder / "llm")
         self.clip = tiny.tower(folder / "clip")
         self.clip_other = tiny.tower(folder / "clip_other", seed=7)
+        self.clip_fine = tiny.tower(folder / "clip_fine", side=56)  # 4 x 4 tokens
         self.siglip = tiny.tower(folder / "siglip", kind="siglip")
         self.hevc_vit = tiny.tower(folder / "hevc_vit", kind="hevc_vit")
         self.data: dict[str, str] = {}

@@ -7,9 +7,16 @@ import pytest
 from llava.errors import LlavaError
 from llava.train.parts import PARTS, tunable_parts
 
-TOWER, PROJECTOR, LLM = PARTS
+TOWER, COMPRESSOR, PROJECTOR, LLM = PARTS
 FLAGS = dict.fromkeys(
-    ("tune_mm_mlp_adapter", "freeze_backbone", "unfreeze_mm_vision_tower", "unfreeze_language_model"), False
+    (
+        "tune_mm_mlp_adapter",
+        "freeze_backbone",
+        "unfreeze_mm_vision_tower",
+        "unfreeze_language_model",
+        "freeze_mm_token_compressor",
+    ),
+    False,
 )
 
 
@@ -30,6 +37,17 @@ def test_parts_by_flag():
     for wrong in ("", "mm_tower", f"{TOWER};{LLM}"):
         with pytest.raises(LlavaError, match="mm_tunable_parts"):
             chosen(wrong)
+
+
+def test_compressor_goes_with_the_projector():
+    """In both stages, however the parts are named, unless it is to stay as it is."""
+    compressed = {"use_token_compression": True}
+    assert chosen(**compressed) == {COMPRESSOR, PROJECTOR, LLM}
+    assert chosen(tune_mm_mlp_adapter=True, **compressed) == {COMPRESSOR, PROJECTOR}
+    assert chosen(f"{TOWER},{PROJECTOR},{LLM}", **compressed) == set(PARTS)
+    assert chosen(PROJECTOR, mm_vision_tower_type="clip+toconv") == {COMPRESSOR, PROJECTOR}
+    assert chosen(PROJECTOR, freeze_mm_token_compressor=True, **compressed) == {PROJECTOR}
+    assert chosen(COMPRESSOR, **compressed) == {COMPRESSOR} and chosen(LLM, **compressed) == {LLM}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +75,9 @@ def test_only_the_chosen_parts_move(kit, tmp_path, spy, flags, parts):
 def test_learning_rate_of_each_part(kit, tmp_path, spy):
     from llava.train.parts import part_of
 
-    kit.run(tmp_path / "out", mm_vision_tower_lr=2e-5, mm_projector_lr=3e-4, weight_decay=0.1, max_steps=1)
+    rates = {"mm_vision_tower_lr": 2e-5, "mm_projector_lr": 3e-4, "mm_token_compressor_lr": 7e-4}
+    grids = {"use_token_compression": True, "compression_input_size": 4, "compression_output_size": 2}
+    kit.run(tmp_path / "out", vision_tower=kit.clip_fine, weight_decay=0.1, max_steps=1, **rates, **grids)
     parameters = dict(spy.trainer.model.named_parameters())
     name_of = {id(value): name for name, value in parameters.items()}
     rates, decays, seen = {part: set() for part in PARTS}, {}, []
@@ -67,7 +87,7 @@ def test_learning_rate_of_each_part(kit, tmp_path, spy):
             seen.append(name)
             rates[part_of(name)].add(group["initial_lr"])
             decays[name] = group["weight_decay"]
-    assert rates == {TOWER: {2e-5}, PROJECTOR: {3e-4}, LLM: {1e-3}}
+    assert rates == {TOWER: {2e-5}, COMPRESSOR: {7e-4}, PROJECTOR: {3e-4}, LLM: {1e-3}}
     assert sorted(seen) == sorted(name for name, value in parameters.items() if value.requires_grad)
     assert decays["model.mm_projector.0.weight"] == 0.1 and decays["model.mm_projector.0.bias"] == 0
     assert decays["model.norm.weight"] == 0
@@ -77,7 +97,7 @@ def test_learning_rate_of_each_part(kit, tmp_path, spy):
 def test_a_rate_of_zero_is_a_rate(kit, tmp_path, spy, part):
     rate = {TOWER: "mm_vision_tower_lr", PROJECTOR: "mm_projector_lr"}[part]
     kit.run(tmp_path / "out", max_steps=2, **{rate: 0.0})
-    assert spy.moved_parts() == set(PARTS) - {part}
+    assert spy.moved_parts() == {TOWER, PROJECTOR, LLM} - {part}
 
 
 def test_what_the_features_do_not_use_stays_frozen(kit, tmp_path, spy):

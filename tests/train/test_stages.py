@@ -1,9 +1,12 @@
 """Stage 1 (the projector alone), what it leaves, how stage 2 takes it up, and where a tower's weights come from."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.errors import LlavaError
 from tests import tiny
 
 STAGE1 = dict(mm_tunable_parts="mm_mlp_adapter", version="plain", save_strategy="no")
@@ -183,3 +186,53 @@ def test_a_tower_of_another_kind(kit, tmp_path, spy, full):
     other, begun_with = folder_weights(kit.siglip), tower_weights(spy.before)
     assert begun_with and all(other[name].equal(value) for name, value in begun_with.items())
     assert spy.trainer.model.config.mm_vision_config["model_type"] == "siglip_vision_model"
+
+
+GRIDS = {"use_token_compression": True, "compression_input_size": 4, "compression_output_size": 2}
+
+
+def test_compressor_in_both_stages(kit, tmp_path, spy, capsys):
+    """Stage 1 trains and keeps it beside the projector, stage 2 goes on from there, and a base model takes both."""
+    from llava.model.builder import load_pretrained_model
+
+    grids = GRIDS | {"vision_tower": kit.clip_fine}
+    first = kit.run(tmp_path / "first", tune_mm_mlp_adapter=True, mm_tunable_parts=None, max_steps=2, **grids)
+    assert spy.moved_parts() == {"mm_mlp_adapter", "mm_token_compressor"}
+    adapter = load_file(first / "mm_projector.safetensors")
+    names = {name for name in adapter if ".token_compressor." in name}
+    assert len(names) == 4 and all(name.startswith("model.vision_tower.token_compressor.") for name in names)
+    assert not (first / "model.safetensors").exists()
+    model = load_pretrained_model(str(first), kit.llm, "llava_qwen", device_map="cpu", torch_dtype="float32")[1]
+    assert all(model.state_dict()[name].equal(adapter[name]) for name in adapter)
+    assert "untrained" not in capsys.readouterr().out
+
+    second = kit.run(
+        tmp_path / "second", pretrain_mm_mlp_adapter=first / "mm_projector.safetensors", max_steps=2, **grids
+    )
+    assert all(spy.before[name].equal(adapter[name]) for name in names)
+    assert {"mm_mlp_adapter", "mm_token_compressor", "mm_vision_tower"} <= spy.moved_parts()
+    weights = load_file(second / "model.safetensors")
+    assert all(not weights[name].equal(adapter[name]) for name in names)
+
+    # without its compressor such a file is no start for a model that is to have one
+    save_file({k: v for k, v in adapter.items() if k not in names}, first / "mm_projector.safetensors")
+    with pytest.raises(LlavaError, match="no token_compressor in it"):
+        load_pretrained_model(str(first), kit.llm, "llava_qwen", device_map="cpu", torch_dtype="float32")
+
+
+def test_compressor_that_was_trained_on_images(kit, tmp_path, spy, capsys):
+    from llava.model.multimodal_encoder.token_compressor import TokenCompressor
+
+    grids = GRIDS | {"vision_tower": kit.clip_fine}
+    donor = TokenCompressor(4, 2, 32)
+    save_file(donor.state_dict(), tmp_path / "token_compressor.safetensors")
+    out = kit.run(
+        tmp_path / "out", max_steps=1, pretrain_token_compressor=tmp_path / "token_compressor.safetensors", **grids
+    )
+    prefix = "model.vision_tower.token_compressor."
+    assert all(spy.before[prefix + name].equal(value) for name, value in donor.state_dict().items())
+    config = json.loads((out / "config.json").read_text())
+    assert config["pretrain_token_compressor"].endswith("token_compressor.safetensors")
+    with pytest.raises(SystemExit):
+        kit.run(tmp_path / "again", pretrain_token_compressor=tmp_path / "absent.safetensors", **grids)
+    assert "absent.safetensors" in capsys.readouterr().err

@@ -12,6 +12,9 @@ import torch.nn as nn
 
 from llava.errors import LlavaError
 
+from .builder import uses_compression
+from .token_compressor import TokenCompressor
+
 
 def select_layers(select_feature: str, select_layer: int, num_hidden_states: int) -> list[int]:
     """Which hidden states a feature kind concatenates, as non-negative indices.
@@ -57,13 +60,25 @@ class FixedGrid:
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Token layout of a tower that takes images of any size: one token per patch. Picklable."""
+    """Token layout of a tower that takes images of any size: one token per patch. Picklable.
+
+    compression: sides of the token grid (before, after) a compressor, which takes images of that one size.
+    """
 
     patch: int
+    compression: tuple[int, int] | None = None
 
     def __call__(self, height: int, width: int) -> tuple[int, tuple[int, int]]:
         """(tokens, (h, w)) of an image of `height` x `width` pixels, which must be multiples of the patch."""
         h, w = height // self.patch, width // self.patch
+        if self.compression is not None:
+            before, after = self.compression
+            if (h, w) != (before, before):
+                raise LlavaError(
+                    f"token compression: an image of {width}x{height} pixels gives {h}x{w} tokens, expected "
+                    f"{before}x{before} (compression_input_size), which become {after}x{after}"
+                )
+            h = w = after
         return h * w, (h, w)
 
 
@@ -87,7 +102,9 @@ class VisionTower(nn.Module, ABC):
         self.vision_tower_name = vision_tower
         self.set_features(args)
         self.is_loaded = False
+        self.token_compressor = None
         self.read_config(args)
+        self.set_compression(args)
         if delay_load:
             self.build_empty()
         else:
@@ -103,6 +120,31 @@ class VisionTower(nn.Module, ABC):
                 f"mm_vision_select_feature: found {self.select_feature!r}, expected "
                 f"{', '.join(p + k for p in FEATURE_PREFIXES for k in FEATURE_KINDS)}"
             )
+
+    def set_compression(self, args) -> None:
+        """Build the token compressor that `args` ask for, with random weights, or take away the one there is.
+
+        Raises:
+            LlavaError: a grid that is not this tower's, or a geometry that there is none for.
+        """
+        if not uses_compression(args):
+            self.token_compressor = None
+            return
+        before, after = getattr(args, "compression_input_size", 24), getattr(args, "compression_output_size", 12)
+        if "cls_patch" in self.select_feature and not self.any_size:
+            raise LlavaError(
+                "use_token_compression: a class token has no place in a grid; use mm_vision_select_feature patch"
+            )
+        pixels, patch = self.config.image_size, self.config.patch_size
+        if before != pixels // patch:
+            raise LlavaError(
+                f"compression_input_size: found {before}, expected {pixels // patch}, the side of this tower's token "
+                f"grid ({pixels} pixels in patches of {patch})"
+            )
+        # From the run's seed alone, as the projector: how much randomness the rest took differs between ZeRO stages.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            self.token_compressor = TokenCompressor(before, after, self.feature_size)
 
     # --- what a subclass provides ---
 
@@ -124,6 +166,8 @@ class VisionTower(nn.Module, ABC):
 
     def reset_buffers(self) -> None:
         """Recompute buffers that are not in checkpoints; called after a checkpoint was loaded."""
+        if self.token_compressor is not None:
+            self.token_compressor.reset_buffers()
 
     def unused_modules(self):
         """Modules whose weights have no part in the selected features; training leaves them frozen."""
@@ -145,18 +189,16 @@ class VisionTower(nn.Module, ABC):
             `return_spatial_dims` (features, list of (h, w)).
         """
         as_list = isinstance(images, (list, tuple))
-        # a frozen tower keeps no activations
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            if as_list:
-                features = self.encode_list([self._own(image) for image in images])
-            else:
-                features = self.encode(self._own(images))
-            if packed:
-                features = torch.cat(features) if as_list else features.flatten(0, 1)
-            elif as_list:
-                features = [feature.to(image.dtype) for feature, image in zip(features, images, strict=True)]
-            else:
-                features = features.to(images.dtype)
+        if as_list:
+            features = self.features_list([self._own(image) for image in images])
+        else:
+            features = self.features(self._own(images))
+        if packed:
+            features = torch.cat(features) if as_list else features.flatten(0, 1)
+        elif as_list:
+            features = [feature.to(image.dtype) for feature, image in zip(features, images, strict=True)]
+        else:
+            features = features.to(images.dtype)
         if return_spatial_dims:
             return features, [self.token_grid(*image.shape[-2:])[1] for image in images]
         return features
@@ -164,20 +206,31 @@ class VisionTower(nn.Module, ABC):
     def _own(self, images):
         return images.to(device=self.device, dtype=self.dtype)
 
-    def encode_list(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        """As `encode`, for a list; here, images of one shape go through the encoder together."""
+    def encoder_gradient(self):
+        """Context in which a frozen encoder keeps no activations; a compressor after it still learns."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, n, D], compressed where there is a compressor."""
+        with self.encoder_gradient():
+            features = self.encode(images)
+        return features if self.token_compressor is None else self.token_compressor(features)
+
+    def features_list(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As `features`, for a list; here, images of one shape go through the encoder together."""
         by_shape: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(i)
-        features = [None] * len(images)
+        found = [None] * len(images)
         for indices in by_shape.values():
-            for i, feature in zip(indices, self.encode(torch.stack([images[i] for i in indices])), strict=True):
-                features[i] = feature
-        return features
+            for i, feature in zip(indices, self.features(torch.stack([images[i] for i in indices])), strict=True):
+                found[i] = feature
+        return found
 
     @property
     def trainable(self) -> bool:
-        return any(p.requires_grad for p in self.parameters())
+        """Whether any of the encoder learns."""
+        return any(p.requires_grad for p in self.vision_tower.parameters())
 
     @property
     def token_grid(self) -> Callable[[int, int], tuple[int, tuple[int, int] | None]]:
@@ -198,7 +251,12 @@ class VisionTower(nn.Module, ABC):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of a token, after the feature kind's concatenation."""
+        """Channels of a token."""
+        return self.feature_size
+
+    @property
+    def feature_size(self) -> int:
+        """Channels of a token that the encoder gives, after the feature kind's concatenation."""
         factor = 4 if self.select_feature.startswith("slicefour_") else 1
         return self.config.hidden_size * (5 if self.select_feature.startswith("slice_m25811") else factor)
 
@@ -208,6 +266,8 @@ class VisionTower(nn.Module, ABC):
 
     @property
     def num_patches_per_side(self) -> int:
+        if self.token_compressor is not None:
+            return self.token_compressor.output_grid_size
         return self.config.image_size // self.config.patch_size
 
     @property

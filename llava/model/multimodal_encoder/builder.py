@@ -50,6 +50,15 @@ TOWERS = {
 }
 
 
+COMPRESSED = "+toconv"  # behind a registry id: the same as use_token_compression
+
+
+def uses_compression(cfg) -> bool:
+    """Whether a config or a run's arguments ask for a token compressor."""
+    named = (getattr(cfg, "mm_vision_tower_type", None) or "").endswith(COMPRESSED)
+    return named or bool(getattr(cfg, "use_token_compression", False))
+
+
 def _model_type(tower: str) -> str | None:
     """`model_type` in the config.json of a local folder or a hub repository; None where there is none to read."""
     if os.path.isdir(tower):
@@ -85,8 +94,12 @@ def tower_type(cfg, tower: str) -> str:
     """
     explicit = getattr(cfg, "mm_vision_tower_type", None)
     if explicit:
+        explicit = explicit.removesuffix(COMPRESSED)
         if explicit not in TOWERS:
-            raise LlavaError(f"mm_vision_tower_type: found {explicit!r}, expected one of {', '.join(TOWERS)}")
+            known = ", ".join(TOWERS)
+            raise LlavaError(
+                f"mm_vision_tower_type: found {explicit!r}, expected one of {known} (or with {COMPRESSED})"
+            )
         kind = explicit
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}

@@ -25,8 +25,8 @@ class CLIPVisionTower(HFVisionTower):
 
 
 class CLIPVisionTowerS2(CLIPVisionTower):
-    """CLIP at several scales: tiles of the smallest scale are encoded, put back as one map per scale, area-pooled to
-    the base grid and concatenated on channels."""
+    """CLIP at several scales: tiles of the smallest scale are encoded (and compressed), put back as one map per scale,
+    area-pooled to the base grid and concatenated on channels."""
 
     def read_config(self, args):
         text = getattr(args, "s2_scales", None) or "336,672,1008"
@@ -47,7 +47,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
         self.image_processor.size = {"shortest_edge": largest}
         self.image_processor.crop_size = {"height": largest, "width": largest}
 
-    def encode(self, images):
+    def features(self, images):
         base, side = self.s2_scales[0], self.num_patches_per_side
         maps = []
         for scale in self.s2_scales:
@@ -58,7 +58,7 @@ class CLIPVisionTowerS2(CLIPVisionTower):
             n = scale // base
             tiles = scaled.unflatten(3, (n, base)).unflatten(2, (n, base))  # [B, C, n, base, n, base]
             tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-            features = super().encode(tiles)
+            features = super().features(tiles)  # of the base scale's size, so that each is compressed by itself
             grid = features.unflatten(0, (-1, n, n)).unflatten(3, (side, side))  # [B, n, n, side, side, D]
             grid = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
             maps.append(F.adaptive_avg_pool2d(grid.float(), side).to(images.dtype))

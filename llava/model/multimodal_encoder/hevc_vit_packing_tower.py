@@ -78,8 +78,16 @@ class HEVCViTPackingVisionTower(HFVisionTower):
     def encode(self, images):
         return self.encode_packed(images, batched=True)
 
-    def encode_list(self, images):
-        return self.encode_packed(images, batched=False)
+    def features_list(self, images):
+        with self.encoder_gradient():
+            features = self.encode_packed(images, batched=False)
+        if self.token_compressor is None:
+            return features
+        counts = [self.token_grid(*image.shape[-2:])[0] for image in images]  # refuses what is not of the one size
+        frames = [image.shape[0] if image.ndim == 4 else 1 for image in images]
+        side = self.token_compressor.input_grid_size
+        packed = self.token_compressor(torch.cat(features).unflatten(0, (-1, side**2))).flatten(0, 1)
+        return list(packed.split([count * n for count, n in zip(counts, frames, strict=True)]))
 
     def encode_packed(self, images, batched: bool):
         """One call of the encoder, whatever the images: under ZeRO-3 every rank must make the same calls."""
@@ -104,7 +112,9 @@ class HEVCViTPackingVisionTower(HFVisionTower):
 
     @property
     def token_grid(self):
-        return PatchGrid(self.config.patch_size)
+        compressor = self.token_compressor
+        sides = None if compressor is None else (compressor.input_grid_size, compressor.output_grid_size)
+        return PatchGrid(self.config.patch_size, sides)
 
     @property
     def num_patches(self):
@@ -141,9 +151,6 @@ class HEVCViTPackingVisionTower(HFVisionTower):
 
     def hold(self, encoder):
         return encoder
-
-    def reset_buffers(self):
-        """There are none: rotary frequencies are computed in the forward."""
 
     def unused_modules(self):
         yield from self.vision_tower.encoder.layers[max(self.layers()) :]

@@ -91,7 +91,9 @@ class HFVisionTower(VisionTower):
         """Indices of the hidden states that are used."""
 
     def reset_buffers(self):
-        self.vision_tower.reset_buffers()
+        super().reset_buffers()
+        if hasattr(self.vision_tower, "reset_buffers"):
+            self.vision_tower.reset_buffers()
 
     def unused_modules(self):
         """Modules that never get a gradient."""

@@ -22,7 +22,7 @@ class SigLipVisionTower(HFVisionTower):
         return self.vision_tower(images, self.layers())[0]
 
     @property
-    def hidden_size(self):
+    def feature_size(self):
         return self.config.hidden_size
 
     @property
