@@ -37,14 +37,24 @@ def test_the_table_is_aligned(capsys):
         assert all(line[start] != " " and line[start - 1] == " " for line in lines), title
 
 
-@pytest.mark.parametrize("factor", [1.0, float("nan")])
-def test_a_wrong_correction_exits_with_1(monkeypatch, capsys, factor):
+def uncorrected(correction):
+    return torch.ones_like(correction)
+
+
+def nan_at_the_centre(correction):
+    correction = correction.clone()
+    correction[..., 4, 4] = float("nan")
+    return correction
+
+
+@pytest.mark.parametrize("fault", [uncorrected, nan_at_the_centre])
+def test_a_wrong_correction_exits_with_1(monkeypatch, capsys, fault):
     correction = PartialConv2d._correction
 
-    def without(self, device=None):
-        return torch.full_like(correction(self, device), factor)
+    def wrong(self, device=None):
+        return fault(correction(self, device))
 
-    monkeypatch.setattr(PartialConv2d, "_correction", without)
+    monkeypatch.setattr(PartialConv2d, "_correction", wrong)
     monkeypatch.setattr("llava.model.multimodal_encoder.token_compressor.PUBLISHED_GEOMETRIES", {(16, 8): (3, 2, 1)})
     assert main([]) == 1
     out = capsys.readouterr().out
