@@ -3,7 +3,8 @@
     python playground/make_demo_model.py --output playground/demo --seed 0
 
 Reads the texts that `make_demo_data.py` wrote and leaves beside them `llm/` (Qwen2 architecture, with the tokenizer),
-`clip_tower/`, `siglip_tower/` and `hevc_vit_tower/` (vision towers of one size, with their image processors).
+`clip_tower/`, `siglip_tower/`, `hevc_vit_tower/` (vision towers of one size, with their image processors) and
+`clip_fine_tower/` (CLIP with patches of half the side: four times the tokens).
 """
 
 import argparse
@@ -33,7 +34,7 @@ IMAGE_STATISTICS = {
     "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
     "siglip": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
 }
-KINDS = ("clip", "siglip", "hevc_vit")
+KINDS = ("clip", "siglip", "hevc_vit", "clip_fine")
 
 
 def demo_texts(folder: Path) -> list[str]:
@@ -96,10 +97,11 @@ def make_llm(folder: Path, tokenizer) -> None:
 def make_encoder(kind: str):
     """A random vision encoder of one of `KINDS`."""
     sizes = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **TOWER}
-    if kind == "clip":
+    if kind in ("clip", "clip_fine"):
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        return CLIPVisionModel(CLIPVisionConfig(**sizes, initializer_range=SPREAD))
+        patch = {"patch_size": PATCH_SIZE // 2} if kind == "clip_fine" else {}
+        return CLIPVisionModel(CLIPVisionConfig(**sizes | patch, initializer_range=SPREAD))
     if kind == "siglip":  # whose own initialisation knows no spread
         from transformers import SiglipVisionConfig, SiglipVisionModel
 

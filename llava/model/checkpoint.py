@@ -81,7 +81,7 @@ def load_adapter(model, path: str) -> None:
     if newline is not None and getattr(model, "image_newline", None) is not None:
         pairs.append((model.image_newline, newline))
     for parameter, value in pairs:
-        _assign(parameter, value)
+        assign(parameter, value)
 
 
 def _pairs(module, weights, prefix: str, fault: str) -> list:
@@ -96,7 +96,8 @@ def _pairs(module, weights, prefix: str, fault: str) -> list:
     return [(p, values[k]) for k, p in module.named_parameters()]
 
 
-def _assign(parameter, value):
+def assign(parameter, value):
+    """Set a parameter's value; under ZeRO-3, where it is split, every rank must call it."""
     if hasattr(parameter, "ds_id"):
         from deepspeed import zero
 

@@ -46,13 +46,13 @@ def test_language_model(demo):
     assert model.get_input_embeddings().weight.shape[0] == len(AutoTokenizer.from_pretrained(demo / "llm"))
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "clip_fine"])
 def test_tower(demo, kind):
     import torch
     import transformers
     from PIL import Image
 
-    prefix = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+    prefix = {"clip": "CLIP", "siglip": "Siglip", "clip_fine": "CLIP"}[kind]
     folder = demo / f"{kind}_tower"
     model = getattr(transformers, f"{prefix}VisionModel").from_pretrained(folder)
     processor = getattr(transformers, f"{prefix}ImageProcessorPil").from_pretrained(folder)
@@ -60,7 +60,7 @@ def test_tower(demo, kind):
     assert pixels.shape == (1, 3, 56, 56)
     with torch.no_grad():
         hidden = model(pixels, output_hidden_states=True).hidden_states[-2]
-    assert hidden.shape[1] == 16 + (kind == "clip")
+    assert hidden.shape[1] == {"clip": 16 + 1, "siglip": 16, "clip_fine": 64 + 1}[kind]
 
 
 def test_hevc_vit_tower(demo):

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from llava.errors import LlavaError
-from llava.model.checkpoint import _assign, read_weights
+from llava.model.checkpoint import assign, read_weights
 
 NUM_GROUPS = 32
 MAX_KERNEL_SIZE = 7
@@ -184,7 +184,7 @@ def load_token_compressor(compressor: TokenCompressor, path: str) -> None:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise LlavaError(f"{path}: does not fit the token compression {compressor._grids()}: {listed}{more}")
     for name, parameter in parameters.items():
-        _assign(parameter, found[name])
+        assign(parameter, found[name])
     compressor.reset_buffers()
 
 

@@ -1,4 +1,4 @@
-"""A demo-size LLaVA with an HEVC-ViT tower learns from the demo data: a short run of stage 1, padded and packed."""
+"""A demo-size LLaVA learns from the demo data with the other towers: a short run of stage 1 each."""
 
 import json
 
@@ -23,13 +23,20 @@ def demo(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("tower", ["demo_hevc_vit", "demo_hevc_vit_packing"])
-def test_loss_falls(demo, tmp_path, tower):
+@pytest.mark.parametrize(
+    ("tower", "encoder", "model_type"),
+    [
+        ("demo_hevc_vit", "hevc_vit_tower", "llava_vit"),
+        ("demo_hevc_vit_packing", "hevc_vit_tower", "llava_vit_packing"),
+        ("demo_clip_toconv", "clip_fine_tower", "clip_vision_model"),
+    ],
+)
+def test_loss_falls(demo, tmp_path, spy, tower, encoder, model_type):
     from llava.train.train import train
 
     flags = {
         "tower": f"configs/towers/{tower}.yaml",
-        "vision_tower": demo / "hevc_vit_tower",
+        "vision_tower": demo / encoder,
         "model_name_or_path": demo / "llm",
         "data_path": demo / "pretrain.json",
         "image_folder": demo / "images",
@@ -45,4 +52,6 @@ def test_loss_falls(demo, tmp_path, tower):
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < 0.6 * losses[0]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["mm_vision_config"]["model_type"] == tower.replace("demo_hevc", "llava")
+    assert config["mm_vision_config"]["model_type"] == model_type
+    compressor = {name for name in spy.before if ".token_compressor." in name}
+    assert len(compressor) == (4 if "toconv" in tower else 0) and compressor <= spy.moved()
