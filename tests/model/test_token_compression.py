@@ -128,6 +128,12 @@ def test_what_cannot_be_built_is_refused(folders, changes, words):
         build(folders, "clip", **COMPRESSED | changes)
 
 
+@pytest.mark.parametrize("kind", ["siglip", "hevc_vit"])
+def test_towers_without_a_class_token_have_none_to_refuse(folders, kind):
+    tower = build(folders, kind, mm_vision_select_feature="cls_patch", **COMPRESSED)
+    assert tower(small.pixels(1, 3, SIDE, SIDE)).shape[1] == 4
+
+
 def test_other_sizes_are_refused(folders):
     tower = build(folders, "hevc_vit_packing", **COMPRESSED)
     with pytest.raises(LlavaError, match=r"28x56 pixels gives 4x2 tokens, expected 4x4 \(compression_input_size\)"):

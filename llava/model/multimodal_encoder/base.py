@@ -130,12 +130,13 @@ class VisionTower(nn.Module, ABC):
         if not uses_compression(args):
             self.token_compressor = None
             return
+        self.token_compressor = None
         before, after = getattr(args, "compression_input_size", 24), getattr(args, "compression_output_size", 12)
-        if "cls_patch" in self.select_feature and not self.any_size:
+        pixels, patch = self.config.image_size, self.config.patch_size
+        if self.token_grid(pixels, pixels)[1] is None:
             raise LlavaError(
                 "use_token_compression: a class token has no place in a grid; use mm_vision_select_feature patch"
             )
-        pixels, patch = self.config.image_size, self.config.patch_size
         if before != pixels // patch:
             raise LlavaError(
                 f"compression_input_size: found {before}, expected {pixels // patch}, the side of this tower's token "
