@@ -102,7 +102,7 @@ class VisionTower(nn.Module, ABC):
         self.vision_tower_name = vision_tower
         self.set_features(args)
         self.is_loaded = False
-        self.token_compressor = None
+        self.token_compressor = None  # a subclass's token layout asks for it
         self.read_config(args)
         self.set_compression(args)
         if delay_load:
@@ -127,10 +127,9 @@ class VisionTower(nn.Module, ABC):
         Raises:
             LlavaError: a grid that is not this tower's, or a geometry that there is none for.
         """
-        if not uses_compression(args):
-            self.token_compressor = None
-            return
         self.token_compressor = None
+        if not uses_compression(args):
+            return
         before, after = getattr(args, "compression_input_size", 24), getattr(args, "compression_output_size", 12)
         pixels, patch = self.config.image_size, self.config.patch_size
         if self.token_grid(pixels, pixels)[1] is None:
