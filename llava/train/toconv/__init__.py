@@ -1,0 +1,1 @@
+"""The parts of `llava.train.train_toconv`, which trains a token compressor (ToConv) on images alone."""
