@@ -98,8 +98,10 @@ class SinkhornObjective(nn.Module):
         loss = self.config.sinkhorn_weight * transport + self.config.field_weight * field
         return loss, {"transport": transport, "field": field}
 
-    # what the best checkpoint has least of
-    measure = staticmethod(lambda loss, parts: loss)
+    @staticmethod
+    def measure(loss, parts):
+        """What the best checkpoint has least of."""
+        return loss
 
 
 class Critic(nn.Module):
@@ -185,8 +187,10 @@ class WGANObjective(nn.Module):
         loss = self.config.adversarial_weight * adversarial + error
         return loss, {"reconstruction": error, "adversarial": adversarial}
 
-    # a critic's scores of different moments do not compare, reconstruction errors do
-    measure = staticmethod(lambda loss, parts: parts["reconstruction"])
+    @staticmethod
+    def measure(loss, parts):
+        """What the best checkpoint has least of: a critic's scores of different moments do not compare."""
+        return parts["reconstruction"]
 
 
 OBJECTIVES = {"sinkhorn": SinkhornObjective, "wgan_gp": WGANObjective}
