@@ -24,8 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     config = resolve(argv)
 
     from llava.train.toconv.run import ToConvRun
+    from llava.train.train import _leave_process_group
 
-    ToConvRun(config).train()
+    try:
+        ToConvRun(config).train()
+    finally:
+        _leave_process_group()
 
 
 if __name__ == "__main__":

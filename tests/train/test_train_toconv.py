@@ -16,7 +16,7 @@ from llava.model.multimodal_encoder.token_compressor import TokenCompressor, loa
 from llava.train.toconv import run as toconv_run
 from llava.train.toconv.config import all_keys, resolve
 from llava.train.toconv.images import epoch_batches
-from llava.train.toconv.probe import average_pooling, ridge_accuracy
+from llava.train.toconv.probe import average_pooling, draw_heat_map, ridge_accuracy
 from llava.train.train_toconv import main
 from tests import tiny
 
@@ -207,6 +207,28 @@ def test_bad_images(flags, tmp_path, capsys, cached):
     assert "images left out: 2" in printed
     assert all(printed.count(f"left out: image {path}") == 1 for path in bad)
     assert len(losses(tmp_path / "out")) == 3 * 4
+    if cached:  # a full cache names them as well, and what trains is what can be read
+        main(flags(image_folder=folder, output_dir=tmp_path / "again", **changes))
+        assert "images left out: 2" in capsys.readouterr().out
+        main(flags(image_folder=folder, output_dir=tmp_path / "plain"))
+        assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "again"), abs=1e-5)
+
+
+def test_best_is_the_lowest_measure_of_all(flags, tmp_path, monkeypatch):
+    measures = iter([3.0, 1.0, 2.0])
+    similarity = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(toconv_run.ToConvRun, "evaluate", lambda run: ({"eval_measure": next(measures)}, similarity))
+    main(flags(probe_images=0))
+    steps = [json.loads((tmp_path / "out" / name / "config.json").read_text())["step"] for name in ("best", "last")]
+    assert steps == [8, 12]
+
+
+def test_heat_map_shows_each_token_in_its_place(tmp_path):
+    draw_heat_map(torch.tensor([1.0, 0.0, 0.0, 0.5]), str(tmp_path / "map.png"), "title")
+    picture = Image.open(tmp_path / "map.png")
+    top = picture.height - 384  # the text is above
+    found = [picture.getpixel((x, top + y)) for y in (96, 288) for x in (96, 288)]
+    assert found == [(250, 230, 40), (30, 30, 110), (30, 30, 110), (30, 130, 130)]
 
 
 def test_step_without_a_readable_image_is_skipped(flags, tmp_path, pictures):
@@ -229,10 +251,12 @@ def test_step_without_a_readable_image_is_skipped(flags, tmp_path, pictures):
         ({"objective": "mmd"}, "objective is 'mmd', expected one of sinkhorn, wgan_gp"),
         ({"epochs": "many"}, "epochs is 'many', expected whole number"),
         ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
+        ({"compression_input_size": 4, "report_to": "wandb"}, "report_to: found wandb, which is not installed"),
         ({"vision_tower": "/no/such"}, "vision tower '/no/such'"),
     ],
 )
-def test_errors_are_one_line(flags, capsys, changes, message):
+def test_errors_are_one_line(flags, capsys, monkeypatch, changes, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     with pytest.raises(SystemExit) as stop:
         main(flags(**changes))
     assert stop.value.code == 2

@@ -41,6 +41,8 @@ class ToConvRun:
 
     def __init__(self, config: ToConvConfig):
         self.config = config
+        if config.report_to == "wandb":
+            _require_wandb()
         self.accelerator = Accelerator(log_with="wandb" if config.report_to == "wandb" else None)
         if config.batch_size % self.accelerator.num_processes:
             raise LlavaError(
@@ -289,7 +291,8 @@ class ToConvRun:
                 self._probe()
             print(f"saved to {self.config.output_dir}")
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _bad_paths(self):
         for images in (self.train_images, self.eval_images):
@@ -326,6 +329,13 @@ class ToConvRun:
             tokens += found.float().cpu()
             numbers += [labels[i] for i in good]
         return tokens, torch.tensor(numbers, dtype=torch.long)
+
+
+def _require_wandb() -> None:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise LlavaError("report_to: found wandb, which is not installed; pip install wandb") from None
 
 
 def _replace(path: str, write) -> None:
