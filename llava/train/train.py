@@ -25,10 +25,11 @@ def train(argv=None):
     try:
         _train(model_args, data_args, training_args)
     finally:
-        _leave_process_group()
+        leave_process_group()
 
 
-def _leave_process_group():
+def leave_process_group():
+    """End this process's part in a distributed run; without it the process may abort at its exit."""
     import torch
 
     # a process that ends inside its group aborts under ZeRO-2

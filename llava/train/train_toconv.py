@@ -24,12 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     config = resolve(argv)
 
     from llava.train.toconv.run import ToConvRun
-    from llava.train.train import _leave_process_group
+    from llava.train.train import leave_process_group
 
     try:
         ToConvRun(config).train()
     finally:
-        _leave_process_group()
+        leave_process_group()
 
 
 if __name__ == "__main__":
