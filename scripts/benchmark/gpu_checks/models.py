@@ -62,12 +62,13 @@ TOWERS = {
 }
 
 
-def make_config(llm: str, tower: str, layers: int | None = None, **changes):
+def make_config(llm: str, tower: str, layers: int | None = None, image_size: int | None = None, **changes):
     """Config of a LLaVA (Qwen2 and CLIP, anyres with up to four crops and the base) of named sizes.
 
     Args:
         llm, tower: keys of `LLMS` and `TOWERS`.
         layers: fewer layers of the language model than its size has.
+        image_size: pixels of a crop's side, where they are to differ from the tower's own.
         **changes: further config values.
     """
     for name, known in ((llm, LLMS), (tower, TOWERS)):
@@ -77,14 +78,14 @@ def make_config(llm: str, tower: str, layers: int | None = None, **changes):
 
     from llava.model.language_model.llava_qwen import LlavaQwenConfig
 
-    side = TOWERS[tower]["image_size"]
+    side = image_size or TOWERS[tower]["image_size"]
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     values = {
         **LLMS[llm],
         "max_position_embeddings": 32768,
         "mm_vision_tower": f"random-{tower}",
         "mm_vision_tower_type": "clip",
-        "mm_vision_config": CLIPVisionConfig(**TOWERS[tower]).to_dict(),
+        "mm_vision_config": CLIPVisionConfig(**TOWERS[tower] | {"image_size": side}).to_dict(),
         "mm_image_processor_config": processor.to_dict(),
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",
