@@ -89,10 +89,10 @@ def check(name: str):
 
 
 def load_checks() -> dict[str, Check]:
-    """All checks, those of `gpu_checks.MODULES` imported."""
-    for module in gpu_checks.MODULES:
-        importlib.import_module(f"gpu_checks.{module}")
-    return CHECKS
+    """All checks, those of `gpu_checks.MODULES` imported, in the order of the modules."""
+    place = {importlib.import_module(f"gpu_checks.{name}").__name__: at for at, name in enumerate(gpu_checks.MODULES)}
+    # a module that another one imports registers its checks before its turn
+    return dict(sorted(CHECKS.items(), key=lambda item: place.get(item[1].run.__module__, -1)))
 
 
 def run_check(entry: Check, context: Context) -> Result:
