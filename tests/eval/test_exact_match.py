@@ -11,6 +11,7 @@ from PIL import Image
 from llava.conversation import conv_templates
 from llava.errors import LlavaError
 from llava.eval.exact_match import Answerer, evaluate, main
+from llava.eval.inference import Inference
 from llava.eval.questions import build_prompt, chance, read_questions, score
 
 TEMPLATE = conv_templates["qwen_1_5"]
@@ -93,7 +94,7 @@ class Processor:
 
 
 def answerer(**options) -> Answerer:
-    return Answerer(CharTokenizer(), LightMeter(), Processor(), TEMPLATE, **options)
+    return Answerer(Inference(CharTokenizer(), LightMeter(), Processor(), TEMPLATE), **options)
 
 
 def test_every_answer_is_a_question_after_the_true_turns(folder):
@@ -146,7 +147,7 @@ def test_evaluate(folder, batch_size):
     assert blank["n"] == 4 and "all" not in blank["by_kind"]
     assert blank["by_kind"]["light"] == {"exact_match": 0.0, "n": 1, "chance": 1.0}  # one colour, below the middle
     assert blank["by_kind"]["dialogue"]["chance"] == 0.5
-    assert max(asking.model.batches) <= batch_size
+    assert max(asking.inference.model.batches) <= batch_size
     assert json.loads(json.dumps(result)) == result
 
 

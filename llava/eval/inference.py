@@ -1,0 +1,110 @@
+"""A checkpoint ready to answer: prompts and pictures in, texts out. Evaluation, prediction and chat share it."""
+
+from llava.conversation import Conversation
+from llava.errors import LlavaError
+
+
+class Inference:
+    """One model with what belongs to it.
+
+    Args:
+        tokenizer, model, image_processor: as `load_pretrained_model` returns them.
+        template: the conversation template to ask with.
+    """
+
+    def __init__(self, tokenizer, model, image_processor, template: Conversation):
+        self.tokenizer, self.model, self.image_processor, self.template = tokenizer, model, image_processor, template
+
+    @classmethod
+    def load(cls, model_path, model_base=None, *, version=None, device=None, dtype=None, **kwargs):
+        """From a checkpoint.
+
+        Args:
+            model_path, model_base: as `load_pretrained_model`.
+            version: name of a conversation template; None takes the checkpoint's.
+            device: None takes cuda where there is one.
+            dtype: None takes float32 on a CPU, else bfloat16.
+            **kwargs: passed on to `load_pretrained_model`.
+
+        Raises:
+            LlavaError: no such template, or the checkpoint cannot be loaded.
+        """
+        import torch
+
+        from llava.conversation import conv_templates
+        from llava.mm_utils import get_model_name_from_path
+        from llava.model.builder import load_pretrained_model
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        name = get_model_name_from_path(model_path)
+        tokenizer, model, processor, _ = load_pretrained_model(
+            model_path, model_base, name, device_map=device, torch_dtype=dtype, **kwargs
+        )
+        version = version or model.config.conversation_template
+        if version not in conv_templates:
+            raise LlavaError(f"template {version!r}: found no such one, expected one of {', '.join(conv_templates)}")
+        return cls(tokenizer, model, processor, conv_templates[version])
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's and the template's."""
+        ids = {self.tokenizer.eos_token_id, *(self.template.stop_token_ids or ())}
+        return sorted(i for i in ids if i is not None)
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, IMAGE_TOKEN_INDEX for every `<image>`."""
+        from llava.mm_utils import tokenizer_image_token
+
+        return tokenizer_image_token(prompt, self.tokenizer)
+
+    def pixels(self, pictures: list) -> list:
+        """The crops of one prompt's PIL pictures, in the model's dtype and on its device: [K, C, H, W] or [C, H, W]."""
+        from llava.mm_utils import NativeResolution, process_image
+
+        if pictures and self.image_processor is None:
+            raise LlavaError("the model has no vision tower, expected a prompt without pictures")
+        config = self.model.config
+        native = NativeResolution.from_config(config)
+        # as in training: several pictures are squared and get one crop each, but for native
+        squared = len(pictures) > 1 and native is None
+        aspect_ratio = "pad" if squared else getattr(config, "image_aspect_ratio", None)
+        grid = getattr(config, "image_grid_pinpoints", None)
+        made = (process_image(picture, self.image_processor, aspect_ratio, grid, native) for picture in pictures)
+        return [values.to(self.model.device, self.model.dtype) for values in made]
+
+    def inputs(self, prompts: list[list[int]], pictures: list[list]) -> dict:
+        """Keyword arguments of `model.generate` for a batch, padded on the left.
+
+        Args:
+            prompts: token ids of each row, as `tokens` gives them.
+            pictures: PIL pictures of each row, one per `<image>`.
+        """
+        import torch
+
+        width, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        images = [pixels for row in pictures for pixels in self.pixels(row)]
+        sizes = [picture.size for row in pictures for picture in row]
+        media = {"images": images, "image_sizes": sizes, "modalities": ["image"] * len(images)} if images else {}
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device), **media}
+
+    def generate(self, prompts: list[list[int]], pictures: list[list], **options) -> list[str]:
+        """The answers to a batch of prompts.
+
+        Args:
+            prompts, pictures: as `inputs` takes them.
+            **options: of transformers' `generate`; greedy without any.
+        """
+        import torch
+
+        options = {"do_sample": False, **options}
+        with torch.inference_mode():
+            new = self.model.generate(
+                **self.inputs(prompts, pictures),
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **options,
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
