@@ -7,3 +7,4 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
+TUNABLE_PARTS = ("mm_vision_tower", "mm_token_compressor", "mm_mlp_adapter", "mm_language_model")

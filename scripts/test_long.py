@@ -74,12 +74,14 @@ def host() -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help=f"runs with {DEFAULT_TOWER}")
-    parser.add_argument("--towers", nargs="*", default=OTHER_TOWERS, help="other towers, one run each with seed 0")
+    parser.add_argument("--towers", nargs="*", default=OTHER_TOWERS, help="other towers")
+    parser.add_argument("--tower-seeds", type=int, nargs="*", default=[0], help="runs with each of the other towers")
     parser.add_argument("--output", type=Path, default=ROOT / "checkpoints/long", help="folder for the runs")
     now = datetime.datetime.now(datetime.timezone.utc)
     parser.add_argument("--json", type=Path, default=ROOT / "test_results" / f"long_{now:%Y%m%d}.json")
     args, extra = parser.parse_known_args()
-    wanted = [(seed, DEFAULT_TOWER) for seed in args.seeds] + [(0, tower) for tower in args.towers]
+    wanted = [(seed, DEFAULT_TOWER) for seed in args.seeds]
+    wanted += [(seed, tower) for tower in args.towers for seed in args.tower_seeds]
     runs, passed = [], False
     args.json.parent.mkdir(exist_ok=True)
     for seed, tower in wanted:

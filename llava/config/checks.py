@@ -5,9 +5,8 @@ import re
 from typing import Any
 
 from llava.config.schema import Key
+from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
-
-TUNABLE_PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_language_model")
 
 
 def check_value(key: Key, value: Any, where: str) -> None:

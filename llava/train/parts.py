@@ -2,11 +2,10 @@
 
 import torch.nn as nn
 
+from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder.builder import uses_compression
 from llava.utils import rank0_print
-
-PARTS = ("mm_vision_tower", "mm_token_compressor", "mm_mlp_adapter", "mm_language_model")
 
 
 def part_of(name: str) -> str:
@@ -36,10 +35,10 @@ def tunable_parts(model_args, training_args) -> set[str]:
 def _tunable_parts(model_args, training_args) -> set[str]:
     if model_args.mm_tunable_parts is not None:
         parts = {part.strip() for part in model_args.mm_tunable_parts.split(",") if part.strip()}
-        unknown = parts - set(PARTS)
+        unknown = parts - set(TUNABLE_PARTS)
         if unknown or not parts:
             raise LlavaError(
-                f"mm_tunable_parts: found {model_args.mm_tunable_parts!r}, expected some of {', '.join(PARTS)}"
+                f"mm_tunable_parts: found {model_args.mm_tunable_parts!r}, expected some of {', '.join(TUNABLE_PARTS)}"
             )
         return parts
     parts = {"mm_mlp_adapter"}
@@ -58,7 +57,7 @@ def set_trainable(model: nn.Module, parts: set[str]) -> None:
 
     The tower's modules that have no part in its features stay frozen: an optimizer would only decay them.
     """
-    counts = {part: 0 for part in PARTS if any(part_of(name) == part for name, _ in model.named_parameters())}
+    counts = {part: 0 for part in TUNABLE_PARTS if any(part_of(name) == part for name, _ in model.named_parameters())}
     total = 0
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
