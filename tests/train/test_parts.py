@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
-from llava.train.parts import PARTS, tunable_parts
+from llava.train.parts import tunable_parts
 
-TOWER, COMPRESSOR, PROJECTOR, LLM = PARTS
+TOWER, COMPRESSOR, PROJECTOR, LLM = TUNABLE_PARTS
 FLAGS = dict.fromkeys(
     (
         "tune_mm_mlp_adapter",
@@ -44,7 +45,7 @@ def test_compressor_goes_with_the_projector():
     compressed = {"use_token_compression": True}
     assert chosen(**compressed) == {COMPRESSOR, PROJECTOR, LLM}
     assert chosen(tune_mm_mlp_adapter=True, **compressed) == {COMPRESSOR, PROJECTOR}
-    assert chosen(f"{TOWER},{PROJECTOR},{LLM}", **compressed) == set(PARTS)
+    assert chosen(f"{TOWER},{PROJECTOR},{LLM}", **compressed) == set(TUNABLE_PARTS)
     assert chosen(PROJECTOR, mm_vision_tower_type="clip+toconv") == {COMPRESSOR, PROJECTOR}
     assert chosen(PROJECTOR, freeze_mm_token_compressor=True, **compressed) == {PROJECTOR}
     assert chosen(COMPRESSOR, **compressed) == {COMPRESSOR} and chosen(LLM, **compressed) == {LLM}
@@ -65,7 +66,7 @@ def test_compressor_goes_with_the_projector():
 def test_only_the_chosen_parts_move(kit, tmp_path, spy, flags, parts):
     kit.run(tmp_path / "out", max_steps=1, save_strategy="no", **flags)
     assert spy.moved_parts() == parts
-    trained = {part for part in PARTS if part in parts}
+    trained = {part for part in TUNABLE_PARTS if part in parts}
     from llava.train.parts import part_of
 
     asked = {part_of(name) for name, value in spy.trainer.model.named_parameters() if value.requires_grad}
@@ -80,7 +81,7 @@ def test_learning_rate_of_each_part(kit, tmp_path, spy):
     kit.run(tmp_path / "out", vision_tower=kit.clip_fine, weight_decay=0.1, max_steps=1, **rates, **grids)
     parameters = dict(spy.trainer.model.named_parameters())
     name_of = {id(value): name for name, value in parameters.items()}
-    rates, decays, seen = {part: set() for part in PARTS}, {}, []
+    rates, decays, seen = {part: set() for part in TUNABLE_PARTS}, {}, []
     for group in spy.trainer.optimizer.param_groups:
         for parameter in group["params"]:
             name = name_of[id(parameter)]

@@ -54,11 +54,12 @@ class Stepper:
     """Model, optimizer and batches; a step is what llava.train does without DeepSpeed (bf16 autocast on CUDA)."""
 
     def __init__(self, context: Context, llm: str, tower: str, rows: int):
-        from llava.train.parts import PARTS, set_trainable
+        from llava.constants import TUNABLE_PARTS
+        from llava.train.parts import set_trainable
 
         self.device = context.device
         self.model = make_model(make_config(llm, tower, use_cache=False), context.device, torch.float32)
-        set_trainable(self.model, set(PARTS))
+        set_trainable(self.model, set(TUNABLE_PARTS))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=context.device == "cuda")
         text, answer = ((20, 40), (10, 30)) if context.small else ((60, 200), (60, 250))
