@@ -222,14 +222,14 @@ class TrainKeys(KeyGroup):
         None, "tensorboard's folder (sets TENSORBOARD_LOGGING_DIR, as transformers 5 wants it)"
     )
 
-    bits: int = key(16, "16: no quantisation", only_default="4- and 8-bit training")
+    bits: int = key(16, "4 or 8: hold the language model quantised by bitsandbytes, under LoRA (QLoRA)")
     double_quant: bool = key(True, "quantise the quantisation constants (with bits 4)")
     quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit data type (with bits 4)")
-    lora_enable: bool = key(False, "train low-rank adapters", only_default="LoRA")
+    lora_enable: bool = key(False, "train low-rank adapters in the language model in place of its weights")
     lora_r: int = key(64, "LoRA: rank (with lora_enable)")
     lora_alpha: int = key(16, "LoRA: scale (with lora_enable)")
     lora_dropout: float = key(0.05, "LoRA: dropout (with lora_enable)")
-    lora_weight_path: str = key("", "LoRA: adapter to start from", only_default="LoRA")
+    lora_weight_path: str = key("", "LoRA: folder of an adapter to start from (with lora_enable)")
     lora_bias: Literal["none", "all", "lora_only"] = key("none", "LoRA: which biases train (with lora_enable)")
     mpt_attn_impl: str | None = key("triton", "MPT attention", only_default="MPT")
     trainer_mode: str = key("regular", "regular; zo means MeZO", only_default="MeZO training")

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from llava.errors import LlavaError
 from llava.model.checkpoint import ADAPTER_KEYS, find_adapter, load_adapter, read_weights
+from llava.model.lora import is_lora, load_lora, recorded_base
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.utils import rank0_print
 
@@ -147,8 +148,10 @@ def load_pretrained_model(
     """Load a checkpoint for inference.
 
     Args:
-        model_path: folder or hub id; with `model_base`, a folder whose config.json and mm_projector file extend it.
-        model_base: folder or hub id of the language model under a projector-only checkpoint, else None.
+        model_path: folder or hub id; with `model_base`, a folder whose config.json and mm_projector file, or LoRA
+            adapter, extend it.
+        model_base: folder or hub id of the model under a projector-only checkpoint or an adapter, else None; an adapter
+            without it is put over the base that it was trained on. Adapters are merged into unquantised weights.
         model_name: helps to tell the language model where config.json does not.
         load_8bit, load_4bit: quantise with bitsandbytes.
         device_map: as transformers'; "auto" uses CUDA where there is one.
@@ -167,10 +170,11 @@ def load_pretrained_model(
     kwargs.pop("multimodal", None)  # LLaVA-NeXT's evaluation passes it; every model here is
     on_cpu = not torch.cuda.is_available() or (isinstance(device_map, str) and device_map == "cpu")
     if load_8bit or load_4bit:
-        kwargs["quantization_config"] = _quantization(load_8bit, load_4bit)
+        kwargs["quantization_config"] = quantisation("load_8bit/load_4bit", 4 if load_4bit else 8)
     values = read_config(model_path)
-    if os.path.isfile(os.path.join(model_path, "adapter_config.json")):
-        raise LlavaError(f"{model_path}: a LoRA adapter; merge it into its base model before loading")
+    if is_lora(model_path):
+        model_base = _base_of_adapter(model_path, model_base)
+        values.pop("quantization_config", None)  # of the training run; the base's weights are not stored that way
     architecture = resolve_architecture(values, model_name, model_path, model_base)
     model_class, config_class = model_classes(architecture)
     config = customized_config
@@ -186,7 +190,7 @@ def load_pretrained_model(
         # transformers is about to write the base's name over the checkpoint's, in which this folder lies
         config.mm_vision_tower = os.path.join(model_path, config.mm_vision_tower)
     dtype = pick_dtype(torch_dtype, on_cpu)
-    model, lacks_compressor = _load_weights(
+    model, missing = _load_weights(
         model_class,
         model_base or model_path,
         with_projector=model_base is None,
@@ -196,9 +200,12 @@ def load_pretrained_model(
         attn_implementation=attn_implementation or best_attention(dtype, on_cpu),
         **kwargs,
     )
-    if model_base is not None:
+    if is_lora(model_path):
+        adapted = load_lora(model, model_path, missing)
+        model = adapted if load_8bit or load_4bit else adapted.merge_and_unload()
+    elif model_base is not None:
         _load_projector(model, model_path)
-    elif lacks_compressor:
+    elif any(".token_compressor." in key for key in missing):
         _start_compressor(model, model_path)
     tokenizer = load_tokenizer(model_base or model_path)
     model.eval()
@@ -232,21 +239,22 @@ def _load_weights(model_class, source: str, with_projector: bool, **kwargs):
     """`from_pretrained` that refuses what it would fill with random numbers.
 
     Returns:
-        The model, and whether the checkpoint lacks the token compressor that its config asks for.
+        The model, and the names of weights that its folder must hold beside it: projector, newline, token compressor.
     """
     try:
         model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
     except (OSError, UnpicklingError, SafetensorError) as error:
         raise LlavaError(f"{source}: no usable weights ({str(error).splitlines()[0][:160]})") from None
+    outer = [key for key in info["missing_keys"] if any(f".{part}" in key for part in ADAPTER_KEYS)]
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.vision_tower."))
     if not with_projector:  # they come from the checkpoint over this base
-        missing = [key for key in missing if not key.startswith(tuple(f"model.{part}" for part in ADAPTER_KEYS))]
+        missing = [key for key in missing if key not in outer]
     if missing:
         raise LlavaError(
             f"{source}: the checkpoint lacks {len(missing)} weights of {model_class.__name__}, "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    return model, any(".token_compressor." in key for key in info["missing_keys"])
+    return model, outer
 
 
 def _start_compressor(model, folder: str):
@@ -274,20 +282,32 @@ def _load_projector(model, folder: str):
     load_adapter(model.get_model(), path)
 
 
-def _quantization(load_8bit, load_4bit):
+def _base_of_adapter(folder: str, given: str | None) -> str:
+    recorded = recorded_base(folder)
+    if given is None:
+        rank0_print(f"{folder}: a LoRA adapter, loaded over its base {recorded}")
+    elif recorded and os.path.basename(os.path.normpath(given)) != os.path.basename(os.path.normpath(recorded)):
+        rank0_print(f"note: {folder}: the adapter was trained on {recorded}, loaded over {given}")
+    if not (given or recorded):
+        raise LlavaError(f"{folder}: a LoRA adapter that does not name its base, expected model_base")
+    return given or recorded
+
+
+def quantisation(asked: str, bits: int, compute_dtype=torch.float16, quant_type="nf4", double_quant=True):
+    """bitsandbytes' configuration for a language model in 4 or 8 bits; `asked` says in an error what called for it."""
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
-        raise LlavaError("load_8bit/load_4bit: need the bitsandbytes package and a GPU it supports")
+        raise LlavaError(f"{asked}: needs the bitsandbytes package and a device it supports")
     # the vision side stays as it is: it is small, and its layers are called in ways quantised ones do not allow
-    skip = ["vision_tower", "mm_projector", "lm_head"]
-    if load_4bit:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype=torch.float16,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=skip,
-        )
-    return BitsAndBytesConfig(load_in_8bit=load_8bit, llm_int8_skip_modules=skip)
+    skip = ["model.vision_tower", "model.mm_projector", "lm_head"]
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant_type,
+        llm_int8_skip_modules=skip,
+    )

@@ -34,14 +34,17 @@ def find_adapter(folder: str) -> str | None:
 
 
 def adapter_state(named_parameters) -> dict[str, torch.Tensor]:
-    """Parameters of projector, newline and token compressor under LLaVA's names, on the CPU, whole under ZeRO-3 too.
+    """`gathered` of projector, newline and token compressor, under LLaVA's names."""
+    return gathered((k, v) for k, v in named_parameters if any(f".{key}" in f".{k}" for key in ADAPTER_KEYS))
+
+
+def gathered(named_parameters) -> dict[str, torch.Tensor]:
+    """Copies of parameters on the CPU, whole under ZeRO-3 too.
 
     A collective under ZeRO-3: every rank must call it.
     """
     state = {}
     for name, parameter in named_parameters:
-        if not any(f".{key}" in f".{name}" for key in ADAPTER_KEYS):
-            continue
         if hasattr(parameter, "ds_id"):
             from deepspeed import zero
 

@@ -11,6 +11,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.sampler import LengthGroupedSampler
 from llava.errors import LlavaError
 from llava.model.checkpoint import adapter_state, save_adapter
+from llava.model.lora import is_adapted, restore_lora, save_lora
 from llava.train.parts import is_adapter_only, split_by_learning_rate
 from llava.utils import rank0_print
 
@@ -107,6 +108,31 @@ class LLaVATrainer(Trainer):
         return optimizer
 
     # --- checkpoints ---
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As `Trainer`'s; of a model with LoRA adapters, what was trained. Every rank must call it."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not is_adapted(model):
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = output_dir or self.args.output_dir
+        save_lora(model, folder, write=self.args.should_save)
+        if self.args.should_save:
+            self.save_description(folder)
+
+    def save_description(self, folder: str) -> None:
+        """Config, tokenizer and image processor: what a folder without a whole model needs to be loaded."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.config.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        if model.get_vision_tower() is not None:
+            model.get_vision_tower().image_processor.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if is_adapted(self.model):
+            restore_lora(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

@@ -4,6 +4,7 @@ import torch.nn as nn
 
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
+from llava.model.lora import is_adapted, trains_under_lora
 from llava.model.multimodal_encoder.builder import uses_compression
 from llava.utils import rank0_print
 
@@ -52,15 +53,19 @@ def _tunable_parts(model_args, training_args) -> set[str]:
     return parts
 
 
-def set_trainable(model: nn.Module, parts: set[str]) -> None:
+def set_trainable(model: nn.Module, parts: set[str], lora_bias: str = "none") -> None:
     """Give gradients to the parameters of `parts` and to no others; print how many there are of each.
 
-    The tower's modules that have no part in its features stay frozen: an optimizer would only decay them.
+    The tower's modules that have no part in its features stay frozen: an optimizer would only decay them. In a model
+    with LoRA adapters the language model's part is what `trains_under_lora` says.
     """
+    adapted = is_adapted(model)
     counts = {part: 0 for part in TUNABLE_PARTS if any(part_of(name) == part for name, _ in model.named_parameters())}
     total = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts)
+        part = part_of(name)
+        whole = not adapted or part != "mm_language_model"
+        parameter.requires_grad_(part in parts and (whole or trains_under_lora(name, lora_bias)))
     tower = model.get_vision_tower()
     for module in tower.unused_modules() if tower is not None else ():
         module.requires_grad_(False)

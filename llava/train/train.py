@@ -44,6 +44,7 @@ def _train(model_args, data_args, training_args):
     from transformers import set_seed
 
     from llava.train.llava_trainer import LLaVATrainer
+    from llava.train.lora import adapt, check_lora, keep_trained_in_float32
     from llava.train.parts import set_trainable, tunable_parts
 
     if training_args.verbose_logging:
@@ -66,11 +67,16 @@ def _train(model_args, data_args, training_args):
         import deepspeed
 
         deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
-    set_seed(training_args.seed)  # projector, newline token and new embeddings are drawn here
+    parts = tunable_parts(model_args, training_args)
+    check_lora(training_args, parts)
+    set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     model, tokenizer = load_model(model_args, data_args, training_args)
     data = make_data(model, tokenizer, model_args, data_args, training_args)
-    parts = tunable_parts(model_args, training_args)
-    set_trainable(model, parts)
+    if training_args.lora_enable:
+        model = adapt(model, model_args, training_args)
+    set_trainable(model, parts, training_args.lora_bias)
+    if training_args.lora_enable and not training_args.deepspeed:
+        keep_trained_in_float32(model)
 
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, parts=parts, **data)
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, out)
@@ -134,16 +140,18 @@ def load_model(model_args, data_args, training_args):
 
     from llava.conversation import get_template
     from llava.model import builder
+    from llava.train.lora import check_no_adapter, quantisation_for
 
     path = model_args.model_name_or_path
     get_template(model_args.version)  # an unknown template is refused before any weight is read
     check_image_options(model_args.mm_patch_merge_type, data_args.image_aspect_ratio)
+    check_no_adapter(path)
     values = builder.read_config(path)
     architecture = architecture_for(model_args, values)
     model_class, config_class = builder.model_classes(architecture)
     config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
-    # DeepSpeed keeps float32 master weights beside bf16 ones; without it autocast does the half precision
-    low = training_args.bf16 and training_args.deepspeed
+    # DeepSpeed keeps float32 master weights beside bf16 ones, frozen weights need none; else autocast does the rest
+    low = training_args.bf16 and (training_args.deepspeed or training_args.lora_enable)
     dtype = torch.bfloat16 if low else torch.float32
     with readable_weights(path):
         model = model_class.from_pretrained(
@@ -152,6 +160,7 @@ def load_model(model_args, data_args, training_args):
             dtype=dtype,
             attn_implementation=attention_for(training_args),
             cache_dir=training_args.cache_dir,
+            quantization_config=quantisation_for(training_args),
         )
     model.config.use_cache = False
     tokenizer = builder.load_tokenizer(
@@ -239,12 +248,13 @@ def check_new_tokens(model_args, training_args, tokenizer):
     from llava.constants import DEFAULT_IM_START_TOKEN
     from llava.train.parts import is_adapter_only, tunable_parts
 
-    if not model_args.mm_use_im_start_end or not is_adapter_only(tunable_parts(model_args, training_args)):
+    adapter_only = is_adapter_only(tunable_parts(model_args, training_args))
+    if not model_args.mm_use_im_start_end or not (adapter_only or training_args.lora_enable):
         return
     if DEFAULT_IM_START_TOKEN not in tokenizer.get_vocab():
         raise LlavaError(
-            "mm_use_im_start_end: adds tokens whose embeddings a run that trains and saves the projector alone would "
-            "leave untrained and lose; train mm_language_model too (mm_tunable_parts) or leave it out in this stage"
+            "mm_use_im_start_end: adds tokens whose embeddings a run of the projector alone, or of LoRA adapters, "
+            "would leave untrained and lose; train mm_language_model whole or leave it out in this stage"
         )
 
 
@@ -313,9 +323,7 @@ def save(trainer, out: str):
     if is_adapter_only(trainer.parts):
         trainer.save_adapter(out)
         if is_rank0():
-            model.config.save_pretrained(out)
-            model.get_vision_tower().image_processor.save_pretrained(out)
-            trainer.processing_class.save_pretrained(out)
+            trainer.save_description(out)
     else:
         trainer.save_model(out)
     if is_rank0():

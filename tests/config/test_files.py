@@ -163,7 +163,6 @@ def test_yaml_scalars(files):
         ("vision_tower: a\nmm_vision_tower: b\n", ["train.yaml", "mm_vision_tower", "both"]),
         ("seed: [1\n", ["train.yaml", "line 2", "not valid YAML"]),
         ("- seed\n", ["train.yaml", "list"]),
-        ("lora_enable: true\n", ["train.yaml", "LoRA"]),
     ],
 )
 def test_faults_in_a_train_yaml(files, text, parts):

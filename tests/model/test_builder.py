@@ -307,7 +307,7 @@ def test_faults_are_one_line(tmp_path):
         broken: "no usable weights",
         bare: "no usable weights",
         mute: "no tokenizer",
-        lora: "LoRA adapter",
+        lora: "found peft_type None, expected LORA",
         homeless: "vision tower 'clip_tower'",
         typeless: "model_type 'bert'",
         nameless: "cannot tell the language model",

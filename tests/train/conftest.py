@@ -61,9 +61,9 @@ def spy(monkeypatch):
     seen.moved_parts = lambda: {parts.part_of(name) for name in moved()}
     set_trainable, save = parts.set_trainable, train.save
 
-    def watched_set_trainable(model, names):
+    def watched_set_trainable(model, *rest):
         seen.before = {name: value.detach().clone() for name, value in model.named_parameters()}
-        set_trainable(model, names)
+        set_trainable(model, *rest)
 
     def watched_save(trainer, out):
         seen.trainer = trainer

@@ -36,6 +36,13 @@ COMPRESSED = {  # stage 1 with a compressor, which trains behind a frozen tower
     "compression_input_size": 4,
     "compression_output_size": 2,
 }
+LORA = {  # over a whole checkpoint, with a tower that trains too
+    "model_name_or_path": "trained",
+    "lora_enable": True,
+    "lora_r": 4,
+    "lora_dropout": 0.0,
+    "gradient_checkpointing": True,
+}
 PROJECTOR_ALONE = {"mm_tunable_parts": "mm_mlp_adapter", "gradient_checkpointing": True}
 
 
@@ -69,12 +76,13 @@ def single(kit, tmp_path_factory):
         pytest.param(3, {"model_name_or_path": "trained"}, id="zero3-from-a-checkpoint", marks=DEEPSPEED),
         pytest.param(3, PROJECTOR_ALONE, id="zero3-projector", marks=DEEPSPEED),
         pytest.param(3, NATIVE, id="zero3-packed-native", marks=DEEPSPEED),
+        pytest.param(3, LORA, id="zero3-lora", marks=DEEPSPEED),
         pytest.param(3, COMPRESSED, id="zero3-compressor", marks=DEEPSPEED),
     ],
 )
 def test_two_processes_equal_one(kit, single, tmp_path, stage, changes):
     if "model_name_or_path" in changes:  # stage 2: tower, projector and newline come from a LLaVA checkpoint
-        changes = {"model_name_or_path": single()}
+        changes = changes | {"model_name_or_path": single()}
     if "vision_tower" in changes:  # named as the kit's
         changes = changes | {"vision_tower": getattr(kit, changes["vision_tower"])}
     expected = single(**changes)
@@ -89,7 +97,8 @@ def test_two_processes_equal_one(kit, single, tmp_path, stage, changes):
         assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5, (got, want)
 
     # what is saved is whole, and the same
-    name = "mm_projector.safetensors" if changes.get("mm_tunable_parts") == "mm_mlp_adapter" else "model.safetensors"
-    whole, other = load_file(expected / name), load_file(out / name)
-    assert whole.keys() == other.keys()
-    assert all(torch.allclose(whole[key], other[key], atol=1e-4) for key in whole)
+    names = ["mm_projector"] if changes.get("mm_tunable_parts") == "mm_mlp_adapter" else ["model"]
+    for name in ["adapter_model", "non_lora_trainables"] if "lora_enable" in changes else names:
+        whole, other = (load_file(folder / f"{name}.safetensors") for folder in (expected, out))
+        assert whole.keys() == other.keys()
+        assert all(torch.allclose(whole[key], other[key], atol=1e-4) for key in whole)
