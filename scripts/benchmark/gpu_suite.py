@@ -90,6 +90,35 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def start_report(args: argparse.Namespace, device: str) -> dict:
+    """What every report begins with, of the machine and the run; the machine is printed."""
+    from gpu_checks.measure import hardware
+
+    machine, packages = hardware(device), versions()
+    print(f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} CPU threads, {packages}", flush=True)
+    return {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "hardware": machine,
+        "versions": packages,
+        "commit": getattr(args, "commit", None) or commit(),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+    }
+
+
+def finish_report(report: dict, path: Path, passed: bool, fault: str) -> int:
+    """Write a benchmark's report and say so; the exit status, 1 with `fault` where it did not pass."""
+    write_json(report, path)
+    print(f"\nwritten to {path}")
+    if not passed:
+        print(f"error: {fault}", file=sys.stderr)
+    return 0 if passed else 1
+
+
+def write_json(content: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def write_report(path: Path, report: dict, results: list) -> None:
     report["passed"] = all(result.passed for result in results)
     report["checks"] = [
@@ -102,8 +131,7 @@ def write_report(path: Path, report: dict, results: list) -> None:
         }
         for result in results
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report, path)
 
 
 def choose(checks: dict, only: list[str] | None, skip: list[str]) -> list:
@@ -125,18 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     small = device == "cpu"
     context = registry.Context(device, small, args, ROOT, args.workdir.resolve())
-    hardware = measure.hardware(device)
-    report = {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "mode": "small shapes on a CPU" if small else "cuda",
-        "hardware": hardware,
-        "versions": versions(),
-        "commit": args.commit or commit(),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-    }
-    print(
-        f"{hardware.get('gpu') or hardware['cpu']}, {hardware['threads']} CPU threads, {report['versions']}", flush=True
-    )
+    report = start_report(args, device) | {"mode": "small shapes on a CPU" if small else "cuda"}
     start = time.monotonic()
     report["ceilings"] = measure.ceilings(device, small)
     print("     " + ", ".join(f"{name} {value:,.1f}" for name, value in report["ceilings"].items()), flush=True)

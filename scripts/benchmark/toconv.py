@@ -5,8 +5,6 @@ language model of random weights. Token counts are checked against the formula. 
 """
 
 import argparse
-import datetime
-import json
 import sys
 from pathlib import Path
 
@@ -99,28 +97,11 @@ def main(argv: list[str] | None = None) -> int:
     import gpu_suite
 
     device = gpu_suite.prepare_torch(args.device)
-    from gpu_checks.measure import hardware
-
     args.llm = args.llm or ("qwen2-7b" if device == "cuda" else "demo")
     args.tower = args.tower or ("clip-l336" if device == "cuda" else "demo")
-    report = {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(device),
-        "versions": gpu_suite.versions(),
-        "commit": gpu_suite.commit(),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-    }
-    machine = report["hardware"]
-    print(
-        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} CPU threads, torch {report['versions']['torch']}"
-    )
+    report = gpu_suite.start_report(args, device)
     report |= measure(args, device)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {args.output}")
-    if not report["passed"]:
-        print("error: a verdict failed", file=sys.stderr)
-    return 0 if report["passed"] else 1
+    return gpu_suite.finish_report(report, args.output, report["passed"], "a verdict failed")
 
 
 if __name__ == "__main__":

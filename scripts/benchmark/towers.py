@@ -4,8 +4,6 @@ All three run in one process with the same weights; their outputs are compared f
 """
 
 import argparse
-import datetime
-import json
 import sys
 from pathlib import Path
 
@@ -114,29 +112,12 @@ def main(argv: list[str] | None = None) -> int:
     import gpu_suite
 
     device = gpu_suite.prepare_torch(args.device)
-    from gpu_checks.measure import hardware
-
     args.preset = args.preset or ("vit-l" if device == "cuda" else "demo")
     images, sizes = PRESETS[args.preset]
     args.images, args.sizes = args.images if args.images is not None else images, tuple(args.sizes or sizes)
-    report = {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(device),
-        "versions": gpu_suite.versions(),
-        "commit": gpu_suite.commit(),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-    }
-    machine = report["hardware"]
-    print(
-        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} CPU threads, torch {report['versions']['torch']}"
-    )
+    report = gpu_suite.start_report(args, device)
     report |= measure(args, device)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {args.output}")
-    if not report["equal"]:
-        print("error: the sides' outputs differ", file=sys.stderr)
-    return 0 if report["equal"] else 1
+    return gpu_suite.finish_report(report, args.output, report["equal"], "the sides' outputs differ")
 
 
 if __name__ == "__main__":

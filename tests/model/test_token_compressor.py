@@ -12,6 +12,7 @@ from llava.model.multimodal_encoder.token_compressor import (
     PartialConv2d,
     TokenCompressor,
     compression_geometry,
+    grid_metadata,
     load_token_compressor,
 )
 from llava.tools.check_toconv import named_positions, partial_conv_at
@@ -349,6 +350,18 @@ def test_load_refuses(tmp_path, kind):
         load_token_compressor(made, str(path))
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
+def test_a_file_that_names_other_grids(tmp_path):
+    """24 -> 8 and 16 -> 8 have weights of the same shapes."""
+    path = tmp_path / "token_compressor.safetensors"
+    donor, other = TokenCompressor(24, 8, 32), TokenCompressor(16, 8, 32)
+    save_file(donor.state_dict(), path)
+    load_token_compressor(other, str(path))  # it does not say: taken
+    save_file(donor.state_dict(), path, grid_metadata(donor))
+    load_token_compressor(TokenCompressor(24, 8, 32), str(tmp_path))
+    with pytest.raises(LlavaError, match="compresses 24 -> 8 tokens a side, expected 16 -> 8"):
+        load_token_compressor(other, str(path))
 
 
 def test_load_names_what_is_not_there(tmp_path):

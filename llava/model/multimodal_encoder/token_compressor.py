@@ -9,6 +9,7 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 
 from llava.errors import LlavaError
 from llava.model.checkpoint import assign, read_weights
@@ -168,9 +169,11 @@ def load_token_compressor(compressor: TokenCompressor, path: str) -> None:
             checkpoint, of which only the compressor is taken. The published constant `mask_kernel` is ignored.
 
     Raises:
-        LlavaError: no such file, no file of tensors, or names and shapes that are not the compressor's.
+        LlavaError: no such file, no file of tensors, names and shapes that are not the compressor's, or grids that are
+            not, where the file names them: 24 -> 8 and 16 -> 8 have weights of the same shapes.
     """
     path = _weight_file(path)
+    _check_grids(compressor, path)
     found = _compressor_weights(path)
     parameters = dict(compressor.named_parameters())
     # under ZeRO-3 a parameter is empty and `ds_shape` is what it was
@@ -186,6 +189,27 @@ def load_token_compressor(compressor: TokenCompressor, path: str) -> None:
     for name, parameter in parameters.items():
         assign(parameter, found[name])
     compressor.reset_buffers()
+
+
+def grid_metadata(compressor: TokenCompressor) -> dict[str, str]:
+    """A compressor's grids, for the header of its .safetensors file."""
+    return {key: str(getattr(compressor, key)) for key in ("input_grid_size", "output_grid_size")}
+
+
+def _check_grids(compressor: TokenCompressor, path: str) -> None:
+    if not path.endswith(".safetensors") or not os.path.isfile(path):
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+    except SafetensorError:
+        return  # said where the weights are read
+    expected = grid_metadata(compressor)
+    if found.keys() >= expected.keys() and any(found[key] != value for key, value in expected.items()):
+        raise LlavaError(
+            f"{path}: compresses {found['input_grid_size']} -> {found['output_grid_size']} tokens a side, expected "
+            f"{expected['input_grid_size']} -> {expected['output_grid_size']}"
+        )
 
 
 def _weight_file(path: str) -> str:

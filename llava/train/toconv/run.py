@@ -12,7 +12,11 @@ from tqdm import tqdm
 
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder.builder import COMPRESSED, build_vision_tower
-from llava.model.multimodal_encoder.token_compressor import TokenCompressor, load_token_compressor
+from llava.model.multimodal_encoder.token_compressor import (
+    TokenCompressor,
+    grid_metadata,
+    load_token_compressor,
+)
 from llava.train.toconv.config import ToConvConfig
 from llava.train.toconv.images import ImageTokens, epoch_batches, find_images, hold_out, image_class
 from llava.train.toconv.objectives import OBJECTIVES
@@ -235,7 +239,8 @@ class ToConvRun:
             "mm_vision_select_layer": self.config.mm_vision_select_layer,
             "training": self.config.to_dict(),
         }
-        _replace(os.path.join(folder, "token_compressor.safetensors"), lambda path: save_file(weights, path))
+        grids = grid_metadata(self.compressor)
+        _replace(os.path.join(folder, "token_compressor.safetensors"), lambda path: save_file(weights, path, grids))
         _replace(os.path.join(folder, "config.json"), lambda path: _write_json(about, path))
         if name == "last":
             state = {
