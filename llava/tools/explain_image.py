@@ -77,6 +77,7 @@ def read_geometry(args, rest: list[str]):
     if args.grid is None and args.crop is not None and args.crop != geometry.CROP:
         raise LlavaError(f'--crop {args.crop}: expected a --grid of that crop, for example "(1x1),...,(2x2)"')
     options = {name: value for name, value in named.items() if value is not None}
+    options["source"] = "LLaVA-NeXT as published" if args.grid is None else "--grid"
     return geometry.plain_geometry(args.grid or geometry.GRID, crop, patch, **options), None
 
 

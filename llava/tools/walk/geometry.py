@@ -48,7 +48,9 @@ class Geometry:
         return VisualTokenCounter(self.rules, self.token_grid)
 
 
-def plain_geometry(grid: str, crop: int, patch: int, aspect_ratio: str = "anyres", kind: str = "spatial_unpad"):
+def plain_geometry(
+    grid: str, crop: int, patch: int, aspect_ratio: str = "anyres", kind: str = "spatial_unpad", source: str = "--grid"
+) -> Geometry:
     """A CLIP-like tower of `crop` pixels in patches of `patch`, with `grid` as its candidate resolutions."""
     from transformers import CLIPImageProcessorPil
 
@@ -67,7 +69,7 @@ def plain_geometry(grid: str, crop: int, patch: int, aspect_ratio: str = "anyres
         image_grid_pinpoints=[list(pair) for pair in parse_grid_pinpoints(grid, crop)],
     )
     return Geometry(
-        source="--grid, --crop and --patch",
+        source=source,
         processor=CLIPImageProcessorPil(size={"shortest_edge": crop}, crop_size={"height": crop, "width": crop}),
         rules=rules,
         token_grid=FixedGrid(crop // patch),
