@@ -109,7 +109,6 @@ def read_prompt(args, run) -> Prompt:
     tokenizer = load_tokenizer(source)
     if wrapped:
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    conversation.messages = []
     question = place_image(question, "mmtag" in conversation.version, wrapped)
     conversation.append_message(conversation.roles[0], question)
     conversation.append_message(conversation.roles[1], None)
