@@ -189,7 +189,7 @@ def draw_tokens(page: Page, walk: Walk, geometry) -> None:
         page.text(MARGIN, page.top, text)
         page.top += 50
         return
-    has_map = walk.cells is not None
+    has_map = walk.cells is not None and walk.map_tokens > 0
     left, room = MARGIN, (WIDTH - 2 * MARGIN, TOKENS_HEIGHT)
     if walk.base_tokens:
         base_room = ((WIDTH - 2 * MARGIN - GAP) // 3, TOKENS_HEIGHT)

@@ -133,7 +133,8 @@ def tokens(shape, crops: tuple[int, int], size: tuple[int, int], geometry) -> di
             unpadded = tuple(unpad_image(torch.zeros(1, *full), size).shape[1:])
         places = merged[merged[:, MAP] > 0.5][:, [ROW, COLUMN]]
         rows = len(places[:, 0].mul(1e6).round().unique())
-        cells = places.unflatten(0, (rows, -1))
+        # a photo so long that unpadding leaves no row or column has no map at all
+        cells = places.unflatten(0, (rows, -1)) if rows else places.new_zeros(*unpadded, 2)
         final = tuple(cells.shape[:2])
     return {
         "crop_tokens": per_crop,
