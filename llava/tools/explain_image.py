@@ -93,7 +93,8 @@ def read_prompt(args, run) -> Prompt:
     from llava.conversation import get_template
     from llava.data.turns import place_image
     from llava.mm_utils import tokenizer_image_token
-    from llava.model.builder import DEFAULT_TEMPLATES, context_length, load_tokenizer, read_config, resolve_architecture
+    from llava.model.builder import DEFAULT_TEMPLATES, load_tokenizer, read_config, resolve_architecture
+    from llava.serve.chat import context_limit
 
     source = args.model_path or (run and run["model_name_or_path"])
     if not source:
@@ -114,7 +115,7 @@ def read_prompt(args, run) -> Prompt:
     conversation.append_message(conversation.roles[1], None)
     text = conversation.get_prompt()
     ids = tokenizer_image_token(text, tokenizer)
-    limit = run["model_max_length"] if run else context_length(SimpleNamespace(**config))
+    limit = run["model_max_length"] if run else context_limit(SimpleNamespace(**config))
     count = sum(token != IMAGE_TOKEN_INDEX for token in ids)
     return Prompt(text, name, count, source, limit, "model_max_length" if run else "the checkpoint's context")
 

@@ -231,7 +231,7 @@ def mosaic(page: Page, colours: Image.Image, left: int, room, title: str, note: 
     """
     columns, rows = colours.width, colours.height
     extra = 1.6 if newlines or last else 0  # columns that the newlines and the gap before them take
-    cell = min(room[0] / (columns + extra), room[1] / rows, 24)
+    cell = min(room[0] / (columns + extra), room[1] / rows, 60)
     cell = int(cell) if cell >= 4 else cell
     size = max(1, round(columns * cell)), max(1, round(rows * cell))
     x = left + round((room[0] - size[0] - extra * cell) / 2)
