@@ -341,9 +341,9 @@ def get_template(name: str) -> Conversation:
     raise LlavaError(f"unknown conversation template {name!r}: did you mean {near[0]!r}? One of {known}")
 
 
-def stop_strings(name: str) -> list[str]:
-    """The texts that end an answer under the template called `name` (LlavaError: no such template)."""
-    template = get_template(name)
+def stop_strings(template: str | Conversation) -> list[str]:
+    """The texts that end an answer under a template, given itself or by name (LlavaError: no such template)."""
+    template = get_template(template) if isinstance(template, str) else template
     if template.stop_str:
         return [template.stop_str] if isinstance(template.stop_str, str) else list(template.stop_str)
     sep = template.sep if template.sep2 is None else template.sep2

@@ -22,6 +22,17 @@ from llava.text_encoding import text_encoder
 # --- image geometry ---------------------------------------------------------------------------------------------------
 
 
+def resolution_fit(original_size, resolution):
+    """(effective, wasted) pixels of an image fitted into a candidate resolution, both sizes (width, height).
+
+    Effective: what the image holds after scaling, but no more than it had. Wasted: the rest of the candidate.
+    """
+    width, height = original_size
+    scale = min(resolution[0] / width, resolution[1] / height)
+    effective = min(int(width * scale) * int(height * scale), width * height)
+    return effective, resolution[0] * resolution[1] - effective
+
+
 def select_best_resolution(original_size, possible_resolutions):
     """The candidate that keeps most of the image, then wastes least (LLaVA-NeXT "anyres").
 
@@ -32,12 +43,10 @@ def select_best_resolution(original_size, possible_resolutions):
     Returns:
         (width, height) of the best candidate; the earliest one on a tie.
     """
-    width, height = original_size
 
     def score(candidate):
-        scale = min(candidate[0] / width, candidate[1] / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - candidate[0] * candidate[1]
+        effective, wasted = resolution_fit(original_size, candidate)
+        return effective, -wasted
 
     return tuple(max(possible_resolutions, key=score))
 

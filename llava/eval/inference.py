@@ -1,6 +1,6 @@
 """A checkpoint ready to answer: prompts and pictures in, texts out. Evaluation, prediction and chat share it."""
 
-from llava.conversation import Conversation
+from llava.conversation import Conversation, stop_strings
 from llava.errors import LlavaError
 
 
@@ -49,8 +49,19 @@ class Inference:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's and the template's."""
+        special = self._added_tokens()
         ids = {self.tokenizer.eos_token_id, *(self.template.stop_token_ids or ())}
+        ids |= {special[text] for text in stop_strings(self.template) if text in special}
         return sorted(i for i in ids if i is not None)
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """Texts that end an answer: the template's separators that are no token of their own, such as v0's `###`."""
+        special = self._added_tokens()
+        return [text for text in stop_strings(self.template) if text not in special]
+
+    def _added_tokens(self) -> dict[str, int]:
+        return getattr(self.tokenizer, "added_tokens_encoder", {})
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of a prompt, IMAGE_TOKEN_INDEX for every `<image>`."""
@@ -97,14 +108,26 @@ class Inference:
             prompts, pictures: as `inputs` takes them.
             **options: of transformers' `generate`; greedy without any.
         """
+        return self.answer(self.inputs(prompts, pictures), **options)
+
+    def answer(self, inputs: dict, **options) -> list[str]:
+        """The answers to prepared inputs: as `generate`, for one who looks at the inputs first."""
         import torch
 
+        from llava.mm_utils import KeywordsStoppingCriteria
+
         options = {"do_sample": False, **options}
+        if self.stop_texts:
+            criterion = KeywordsStoppingCriteria(self.stop_texts, self.tokenizer, inputs["input_ids"])
+            options["stopping_criteria"] = [*options.get("stopping_criteria", ()), criterion]
         with torch.inference_mode():
             new = self.model.generate(
-                **self.inputs(prompts, pictures),
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.tokenizer.pad_token_id,
-                **options,
+                **inputs, eos_token_id=self.stop_ids, pad_token_id=self.tokenizer.pad_token_id, **options
             )
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return [self.cut(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def cut(self, text: str) -> str:
+        """Generated text up to the first of `stop_texts`, without blanks at its ends."""
+        for stop in self.stop_texts:
+            text = text.split(stop, 1)[0]
+        return text.strip()

@@ -1,0 +1,1 @@
+"""Parts of `python -m llava.tools.explain_image`."""

@@ -1,0 +1,197 @@
+"""What a model does with a photo, as far as its config says: found without any weights.
+
+The tower is built by the class that a training run would take, on PyTorch's meta device, so that its token layout,
+compression and image processor are the real ones.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from llava.errors import LlavaError
+
+# LLaVA-NeXT as published (CLIP ViT-L/14 at 336 pixels), for a call that names nothing else
+GRID = "[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]"
+CROP, PATCH = 336, 14
+# (crop, patch) of towers in this project's own configs that no released LLaVA checkpoint has
+KNOWN = {"lmms-lab-encoder/onevision-encoder-large": (448, 14)}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All that decides what becomes of a photo.
+
+    source: where it comes from, for people.
+    processor: the tower's image processor.
+    rules: the model's `MergeRules`.
+    token_grid: (height, width) of a crop in pixels -> (tokens, (h, w) or None), after tower and projector.
+    native: the model's `NativeResolution` where images keep their size, else None.
+    patch: pixels of the encoder's patch.
+    layout: how tokens are made of patches, for people.
+    stock: whether transformers has a model of this make.
+    """
+
+    source: str
+    processor: object
+    rules: object
+    token_grid: Callable
+    native: object
+    patch: int
+    layout: str
+    stock: bool
+
+    def counter(self):
+        from llava.model.visual_merge import VisualTokenCounter
+
+        return VisualTokenCounter(self.rules, self.token_grid)
+
+
+def plain_geometry(
+    grid: str, crop: int, patch: int, aspect_ratio: str = "anyres", kind: str = "spatial_unpad", source: str = "--grid"
+) -> Geometry:
+    """A CLIP-like tower of `crop` pixels in patches of `patch`, with `grid` as its candidate resolutions."""
+    from transformers import CLIPImageProcessorPil
+
+    from llava.mm_utils import parse_grid_pinpoints
+    from llava.model.multimodal_encoder.base import FixedGrid
+    from llava.model.visual_merge import MergeRules
+
+    check_options(kind, aspect_ratio)
+    if not 0 < patch <= crop:
+        raise LlavaError(f"--crop, --patch: found {crop}, {patch}, expected pixels, the patch not above the crop")
+    if aspect_ratio == "native":
+        raise LlavaError("image_aspect_ratio native: needs a tower's own rules; expected --config or --model-path")
+    rules = MergeRules(
+        mm_patch_merge_type=kind,
+        image_aspect_ratio=aspect_ratio,
+        image_grid_pinpoints=[list(pair) for pair in parse_grid_pinpoints(grid, crop)],
+    )
+    return Geometry(
+        source=source,
+        processor=CLIPImageProcessorPil(size={"shortest_edge": crop}, crop_size={"height": crop, "width": crop}),
+        rules=rules,
+        token_grid=FixedGrid(crop // patch),
+        native=None,
+        patch=patch,
+        layout=f"patch {patch} px",
+        stock=True,
+    )
+
+
+def run_geometry(run, crop: int | None = None, patch: int | None = None) -> Geometry:
+    """What a training run would do; `run` is a resolved `llava.config` run, `crop` and `patch` as `config_geometry`."""
+    values = {name: run[name] for name in run.settings}
+    if not values.get("vision_tower"):
+        raise LlavaError(f"{run.config or 'command line'}: names no vision_tower, expected one")
+    cfg = SimpleNamespace(**values, mm_vision_tower=values["vision_tower"])
+    stored = _stored_tower(values["model_name_or_path"], values["vision_tower"])
+    return config_geometry(SimpleNamespace(**{**vars(cfg), **stored}), run.config or "the command line", crop, patch)
+
+
+def _stored_tower(checkpoint: str | None, tower: str) -> dict:
+    """The tower's configs out of a checkpoint folder that a run starts from, where it is the same tower."""
+    path = os.path.join(checkpoint or "", "config.json")
+    if not checkpoint or not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if content.get("mm_vision_tower") != tower:
+        return {}
+    return {key: content.get(key) for key in ("mm_vision_config", "mm_image_processor_config")}
+
+
+def checkpoint_geometry(path: str, crop: int | None = None, patch: int | None = None, changes=None) -> Geometry:
+    """What a checkpoint does; folder or hub id. `changes`: config values to use in place of its own."""
+    from llava.model.builder import make_config, model_classes, read_config, resolve_architecture
+
+    values = read_config(path)
+    _, config_class = model_classes(resolve_architecture(values, path))
+    config = make_config(path, config_class, values, changes)
+    if not getattr(config, "mm_vision_tower", None):
+        raise LlavaError(f"{path}: names no vision tower, expected a checkpoint of a model that sees")
+    return config_geometry(config, path, crop, patch)
+
+
+def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None = None) -> Geometry:
+    """From a model's config, or anything with its attributes.
+
+    Args:
+        crop, patch: pixels, for a tower whose own config is out of reach.
+    """
+    from llava.mm_utils import NativeResolution, parse_grid_pinpoints, processor_sides
+    from llava.model.multimodal_encoder.builder import tower_type
+    from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
+    from llava.model.visual_merge import MergeRules
+
+    rules = MergeRules.from_config(cfg)
+    check_options(rules.mm_patch_merge_type, rules.image_aspect_ratio)
+    tower = empty_tower(cfg, crop, patch)
+    cfg.mm_vision_config = tower.config.to_dict()
+    if rules.native and not tower.any_size:
+        raise LlavaError(f"image_aspect_ratio native: the tower {cfg.mm_vision_tower} takes images of one size")
+    if "anyres" in rules.image_aspect_ratio:  # a range is counted in crops of the whole image's side, as in training
+        cfg.image_grid_pinpoints = parse_grid_pinpoints(
+            getattr(cfg, "image_grid_pinpoints", None), processor_sides(tower.image_processor)[1]
+        )
+        rules = MergeRules.from_config(cfg)
+    projector = getattr(cfg, "mm_projector_type", None) or "linear"
+    kind, compressor = tower_type(cfg, cfg.mm_vision_tower), tower.token_compressor
+    parts = [f"{cfg.mm_vision_tower} ({kind}), patch {tower.config.patch_size} px"]
+    if compressor is not None:
+        parts.append(
+            f"compressed {compressor.input_grid_size}x{compressor.input_grid_size} -> "
+            f"{compressor.output_grid_size}x{compressor.output_grid_size}"
+        )
+    parts.append(f"projector {projector}" + (", which merges four tokens to one" if projector in MERGERS else ""))
+    return Geometry(
+        source=source,
+        processor=tower.image_processor,
+        rules=rules,
+        token_grid=ProjectedGrid(tower.token_grid, projector),
+        native=NativeResolution.from_config(cfg),
+        patch=tower.config.patch_size,
+        layout="; ".join(parts),
+        stock=kind in ("clip", "siglip") and compressor is None and projector not in MERGERS,
+    )
+
+
+def check_options(kind: str, aspect_ratio: str) -> None:
+    """Refuse an unknown merge kind or image handling, as training does."""
+    from llava.train.train import check_image_options
+
+    check_image_options(kind, aspect_ratio)
+
+
+def empty_tower(cfg, crop: int | None = None, patch: int | None = None):
+    """The config's vision tower without weights.
+
+    Raises:
+        LlavaError: its config is out of reach; `crop` and `patch`, if given, stand in for it.
+    """
+    import torch
+
+    from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower, tower_type
+    from llava.model.multimodal_encoder.published import PUBLISHED
+
+    name = cfg.mm_vision_tower
+    if (crop is None) != (patch is None):
+        raise LlavaError("--crop and --patch: found one of them, expected both or neither")
+    if crop is None and getattr(cfg, "mm_vision_config", None) is None:  # what is known needs no network
+        crop, patch = KNOWN.get(name, (None, None))
+        if name in PUBLISHED:
+            cfg.mm_vision_config, cfg.mm_image_processor_config = PUBLISHED[name]
+    if crop is not None:
+        processor_class = TOWERS[tower_type(cfg, name)].load().processor_class
+        by_edge = "shortest_edge" in dict(processor_class().size)
+        square = {"height": crop, "width": crop}
+        cfg.mm_vision_config = {"image_size": crop, "patch_size": patch}
+        cfg.mm_image_processor_config = {"size": {"shortest_edge": crop} if by_edge else square, "crop_size": square}
+    try:
+        with torch.device("meta"):
+            return build_vision_tower(cfg, delay_load=True)
+    except LlavaError as error:
+        if crop is None and "no usable" in str(error):
+            raise LlavaError(f"{error}; --crop and --patch (in pixels) stand in for it") from None
+        raise
