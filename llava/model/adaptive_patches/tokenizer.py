@@ -38,7 +38,7 @@ class PatchTokenizer:
         mean, std: what the images were normalised with, one number a channel, of pixels as 0..1.
         method: importance: entropy, laplacian, reconstruction (also called upsample_mse).
         patch_selection_method: v1, v2 or budget.
-        alpha: for v2 the threshold over the mean importance, for budget the share of base patches; v1 has no use for it.
+        alpha: v2: threshold over the mean importance; budget: share of the base patches; v1 does not use it.
 
     Raises:
         LlavaError: values that cannot be. The reconstruction error of every base patch is 0, and a budget is spent by
