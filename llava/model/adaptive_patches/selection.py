@@ -79,7 +79,7 @@ def select_patches_by_budget(maps, alpha=None, budget=None):
     tokens less, unless the cover to start from needs more already: then that is the result.
 
     Args:
-        maps: {size: [B, h, w]}; only the base map's values count.
+        maps: {size: [B, h, w]}; scores are of the base map alone, the others tell only what sticks out.
         alpha: budget as a share of the base grid, Python's round(alpha * H1 * W1) (halves to even); above 1 acts as 1.
             A number, or one for each image.
         budget: the budget itself in tokens, a whole number or one for each image; more than H1 * W1 acts as that.

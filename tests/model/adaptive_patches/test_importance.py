@@ -72,8 +72,10 @@ def test_entropy_of_patches_done_by_hand():
 
 
 def test_grey_levels_beyond_the_ends_count_in_the_last_bins():
-    pixels = torch.tensor([-5.0, 0, 0.2, 255.5, 255.7, 300]).repeat_interleave(6).view(1, 1, 6, 6)
-    assert patch_entropy(pixels, 6, 1)[6].item() == 1.0  # half in the first, half in the last
+    pixels = torch.tensor([-5.0, 0, 255.2, 300, 255.7, 0.4]).repeat_interleave(6).view(1, 1, 6, 6)
+    # bins 0, 0, 510, 511, 511, 0
+    expected = 1 / 2 + 1 / 3 * math.log2(3) + 1 / 6 * math.log2(6)
+    assert patch_entropy(pixels, 6, 1)[6].item() == pytest.approx(expected, abs=6e-7)
 
 
 def test_order_of_pixels_does_not_change_entropy():

@@ -39,7 +39,7 @@ def any_maps(draw):
     maps = random_maps(height, width, num_scales, batch=3, seed=seed, kinds=kinds)
     if draw(st.booleans()):  # the image ends inside the last row or column of cells
         edge = draw(st.sampled_from([(slice(None), -1), (slice(None), slice(None), -1)]))
-        for size in maps:
+        for size in draw(st.sampled_from([list(maps), [14], [max(maps)]])):  # or the maps do not agree on it
             maps[size][edge] = 1e6
     return maps
 
@@ -201,6 +201,14 @@ def test_sums_that_are_equal_only_without_rounding_are_ties():
         for left, right in [((0.1, 0.2, 0.3, 0.6), (0.6, 0.3, 0.2, 0.1)), ((0.6, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.6))]:
             maps[14] = torch.tensor([[[*left[:2], *right[:2]], [*left[2:], *right[2:]]]], dtype=dtype)
             assert select_patches_by_budget(maps, budget=5)[1][0, 0].tolist() == [1, 1, 2, 2]
+
+
+def test_importances_of_any_scale_are_told_apart():
+    maps = {14: torch.zeros(1, 2, 6, dtype=torch.float64), 28: torch.zeros(1, 1, 3)}
+    for values in ([1e-8, 3e-8, 2e-8], [9e5, 999_999.0, 999_998.0], [-5.0, 0.0, -4.0], [-1e12, 5.0, 0.0]):
+        maps[14][0] = torch.tensor(values, dtype=torch.float64).repeat_interleave(2)
+        assert select_patches_by_budget(maps, budget=6)[1][0, 0, ::2].tolist() == [2, 1, 2]
+        assert select_patches_by_budget(maps, budget=9)[1][0, 0, ::2].tolist() == [2, 1, 1]
 
 
 def test_more_alpha_only_splits_more_under_budget_and_less_under_v2():
