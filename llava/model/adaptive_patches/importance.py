@@ -10,6 +10,7 @@ a chain of single operations that IEEE 754 rounds in one way. Work goes band by 
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def patch_entropy(images, patch_size: int, num_scales: int = 3, bins: int = 512)
     if type(bins) is not int or bins < 1:
         raise LlavaError(f"bins: found {bins!r}, expected a positive whole number")
     sizes = [patch_size << level for level in range(num_scales)]
-    tables = [_count_logs(size**2, images.device) for size in sizes]
+    tables = [_count_logs(size**2).to(images.device) for size in sizes]
     maps, width = _empty_maps(images, sizes), images.shape[3] // patch_size
     for batch, top, bottom in _bands(images, patch_size, num_scales, max(bins, patch_size**2)):
         grey = _grey(images[batch, :, top:bottom, : width * patch_size])
@@ -179,10 +180,10 @@ def _histograms(grey, patch_size: int, bins: int):
     return torch.bincount(index.view(-1), minlength=batch * rows * columns * bins).view(batch, rows, columns, bins)
 
 
-def _count_logs(area: int, device):
-    """count * log2(count) for 0..area in fixed point, int64 [area + 1]."""
-    values = [0] + [round(count * math.log2(count) * LOG_ONE) for count in range(1, area + 1)]
-    return torch.tensor(values, device=device)
+@lru_cache(maxsize=16)
+def _count_logs(area: int):
+    """count * log2(count) for 0..area in fixed point, int64 [area + 1]; made on the CPU, whatever uses it."""
+    return torch.tensor([0] + [round(count * math.log2(count) * LOG_ONE) for count in range(1, area + 1)])
 
 
 def _add_quads(values):
