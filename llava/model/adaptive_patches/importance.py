@@ -23,7 +23,7 @@ ENTROPY_STEP, PIXEL_STEP = 1e-6, 1e-9  # what importances are rounded to: in bit
 LOG_ONE = 1 << 32  # fixed point of count * log2(count): 10 bits below the rounding, room for patches of 8,192 pixels
 GREY_ONE = 1 << 16  # fixed point of grey levels: float32's own step at 128..255
 PIXEL_ONE = 4  # pixels are rounded to quarters of a level where they are resampled
-CPU_ENTRIES, GPU_ENTRIES = 1 << 19, 1 << 23  # numbers held at a time: what a cache takes; enough to fill a GPU
+CPU_ENTRIES, GPU_ENTRIES = 1 << 18, 1 << 23  # numbers held at a time: what a cache takes; enough to fill a GPU
 
 
 def patch_entropy(images, patch_size: int, num_scales: int = 3, bins: int = 512) -> dict[int, torch.Tensor]:
