@@ -1,0 +1,148 @@
+"""`PatchTokenizer`: from normalised images to the patches that are kept of them."""
+
+import torch
+
+from llava.errors import LlavaError
+from llava.model.adaptive_patches.importance import patch_entropy, patch_laplacian, patch_reconstruction_error
+from llava.model.adaptive_patches.layout import check_pixels, pooled_grid
+from llava.model.adaptive_patches.selection import (
+    budget_selection,
+    check_alpha,
+    check_thresholds,
+    select_patches_by_threshold,
+    select_patches_by_threshold_v2,
+    token_counts,
+)
+
+IMPORTANCES = {
+    "entropy": patch_entropy,
+    "laplacian": patch_laplacian,
+    "reconstruction": patch_reconstruction_error,
+    "upsample_mse": patch_reconstruction_error,  # its published name
+}
+SELECTIONS = ("v1", "v2", "budget")
+
+
+class PatchTokenizer:
+    """Importance, selection and patches of images with one set of choices.
+
+        maps = tokenizer.compute_importance_maps(images)
+        masks, labels, tokens = tokenizer.construct_masks(maps)
+        patches = tokenizer.construct_patch_groups(images, masks)
+
+    Args:
+        num_scales: how many patch sizes, each twice the one before.
+        base_patch_size: the smallest, in pixels.
+        thresholds: for v1, one for each size above the base, the smaller size first; [3.0, 2.0] is published for
+            entropy. The other selections do not use them.
+        mean, std: what the images were normalised with, one number a channel, of pixels as 0..1.
+        method: importance: entropy, laplacian, reconstruction (also called upsample_mse).
+        patch_selection_method: v1, v2 or budget.
+        alpha: v2: threshold over the mean importance; budget: share of the base patches; v1 does not use it.
+
+    Raises:
+        LlavaError: values that cannot be. The reconstruction error of every base patch is 0, and a budget is spent by
+            that of base patches, so these two do not go together.
+
+    After `construct_masks` with budget, `last_budget_info` is what `budget_selection` tells: tensors [B] by the names
+    base_tokens, base_small_tokens, budget, k, alpha and used_tokens; None with the other selections.
+    """
+
+    def __init__(
+        self,
+        num_scales: int,
+        base_patch_size: int,
+        thresholds,
+        mean,
+        std,
+        method: str = "entropy",
+        patch_selection_method: str = "v1",
+        alpha: float = 1.0,
+    ):
+        for name, value in {"num_scales": num_scales, "base_patch_size": base_patch_size}.items():
+            if type(value) is not int or value < 1:
+                raise LlavaError(f"{name}: found {value!r}, expected a positive whole number")
+        if method not in IMPORTANCES:
+            raise LlavaError(f"method: found {method!r}, expected {', '.join(IMPORTANCES)}")
+        if patch_selection_method not in SELECTIONS:
+            raise LlavaError(
+                f"patch_selection_method: found {patch_selection_method!r}, expected {', '.join(SELECTIONS)}"
+            )
+        if patch_selection_method == "budget" and IMPORTANCES[method] is patch_reconstruction_error:
+            raise LlavaError(
+                f"method: found {method!r} with patch_selection_method budget, expected entropy or laplacian: the "
+                "reconstruction error of all base patches is 0"
+            )
+        if thresholds is not None or patch_selection_method == "v1":
+            thresholds = check_thresholds(thresholds, num_scales)
+        self.num_scales, self.base_patch_size, self.thresholds = num_scales, base_patch_size, thresholds
+        self.mean, self.std = _channels("mean", mean), _channels("std", std)
+        if len(self.mean) != len(self.std) or 0 in self.std:
+            raise LlavaError(f"mean, std: found {mean!r}, {std!r}, expected as many of each, and no std of 0")
+        self.method, self.patch_selection_method = method, patch_selection_method
+        self.alpha = check_alpha(alpha, 1)[0]
+        self.last_budget_info: dict[str, torch.Tensor] | None = None
+
+    def compute_importance_maps(self, images) -> dict[int, torch.Tensor]:
+        """{size: float64 [B, ceil(H/size), ceil(W/size)]} of normalised images [B, C, H, W].
+
+        The pixels go back to whole numbers of 0..255, so that a picture has one importance whatever it was normalised
+        with. That needs float32: bfloat16 does not tell neighbouring grey levels apart.
+        """
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != len(self.mean):
+            found = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+            raise LlavaError(f"images: found {found}, expected a tensor [B, {len(self.mean)}, H, W]")
+        mean, std = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (self.mean, self.std))
+        pixels = images.float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255)
+        return IMPORTANCES[self.method](pixels, self.base_patch_size, self.num_scales)
+
+    def construct_masks(self, maps):
+        """Select patches.
+
+        Returns:
+            masks {size: bool [B, h, w]}, labels uint8 [B, H1, W1], and a list with the tokens of each image.
+        """
+        if isinstance(maps, dict) and set(maps) != set(self._sizes()):
+            raise LlavaError(f"maps: found sizes {sorted(maps)}, expected {self._sizes()}")
+        self.last_budget_info = None
+        if self.patch_selection_method == "v1":
+            masks, labels = select_patches_by_threshold(maps, self.thresholds)
+        elif self.patch_selection_method == "v2":
+            masks, labels = select_patches_by_threshold_v2(maps, self.alpha)
+        else:
+            masks, labels, self.last_budget_info = budget_selection(maps, self.alpha)
+        return masks, labels, token_counts(masks).tolist()
+
+    def construct_patch_groups(self, images, masks) -> dict[int, torch.Tensor]:
+        """Pixels of the kept patches, larger ones average-pooled to the base patch p.
+
+        Returns:
+            {size: [n, C, p, p]} in the order of the images and row-major within each; for one order over all sizes see
+            `kept_patches` and `pooled_patches`.
+
+        Raises:
+            LlavaError: images that end inside a base patch, masks of another grid.
+        """
+        images = check_pixels(images, self.base_patch_size)
+        groups = {}
+        for level, size in enumerate(self._sizes(), start=1):
+            grid = len(images), *(-(-side // size) for side in images.shape[2:])
+            if size not in masks or tuple(masks[size].shape) != grid:
+                found = list(masks[size].shape) if size in masks else "none"
+                raise LlavaError(f"masks: size {size}: found {found}, expected {list(grid)} for these images")
+            patches = pooled_grid(images, self.base_patch_size, level)
+            whole, rest = masks[size][:, : patches.shape[1], : patches.shape[2]], masks[size]
+            if int(whole.sum()) != int(rest.sum()):
+                raise LlavaError(f"masks: size {size}: found a patch that sticks out over the image")
+            groups[size] = patches[whole.bool()]
+        return groups
+
+    def _sizes(self) -> list[int]:
+        return [self.base_patch_size << level for level in range(self.num_scales)]
+
+
+def _channels(name: str, values) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise LlavaError(f"{name}: found {values!r}, expected one number a channel") from None

@@ -1,0 +1,1 @@
+"""Drawing for `python -m llava.tools.visualize_patches`."""

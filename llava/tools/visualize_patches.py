@@ -1,0 +1,223 @@
+"""Show which patch sizes a picture is cut into, and why.
+
+    python -m llava.tools.visualize_patches --input-image photo.jpg --patch-selection-method budget --alpha 0.3 \\
+        --output-dir out
+
+Each picture, resized to multiples of twice the patch size as Qwen2-VL does it, gives three PNG files in the output
+folder: NAME_patches (the picture with the outlines of its patches, a colour for each size), NAME_importance (a heat
+map) and NAME_side_by_side; small pictures are drawn enlarged. stats.json holds the figures of all. A folder is read
+without its subfolders. A picture that cannot be read is reported and left out; the exit status is then 1.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from llava.errors import LlavaError, report_errors
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMPORTANCES = ("entropy", "laplacian", "reconstruction")
+SELECTIONS = ("v1", "v2", "budget")
+ENTROPY_THRESHOLDS = (3.0, 2.0)  # published, for 28 and 56 pixels
+
+
+def find_pictures(path: str, output_dir: str) -> dict[str, Path]:
+    """{name of its results: file} of a picture or of a folder's pictures, sorted.
+
+    Raises:
+        LlavaError: there is nothing at `path`, or the results would lie among the pictures.
+    """
+    source = Path(path)
+    if source.is_file():
+        return {source.stem: source}
+    if not source.is_dir():
+        raise LlavaError(f"--input-image {path}: found no such file or folder")
+    if os.path.realpath(output_dir) == os.path.realpath(path):
+        raise LlavaError(f"--output-dir {output_dir}: is the folder of the pictures, expected another one")
+    files = sorted(file for file in source.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+    if not files:
+        raise LlavaError(f"--input-image {path}: found no pictures in the folder, expected {', '.join(ENDINGS)}")
+    stems = [file.stem for file in files]
+    return {file.stem if stems.count(file.stem) == 1 else file.name: file for file in files}
+
+
+def make_tokenizer(args):
+    """The `PatchTokenizer` that the options ask for, of pixels as 0..1."""
+    from llava.model.adaptive_patches import PatchTokenizer
+
+    thresholds = args.thresholds
+    if args.patch_selection_method == "v1" and thresholds is None:
+        if args.importance != "entropy" or args.num_scales > len(ENTROPY_THRESHOLDS) + 1:
+            raise LlavaError(
+                f"--thresholds: missing; those known, {ENTROPY_THRESHOLDS}, are of entropy in bits and 3 scales"
+            )
+        thresholds = ENTROPY_THRESHOLDS[: args.num_scales - 1]
+    if args.patch_selection_method != "v1" and args.alpha is None:
+        raise LlavaError(f"--alpha: missing, which {args.patch_selection_method} needs")
+    return PatchTokenizer(
+        args.num_scales,
+        args.patch_size,
+        thresholds,
+        (0, 0, 0),
+        (1, 1, 1),
+        method=args.importance,
+        patch_selection_method=args.patch_selection_method,
+        alpha=1.0 if args.alpha is None else args.alpha,
+    )
+
+
+def resized(image, patch_size: int, min_pixels: int, max_pixels: int):
+    """The picture in the size and with the filter of Qwen2-VL's image processor."""
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    try:
+        height, width = smart_resize(image.height, image.width, 2 * patch_size, min_pixels, max_pixels)
+    except ValueError as error:
+        raise LlavaError(f"found {image.width}x{image.height} pixels: {error}") from None
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def select(tokenizer, image):
+    """(importance maps, masks, labels) of one picture, without the batch."""
+    import numpy as np
+    import torch
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    maps = tokenizer.compute_importance_maps(pixels)
+    masks, labels, _ = tokenizer.construct_masks(maps)
+    return *({size: values[0] for size, values in part.items()} for part in (maps, masks)), labels[0]
+
+
+def draw(image, maps, labels, found: dict, importance: str) -> dict:
+    """The three panels by the ending of their file's name; `found` is what `figures` tells."""
+    from llava.model.adaptive_patches.importance import OUTSIDE
+    from llava.tools.patches.drawing import heat_panel, patch_panel, side_by_side, zoom_of
+
+    # of the base patches; their reconstruction error is 0, and the next size shows more
+    size = sorted(maps)[min(importance == "reconstruction", len(maps) - 1)]
+    values = maps[size].masked_fill(maps[size] >= OUTSIDE, math.nan).numpy()
+    known = values[values == values]
+    unit, highest = "", float(known.max()) if known.size else 0.0
+    if importance == "entropy":
+        unit, highest = ", bits", math.log2(min(size**2, 512))  # one scale for all pictures
+    zoom = zoom_of(*image.size)
+    title = f"{found['tokens']:,} of {found['all_tokens']:,} tokens ({found['retention']:.1%})"
+    counts = {int(size): count for size, count in found["counts"].items()}
+    patches = patch_panel(image, labels.numpy(), counts, zoom, title)
+    heat = heat_panel(values, size, highest, zoom, *image.size, f"{importance} of {size} px patches{unit}")
+    return {"patches": patches, "importance": heat, "side_by_side": side_by_side(patches, heat)}
+
+
+def figures(original, image, masks, tokenizer) -> dict:
+    """What stats.json tells of one picture."""
+    counts = {str(size): int(mask.sum()) for size, mask in masks.items()}
+    tokens, all_tokens = sum(counts.values()), masks[tokenizer.base_patch_size].numel()
+    small = counts[str(tokenizer.base_patch_size)]
+    info = tokenizer.last_budget_info
+    return {
+        "size": list(original.size),
+        "resized": list(image.size),
+        "counts": counts,
+        "tokens": tokens,
+        "all_tokens": all_tokens,
+        "retention": tokens / all_tokens,
+        "target_retention": None if info is None else min(info["alpha"].item(), 1.0),
+        # behind a merger of 2x2 base patches, where a larger patch is one token as well
+        "merged_tokens": small // 4 + tokens - small,
+        "all_merged_tokens": all_tokens // 4,
+        "budget": None if info is None else {name: values.item() for name, values in info.items()},
+    }
+
+
+def line_of(name: str, found: dict) -> str:
+    """One picture's line on the terminal."""
+    target = found["target_retention"]
+    counts = ", ".join(f"{count} of {size} px" for size, count in found["counts"].items())
+    words = [
+        f"{name}: {found['resized'][0]}x{found['resized'][1]} px",
+        f"target {target:.1%}" if target is not None else "no target",
+        f"real {found['retention']:.1%} ({found['tokens']} of {found['all_tokens']} tokens: {counts})",
+        f"merged 2x2 {found['merged_tokens']} of {found['all_merged_tokens']}",
+    ]
+    if target is not None and found["budget"]["budget"] < found["budget"]["base_tokens"]:
+        words.append(f"the largest patches alone are {found['budget']['base_tokens']} tokens")
+    return ", ".join(words)
+
+
+def visualize(name: str, file: Path, tokenizer, args) -> dict:
+    """Write one picture's panels; returns its figures."""
+    from llava.data.images import load_image
+
+    original = load_image(str(file))
+    try:
+        image = resized(original, args.patch_size, args.min_pixels, args.max_pixels)
+    except LlavaError as error:
+        raise LlavaError(f"image {file}: {error}") from None
+    maps, masks, labels = select(tokenizer, image)
+    found = figures(original, image, masks, tokenizer)
+    for ending, panel in draw(image, maps, labels, found, args.importance).items():
+        panel.save(os.path.join(args.output_dir, f"{name}_{ending}.png"))
+    return {"file": file.name, **found}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.tools.visualize_patches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input-image", required=True, metavar="P", help=f"a picture, or a folder of {', '.join(ENDINGS)}")
+    add("--output-dir", required=True, metavar="D", help="folder for the results, made where it is missing")
+    add("--patch-selection-method", choices=SELECTIONS, default="budget", help="default: budget")
+    add("--alpha", type=float, help="budget: share of the tokens to keep; v2: threshold over the mean importance")
+    add(
+        "--thresholds",
+        type=float,
+        nargs="*",
+        metavar="T",
+        help="v1: one for each larger size (default for entropy: 3 2)",
+    )
+    add("--importance", choices=IMPORTANCES, default="entropy", help="default: entropy")
+    add("--patch-size", type=int, default=14, help="smallest patch in pixels (default: 14)")
+    add("--num-scales", type=int, default=3, help="how many sizes, each twice the one before (default: 3)")
+    add("--min-pixels", type=int, default=56 * 56, help="smaller pictures are enlarged (default: 3136, as Qwen2-VL)")
+    add("--max-pixels", type=int, default=28 * 28 * 1280, help="larger ones reduced (default: 1003520, as Qwen2-VL)")
+    return parser
+
+
+@report_errors
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    pictures = find_pictures(args.input_image, args.output_dir)
+    tokenizer = make_tokenizer(args)
+    if not (2 * args.patch_size) ** 2 <= args.min_pixels <= args.max_pixels:
+        raise LlavaError(
+            f"--min-pixels, --max-pixels: found {args.min_pixels}, {args.max_pixels}, expected the first not above the "
+            f"second, and at least {(2 * args.patch_size) ** 2}"
+        )
+    os.makedirs(args.output_dir, exist_ok=True)
+    found, failed = [], []
+    for name, file in pictures.items():
+        try:
+            found.append(visualize(name, file, tokenizer, args))
+        except LlavaError as error:
+            failed.append({"file": file.name, "error": str(error)})
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        print(line_of(file.name, found[-1]), flush=True)
+    options = {key: value for key, value in vars(args).items() if key not in ("input_image", "output_dir")}
+    options["thresholds"] = tokenizer.thresholds
+    with open(os.path.join(args.output_dir, "stats.json"), "w") as file:
+        json.dump({"options": options, "pictures": found, "failed": failed}, file, indent=1, sort_keys=True)
+        file.write("\n")
+    print(f"{len(found)} of {len(pictures)} pictures in {args.output_dir}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""`python -m llava.tools.visualize_patches`: files, figures, colours of the lines, faults."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.data.images import load_image
+from llava.model.adaptive_patches import patch_entropy, select_patches_by_budget, select_patches_by_threshold_v2
+from llava.tools.patches.drawing import COLOURS, SEAM, heat_panel, patch_panel, zoom_of
+from llava.tools.visualize_patches import main, resized
+from tests.model.adaptive_patches.pictures import GOLDEN
+
+
+def run(tmp_path, *flags, source=GOLDEN / "image_2.png"):
+    """(exit status, stats.json)."""
+    out = tmp_path / "out"
+    status = main(["--input-image", str(source), "--output-dir", str(out), *map(str, flags)])
+    return status, json.loads((out / "stats.json").read_text())
+
+
+def pixels_of(path):
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
+
+
+def test_a_budget_on_one_picture(tmp_path, capsys):
+    status, stats = run(tmp_path, "--patch-selection-method", "budget", "--alpha", 0.3)
+    assert status == 0 and stats["failed"] == []
+    masks, _ = select_patches_by_budget(patch_entropy(pixels_of(GOLDEN / "image_2.png"), 14), 0.3)
+    counts = {str(size): int(mask.sum()) for size, mask in masks.items()}
+    assert stats["pictures"] == [
+        {
+            "file": "image_2.png",
+            "size": [224, 224],
+            "resized": [224, 224],
+            "counts": counts,
+            "tokens": 76,
+            "all_tokens": 256,
+            "merged_tokens": counts["14"] // 4 + counts["28"] + counts["56"],
+            "all_merged_tokens": 64,
+            "retention": 76 / 256,
+            "target_retention": 0.3,
+            "budget": {
+                "base_tokens": 16, "base_small_tokens": 256, "budget": 77, "k": 20, "alpha": 0.3, "used_tokens": 76,
+            },
+        }
+    ]  # fmt: skip
+    assert stats["options"]["alpha"] == 0.3 and stats["options"]["patch_selection_method"] == "budget"
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 and "target 30.0%, real 29.7% (76 of 256 tokens" in out[0]
+    names = {"image_2_patches.png", "image_2_importance.png", "image_2_side_by_side.png", "stats.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    patches, heat, both = (
+        Image.open(tmp_path / "out" / f"image_2_{name}.png") for name in ("patches", "importance", "side_by_side")
+    )
+    assert both.width >= patches.width + heat.width and both.height == max(patches.height, heat.height)
+    assert patches.width == 5 * 224  # 1,200 / 224, rounded
+
+
+def test_v2_and_another_size_of_patches(tmp_path, capsys):
+    flags = ["--patch-selection-method", "v2", "--alpha", 0.9, "--patch-size", 16, "--num-scales", 2]
+    _, stats = run(tmp_path, *flags)
+    found = stats["pictures"][0]
+    masks, _ = select_patches_by_threshold_v2(patch_entropy(pixels_of(GOLDEN / "image_2.png"), 16, 2), 0.9)
+    assert found["counts"] == {str(size): int(mask.sum()) for size, mask in masks.items()}
+    assert found["target_retention"] is None and found["budget"] is None
+    assert "no target, real" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("importance, thresholds", [("laplacian", (0.3, 0.2)), ("reconstruction", (0.002, 0.001))])
+def test_other_importances(tmp_path, importance, thresholds):
+    flags = ["--patch-selection-method", "v1", "--importance", importance, "--thresholds", *thresholds]
+    _, stats = run(tmp_path, *flags)
+    assert all(stats["pictures"][0]["counts"].values())
+    assert stats["options"]["thresholds"] == list(thresholds)
+    heat = Image.open(tmp_path / "out" / "image_2_importance.png").crop((0, 0, 1120, 1120))
+    assert len(heat.getcolors(100_000)) > 20
+
+
+def test_a_budget_below_the_largest_patches_says_so(tmp_path, capsys):
+    run(tmp_path, "--alpha", 0.01)
+    assert "target 1.0%, real 6.2%" in (line := capsys.readouterr().out) and "alone are 16 tokens" in line
+
+
+def test_a_folder_with_a_broken_file(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image = Image.open(GOLDEN / "image_2.png").resize((120, 90))
+    for ending in ("jpg", "png", "webp", "bmp", "tiff"):
+        image.save(folder / f"a_{ending}.{ending}")
+    image.save(folder / "same.jpg")
+    image.convert("L").save(folder / "same.png")
+    image.convert("RGBA").save(folder / "rgba.png")
+    image.convert("P").save(folder / "palette.PNG")
+    data = (folder / "same.jpg").read_bytes()
+    (folder / "broken.jpg").write_bytes(data[: len(data) // 2])
+    Image.new("RGB", (402, 2)).save(folder / "thin.png")
+    (folder / "notes.txt").write_text("not a picture")
+    status, stats = run(tmp_path, "--alpha", 0.5, source=folder)
+    assert status == 1
+    assert [entry["file"] for entry in stats["failed"]] == ["broken.jpg", "thin.png"]
+    assert "broken.jpg: found one that cannot be read" in stats["failed"][0]["error"]
+    files = ["a_bmp.bmp", "a_jpg.jpg", "a_png.png", "a_tiff.tiff", "a_webp.webp", "palette.PNG", "rgba.png"]
+    assert [entry["file"] for entry in stats["pictures"]] == [*files, "same.jpg", "same.png"]
+    # two of one name but for the ending do not write over each other
+    assert len(list((tmp_path / "out").glob("*_patches.png"))) == 9
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 2 and "error: image" in captured.err
+    assert captured.out.splitlines()[-1].startswith("9 of 11 pictures in ")
+
+
+def test_runs_are_equal(tmp_path):
+    run(tmp_path, "--alpha", 0.4)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    run(tmp_path, "--alpha", 0.4)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == first
+
+
+def test_the_size_is_that_of_the_stock_image_processor():
+    from transformers import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil()
+    for size in [(300, 200), (1900, 1100), (30, 31)]:
+        image = Image.effect_noise(size, 60).convert("RGB")
+        _, rows, columns = processor(image, return_tensors="pt")["image_grid_thw"][0].tolist()
+        assert resized(image, 14, 56 * 56, 28 * 28 * 1280).size == (14 * columns, 14 * rows)
+
+
+def test_lines_enclose_the_patches_of_each_level():
+    labels = np.full((4, 8), 3, dtype=np.uint8)
+    labels[:, 4:6], labels[:, 6:] = 2, 1
+    panel = patch_panel(Image.new("RGB", (112, 56), (200, 200, 200)), labels, {14: 8, 28: 2, 56: 1}, 4, "title")
+    pixels = np.asarray(panel)[: 56 * 4]
+    colours = {level: (pixels == COLOURS[level - 1]).all(-1) for level in (1, 2, 3)}
+    for level, left, size in [(3, 0, 224), (2, 224, 112), (1, 336, 56)]:
+        block = colours[level][:size, left : left + size]
+        assert block[0].all() and block[-1].all() and block[:, 0].all() and block[:, -1].all()
+        assert block.mean() < 0.3 and not block[size // 2, size // 2]
+        for other in {1, 2, 3} - {level}:
+            assert not colours[other][:size, left : left + size].any()
+    assert (pixels == round(200 * SEAM)).all(-1).any()  # the dark line beside them
+    assert (np.asarray(panel)[56 * 4 :].max() > 200).any()  # the legend
+
+
+def test_lines_of_small_patches_are_one_pixel_wide():
+    labels = np.ones((2, 2), dtype=np.uint8)
+    panel = patch_panel(Image.new("RGB", (28, 28), (200, 200, 200)), labels, {14: 4}, 1, "")
+    lines = (np.asarray(panel)[:28] == COLOURS[0]).all(-1)
+    assert lines[[0, 14]].all() and lines[:, [0, 14]].all() and lines.sum() == 4 * 28 - 4
+
+
+def test_the_heat_map_grows_lighter_and_leaves_out_what_has_no_importance():
+    values = np.array([[0.0, 1.0, 2.0, 3.0, np.nan]])
+    panel = heat_panel(values, 10, 3.0, 2, 50, 10, "title")
+    middles = np.asarray(panel.convert("L"))[10, 10:100:20]
+    assert (np.diff(middles[:4].astype(int)) > 20).all()
+    assert np.asarray(panel)[10, 90].tolist() == [128, 128, 128]
+
+
+@pytest.mark.parametrize(
+    "size, zoom", [((28, 28), 12), ((224, 224), 5), ((616, 420), 2), ((1204, 812), 1), ((28, 4000), 1)]
+)
+def test_small_pictures_are_enlarged(size, zoom):
+    assert zoom_of(*size) == zoom
+
+
+def test_pictures_are_read_as_in_training(tmp_path):
+    """Orientation tags and transparency too: what is shown is what a model sees."""
+    image = Image.open(GOLDEN / "image_2.png").crop((0, 0, 112, 56))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    _, stats = run(tmp_path, "--alpha", 1.0, source=tmp_path / "turned.jpg")
+    assert tuple(stats["pictures"][0]["size"]) == load_image(str(tmp_path / "turned.jpg")).size
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--alpha", "-1"], "alpha: found -1"),
+        (["--alpha", "nan"], "alpha: found nan"),
+        ([], "--alpha: missing, which budget needs"),
+        (["--patch-selection-method", "v1", "--thresholds", "3"], "thresholds: found [3.0], expected 2"),
+        (["--patch-selection-method", "v1", "--importance", "laplacian"], "--thresholds: missing"),
+        (["--alpha", "0.3", "--importance", "reconstruction"], "the reconstruction error of all base patches is 0"),
+        (
+            ["--alpha", "0.3", "--min-pixels", "9999", "--max-pixels", "99"],
+            "--min-pixels, --max-pixels: found 9999, 99",
+        ),
+        (["--alpha", "0.3", "--patch-size", "0"], "base_patch_size: found 0"),
+        (["--alpha", "0.3", "--input-image", "nowhere.png"], "--input-image nowhere.png: found no such file"),
+        (["--alpha", "0.3", "--input-image", "tests/golden"], "found no pictures in the folder"),
+        (["--alpha", "0.3", "--input-image", "."], "found no pictures"),
+    ],
+)
+def test_bad_options_end_with_one_line(tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(GOLDEN.parents[2])
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, *flags)
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_do_not_go_among_the_pictures(tmp_path, capsys):
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit):
+        main(["--input-image", str(tmp_path), "--output-dir", str(tmp_path), "--alpha", "0.3"])
+    assert "is the folder of the pictures" in capsys.readouterr().err
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys, llava.tools.visualize_patches as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--patch-selection-method" in out and out.endswith("[]\n")
