@@ -224,6 +224,26 @@ class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             **kwargs,
         )
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Rows several times, for beams and several answers; images too where transformers has not encoded them yet."""
+        images = {name: model_kwargs.get(name) for name in ("pixel_values", "image_grid_thw", "image_patch_levels")}
+        if expand_size == 1 or any(value is None for value in images.values()):
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        pixels, grids, levels = images.values()
+        layout = PatchLayout.from_levels(levels, grids)
+        per_row = (input_ids == self.config.image_token_id).sum(1).cumsum(0)
+        per_image = torch.tensor(layout.tokens, device=per_row.device).cumsum(0)
+        rows = torch.searchsorted(per_row, per_image)  # the row that an image belongs to
+        order = [i for row in range(len(input_ids)) for i in (rows == row).nonzero()[:, 0].tolist() * expand_size]
+        expanded = {"image_grid_thw": grids[order]}
+        parts = {"pixel_values": (pixels, layout.cu_seqlens.diff()), "image_patch_levels": (levels, grids.prod(1))}
+        for name, (values, lengths) in parts.items():
+            values = values.split(lengths.tolist())
+            expanded[name] = torch.cat([values[i] for i in order])
+        rest = {name: value for name, value in model_kwargs.items() if name not in images}
+        input_ids, rest = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **rest)
+        return input_ids, rest | expanded
+
 
 # checkpoints have older names, which transformers translates by the class
 for stock, ours in (
