@@ -1,0 +1,11 @@
+"""Qwen2-VL that spends vision tokens where the picture has content: stock checkpoints, adaptive patches (APT)."""
+
+from llava.model.qwen2_vl.image_processing import AdaptiveQwen2VLImageProcessor
+from llava.model.qwen2_vl.modeling import AdaptiveQwen2VLForConditionalGeneration
+from llava.model.qwen2_vl.processing import AdaptiveQwen2VLProcessor
+
+__all__ = [
+    "AdaptiveQwen2VLForConditionalGeneration",
+    "AdaptiveQwen2VLImageProcessor",
+    "AdaptiveQwen2VLProcessor",
+]

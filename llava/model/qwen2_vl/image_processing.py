@@ -1,0 +1,126 @@
+"""Qwen2-VL's image processor that keeps large patches where a picture holds little."""
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorKwargs,
+    Qwen2VLImageProcessorPil,
+)
+
+from llava.errors import LlavaError
+from llava.model.adaptive_patches import PatchTokenizer, kept_patches, pooled_patches
+from llava.model.qwen2_vl.layout import MERGE
+
+NUM_SCALES = 3
+
+
+class AdaptiveQwen2VLImageProcessorKwargs(Qwen2VLImageProcessorKwargs, total=False):
+    patch_selection_method: str | None
+    alpha: float
+    patch_thresholds: list[float]
+    patch_importance: str
+
+
+class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
+    """As transformers' Pillow image processor of Qwen2-VL, with patches of 14, 28 and 56 pixels.
+
+    A patch of 28 or 56 pixels is average-pooled to 14 and becomes one row of `pixel_values`, one vision token.
+    `image_grid_thw` stays the full grid, and `image_patch_levels` says what became of it: for every base patch, row by
+    row and image by image, the level (1, 2, 3) of the patch that covers it. Method: APT (arXiv 2510.18091).
+
+    Args (also of a call; saved with the processor):
+        patch_selection_method: v1, v2 or budget (see `llava.model.adaptive_patches`); None, the default, keeps all
+            base patches, and everything is as in transformers.
+        alpha: budget: share of the base patches that are spent; v2: threshold over the mean importance.
+        patch_thresholds: v1: for 28 and 56 pixels.
+        patch_importance: entropy, laplacian or reconstruction.
+    """
+
+    patch_selection_method = None
+    alpha = 1.0
+    patch_thresholds = [3.0, 2.0]  # noqa: RUF012, as transformers' own defaults
+    patch_importance = "entropy"
+    valid_kwargs = AdaptiveQwen2VLImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_thw", "image_patch_levels"]  # noqa: RUF012
+
+    def _preprocess(
+        self,
+        images,
+        do_resize,
+        size,
+        resample,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        patch_size,
+        temporal_patch_size,
+        merge_size,
+        return_tensors,
+        patch_selection_method=None,
+        alpha=1.0,
+        patch_thresholds=None,
+        patch_importance="entropy",
+        **kwargs,
+    ) -> BatchFeature:
+        common = dict(
+            do_resize=do_resize,
+            size=size,
+            resample=resample,
+            do_rescale=do_rescale,
+            rescale_factor=rescale_factor,
+            do_normalize=do_normalize,
+            image_mean=image_mean,
+            image_std=image_std,
+            patch_size=patch_size,
+            temporal_patch_size=temporal_patch_size,
+            merge_size=merge_size,
+        )
+        if patch_selection_method is None:
+            return super()._preprocess(images, return_tensors=return_tensors, **common, **kwargs)
+        if merge_size != MERGE:
+            raise LlavaError(f"merge_size: found {merge_size}, expected {MERGE} with adaptive patches")
+        selector = PatchTokenizer(
+            NUM_SCALES,
+            patch_size,
+            patch_thresholds,
+            mean=[0.0] * 3,  # it looks at pixels of 0..1
+            std=[1.0] * 3,
+            method=patch_importance,
+            patch_selection_method=patch_selection_method,
+            alpha=alpha,
+        )
+        rows, grids, levels = [], [], []
+        for image in images:
+            if do_resize:
+                image = self.resize(image, size=size, resample=resample, factor=patch_size * merge_size)
+            labels = _select(image, selector, scale=1 / 255 if do_rescale else 1.0)
+            if do_rescale:
+                image = self.rescale(image, rescale_factor)
+            if do_normalize:
+                image = self.normalize(image, image_mean, image_std)
+            pixels = torch.from_numpy(np.array(image, dtype=np.float32))[None]
+            patches = pooled_patches(pixels, kept_patches(labels, order="cells"), patch_size)
+            # a picture is a clip whose frames are alike
+            clips = patches[:, :, None].expand(-1, -1, temporal_patch_size, -1, -1)
+            rows.append(clips.reshape(len(patches), -1).numpy())
+            grids.append([1, *labels.shape[1:]])
+            levels.append(labels.flatten().numpy())
+        data = {
+            "pixel_values": np.concatenate(rows),
+            "image_grid_thw": np.array(grids, dtype=np.int64),
+            "image_patch_levels": np.concatenate(levels),
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def _select(image: np.ndarray, selector: PatchTokenizer, scale: float) -> torch.Tensor:
+    """Levels [1, h, w] of one image [C, H, W]."""
+    height, width = image.shape[1:]
+    cell = selector.base_patch_size * MERGE
+    if height % cell or width % cell:
+        raise LlavaError(f"an image of {width}x{height} pixels, expected multiples of {cell} where do_resize is off")
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))[None] * scale
+    return selector.construct_masks(selector.compute_importance_maps(pixels))[1]

@@ -1,0 +1,76 @@
+"""Where the kept patches of a batch's images are, for vision encoder, merger and language model alike."""
+
+from dataclasses import dataclass
+
+import torch
+
+from llava.errors import LlavaError
+from llava.model.adaptive_patches import kept_patches
+
+MERGE = 2  # base patches a side that Qwen2-VL's merger joins into one token of the language model
+
+
+@dataclass
+class PatchLayout:
+    """N kept patches (vision tokens) and M language-model tokens, of all images one after the other.
+
+    Vision tokens come cell by cell (28 pixels, row-major), the four base patches of a cell in a row; so do the
+    language model's tokens, by the cell that holds their top left corner.
+    """
+
+    centres: torch.Tensor  # [N, 2] float32: (row, col) of a patch's middle in base patches; a base patch has its own
+    cu_seqlens: torch.Tensor  # [images + 1] int32, vision tokens up to each image
+    max_seqlen: int
+    merge_index: torch.Tensor  # [4 M]: four vision tokens for each token of the language model, a large one four times
+    cells: torch.Tensor  # [M, 2]: (row, col) of each of them, in cells
+    tokens: list[int]  # tokens of the language model, for each image
+
+    @classmethod
+    def from_levels(cls, levels: torch.Tensor, grid_thw: torch.Tensor) -> "PatchLayout":
+        """From `image_patch_levels`, the level (1, 2, 3) of the patch over each base patch, row by row, image by image.
+
+        Args:
+            levels: [sum of h * w], whole numbers.
+            grid_thw: [images, 3], the full grids in base patches.
+
+        Raises:
+            LlavaError: levels of another length, or an image of several frames.
+        """
+        device, grids = levels.device, grid_thw.tolist()
+        sizes = [t * h * w for t, h, w in grids]
+        if sum(sizes) != len(levels) or any(t != 1 for t, _, _ in grids):
+            raise LlavaError(
+                f"image_patch_levels: found {len(levels)} levels, expected {sum(sizes)} for the images of "
+                f"image_grid_thw {grids}, one frame each"
+            )
+        # on the CPU: small, and its sizes depend on the content
+        parts = [
+            kept_patches(part.view(1, h, w), order="cells")
+            for part, (_, h, w) in zip(levels.cpu().split(sizes), grids, strict=True)
+        ]
+        merged = [torch.where(part.levels == 1, 1, MERGE**2) for part in parts]
+        index = torch.arange(sum(len(part.levels) for part in parts)).repeat_interleave(torch.cat(merged))
+        corners = torch.cat([torch.stack([part.rows, part.cols], 1) for part in parts])
+        lengths = torch.tensor([0] + [len(part.levels) for part in parts])
+        return cls(
+            centres=torch.cat([part.centres for part in parts]).to(device),
+            cu_seqlens=lengths.cumsum(0, dtype=torch.int32).to(device),
+            max_seqlen=int(lengths.max()),
+            merge_index=index.to(device),
+            cells=(corners[index[:: MERGE**2]] // MERGE).to(device),
+            tokens=[int(counts.sum()) // MERGE**2 for counts in merged],
+        )
+
+
+def token_counts(levels, grid_thw) -> list[tuple[int, int]]:
+    """(vision tokens, tokens of the language model) of each image, counted in its `image_patch_levels`.
+
+    Args:
+        levels, grid_thw: as `PatchLayout.from_levels`, as tensors, arrays or lists.
+    """
+    levels, found = torch.as_tensor(levels), []
+    sizes = [int(t * h * w) for t, h, w in torch.as_tensor(grid_thw).tolist()]
+    for part in levels.split(sizes):
+        base, double, quadruple = ((part == level).sum().item() for level in (1, 2, 3))
+        found.append((base + double // 4 + quadruple // 16, (base + double) // 4 + quadruple // 16))
+    return found

@@ -1,0 +1,254 @@
+"""Qwen2-VL on the patches that were kept of an image.
+
+The weights, and the numbers where all patches are base patches, are those of transformers' model. What differs is where
+tokens are: a vision token sits at the middle of its patch, attends to the kept patches of its image, and a large one
+stands in the merger for the four that it replaces; the language model sees the merged tokens at their places in the
+full grid.
+"""
+
+import torch
+import torch.nn as nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VisionTransformerPretrainedModel,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
+    Qwen2VLTextModel,
+)
+
+from llava.errors import LlavaError
+from llava.model.qwen2_vl.layout import MERGE, PatchLayout
+
+IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
+
+
+class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
+    """The vision encoder, for kept patches as well."""
+
+    def forward(self, hidden_states, grid_thw=None, layout: PatchLayout | None = None, **kwargs):
+        """As transformers'; with a layout `hidden_states` are the kept patches, [N, C * T * p * p].
+
+        Returns:
+            last_hidden_state [N, D], pooler_output [M, D of the language model].
+        """
+        if layout is None:
+            return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
+        hidden = self.patch_embed(hidden_states)
+        rotary = self.rotary_pos_emb(hidden, layout.centres)
+        for block in self.blocks:
+            hidden = block(
+                hidden,
+                cu_seqlens=layout.cu_seqlens,
+                max_seqlen=layout.max_seqlen,
+                position_embeddings=rotary,
+                **kwargs,
+            )
+        merged = self.merger(hidden[layout.merge_index])
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
+
+
+class AdaptiveQwen2VLModel(Qwen2VLModel):
+    """Vision encoder and language model without the output layer."""
+
+    def __init__(self, config):
+        super(Qwen2VLModel, self).__init__(config)  # transformers' own would build the stock encoder first
+        if config.vision_config.spatial_merge_size != MERGE:
+            raise LlavaError(f"spatial_merge_size: found {config.vision_config.spatial_merge_size}, expected {MERGE}")
+        self.visual = AdaptiveQwen2VisionTransformer._from_config(config.vision_config)
+        self.language_model = Qwen2VLTextModel._from_config(config.text_config)
+        self.rope_deltas = None
+        self.post_init()
+
+    def get_image_features(self, pixel_values, image_grid_thw=None, image_patch_levels=None, **kwargs):
+        """As transformers'; `pooler_output` holds [M_i, D] for each image."""
+        if image_patch_levels is None:
+            return super().get_image_features(pixel_values, image_grid_thw, **kwargs)
+        layout = PatchLayout.from_levels(image_patch_levels, image_grid_thw)
+        if len(pixel_values) != len(layout.centres):
+            raise LlavaError(f"pixel_values: found {len(pixel_values)} rows, expected {len(layout.centres)} patches")
+        features = self.visual(pixel_values.type(self.visual.dtype), layout=layout)
+        features.pooler_output = features.pooler_output.split(layout.tokens)
+        return features
+
+    def get_rope_index(
+        self,
+        input_ids,
+        mm_token_type_ids,
+        image_grid_thw=None,
+        video_grid_thw=None,
+        attention_mask=None,
+        image_patch_levels=None,
+        **kwargs,
+    ):
+        """Positions [3, B, L] over (time, row, column), and what later positions are ahead of their index, [B, 1].
+
+        An image token has the row and column of its cell (of the top left one, for a 56-pixel patch); the text after
+        an image starts where it starts with all patches kept.
+        """
+        if image_patch_levels is None:
+            return super().get_rope_index(
+                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask, **kwargs
+            )
+        layout = PatchLayout.from_levels(image_patch_levels, image_grid_thw)
+        images = zip(layout.cells.split(layout.tokens), image_grid_thw.tolist(), strict=True)
+        videos = iter([] if video_grid_thw is None else video_grid_thw)
+        positions = input_ids.new_zeros(3, *input_ids.shape)
+        deltas = []
+        for row, types in enumerate(mm_token_type_ids):
+            keep = torch.ones_like(types, dtype=torch.bool) if attention_mask is None else attention_mask[row].bool()
+            found = self._row_positions(types[keep], images, videos)
+            positions[:, row, keep] = found.to(positions)
+            deltas.append(int(found.max()) + 1 - found.shape[1])
+        return positions, input_ids.new_tensor(deltas)[:, None]
+
+    def _row_positions(self, types, images, videos):
+        """[3, L] of one row's tokens, of which `types` says what they are; takes its media from the two iterators."""
+        parts, at, device = [], 0, types.device
+        kinds, counts = types.unique_consecutive(return_counts=True)
+        for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
+            if kind == IMAGE:
+                cells, (_, height, width) = next(images, (None, (0, 0, 0)))
+                if cells is None or len(cells) != count:
+                    raise LlavaError(
+                        f"input_ids: found {count} image tokens in a row, expected "
+                        f"{'no more images' if cells is None else len(cells)}, as image_patch_levels says"
+                    )
+                parts.append(torch.cat([cells.new_zeros(1, count), cells.T]).to(device) + at)
+                at += max(height, width) // MERGE
+            elif kind == VIDEO:
+                grid = next(videos)
+                parts.append(self.get_vision_position_ids(at, grid, 1, MERGE, device=device))
+                at += int(max(grid[1], grid[2])) // MERGE
+            else:
+                parts.append(torch.arange(at, at + count, device=device).expand(3, -1))
+                at += count
+        return torch.cat(parts, 1)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        video_grid_thw=None,
+        mm_token_type_ids=None,
+        image_patch_levels=None,
+        **kwargs,
+    ):
+        """As transformers', with `image_patch_levels` [sum of h * w] for images of which some patches are kept."""
+        if image_patch_levels is not None and pixel_values is not None:
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            features = self.get_image_features(pixel_values, image_grid_thw, image_patch_levels).pooler_output
+            features = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
+            places, _ = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
+            inputs_embeds = inputs_embeds.masked_scatter(places, features)
+            if position_ids is None and input_ids is not None:
+                position_ids, self.rope_deltas = self.get_rope_index(
+                    input_ids,
+                    mm_token_type_ids,
+                    image_grid_thw,
+                    video_grid_thw,
+                    attention_mask,
+                    image_patch_levels,
+                )
+            pixel_values = None
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            **kwargs,
+        )
+
+
+class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
+    """Qwen2-VL that takes what `AdaptiveQwen2VLProcessor` makes; loads stock checkpoints, and saves such.
+
+    Without `image_patch_levels` it is transformers' model. Vision tokens are the kept patches; the language model gets
+    one token for each kept 28- or 56-pixel patch and for each four base patches of a 28-pixel cell.
+    """
+
+    def __init__(self, config):
+        super(Qwen2VLForConditionalGeneration, self).__init__(config)
+        self.model = AdaptiveQwen2VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(  # every name is said: generate and Trainer look at the signature
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        pixel_values=None,
+        pixel_values_videos=None,
+        image_grid_thw=None,
+        video_grid_thw=None,
+        mm_token_type_ids=None,
+        image_patch_levels=None,
+        logits_to_keep=0,
+        mm_encoder_outputs=None,
+        **kwargs,
+    ):
+        """As transformers', with `image_patch_levels` [sum of h * w] for images of which some patches are kept."""
+        if mm_encoder_outputs is not None:  # unknown to older versions of transformers, which never pass it
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            logits_to_keep=logits_to_keep,
+            image_patch_levels=image_patch_levels,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Rows several times, for beams and several answers; images too where transformers has not encoded them yet."""
+        images = {name: model_kwargs.get(name) for name in ("pixel_values", "image_grid_thw", "image_patch_levels")}
+        if expand_size == 1 or any(value is None for value in images.values()):
+            return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        pixels, grids, levels = images.values()
+        layout = PatchLayout.from_levels(levels, grids)
+        per_row = (input_ids == self.config.image_token_id).sum(1).cumsum(0)
+        per_image = torch.tensor(layout.tokens, device=per_row.device).cumsum(0)
+        rows = torch.searchsorted(per_row, per_image)  # the row that an image belongs to
+        order = [i for row in range(len(input_ids)) for i in (rows == row).nonzero()[:, 0].tolist() * expand_size]
+        expanded = {"image_grid_thw": grids[order]}
+        parts = {"pixel_values": (pixels, layout.cu_seqlens.diff()), "image_patch_levels": (levels, grids.prod(1))}
+        for name, (values, lengths) in parts.items():
+            values = values.split(lengths.tolist())
+            expanded[name] = torch.cat([values[i] for i in order])
+        rest = {name: value for name, value in model_kwargs.items() if name not in images}
+        input_ids, rest = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **rest)
+        return input_ids, rest | expanded
+
+
+# checkpoints have older names, which transformers translates by the class
+for stock, ours in (
+    (Qwen2VLModel, AdaptiveQwen2VLModel),
+    (Qwen2VLForConditionalGeneration, AdaptiveQwen2VLForConditionalGeneration),
+):
+    mapping = get_checkpoint_conversion_mapping(stock.__name__)
+    register_checkpoint_conversion_mapping(ours.__name__, mapping, overwrite=True)

@@ -1,0 +1,42 @@
+"""Qwen2-VL's processor with as many image tokens in the prompt as an image really keeps."""
+
+from transformers import AutoTokenizer, AutoVideoProcessor
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.utils import is_torchvision_available
+
+from llava.model.qwen2_vl.image_processing import AdaptiveQwen2VLImageProcessor
+from llava.model.qwen2_vl.layout import token_counts
+
+
+class AdaptiveQwen2VLProcessor(Qwen2VLProcessor):
+    """As transformers' processor of Qwen2-VL; its image processor is `AdaptiveQwen2VLImageProcessor`.
+
+    `from_pretrained` takes a stock Qwen2-VL folder too, and settings of the image processor beside it. Of a call they
+    are set in `images_kwargs`. Without torchvision, which transformers' video processor needs, it takes no videos.
+    """
+
+    @classmethod
+    def get_attributes(cls):
+        names = super().get_attributes()
+        return names if is_torchvision_available() else [name for name in names if name != "video_processor"]
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # transformers would build the image processor that the folder names, which is the stock one
+        image_processor = AdaptiveQwen2VLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        ours = AdaptiveQwen2VLImageProcessor.valid_kwargs.__annotations__
+        rest = {key: value for key, value in kwargs.items() if key not in ours}
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **rest)
+        if "video_processor" not in cls.get_attributes():
+            return [image_processor, tokenizer]
+        return [image_processor, tokenizer, AutoVideoProcessor.from_pretrained(pretrained_model_name_or_path, **rest)]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The image tokens that stand for one image in the prompt."""
+        levels, grids = image_inputs.get("image_patch_levels"), image_inputs["image_grid_thw"]
+        if levels is None:
+            return super().replace_image_token(image_inputs, image_idx, **kwargs)
+        start = sum(int(t * h * w) for t, h, w in grids[:image_idx])
+        grid = grids[image_idx : image_idx + 1]
+        end = start + sum(int(t * h * w) for t, h, w in grid)
+        return self.image_token * token_counts(levels[start:end], grid)[0][1]

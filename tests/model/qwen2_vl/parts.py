@@ -1,0 +1,66 @@
+"""A random Qwen2-VL of a few thousand weights, with tokenizer and image processor, as a stock folder."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.tiny import TOKENIZER
+
+SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+PROMPT = "<|im_start|>user\n{images}what is it<|im_end|>\n<|im_start|>assistant\n"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def make_folder(folder: Path) -> str:
+    """Folder that stock transformers loads: Qwen2VLForConditionalGeneration, tokenizer, image processor."""
+    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
+    config = Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=dict(depth=2, embed_dim=32, num_heads=2, hidden_size=64, mlp_ratio=2),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config)
+    with torch.no_grad():  # the usual start is so small that places and pixels hardly count
+        for name, value in model.named_parameters():
+            if value.ndim > 1:
+                value.normal_(std=0.2 if "embed" not in name else 0.5)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 280 * 280}).save_pretrained(folder)
+    return str(folder)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise on the left, one colour on the right: entropy where the noise is."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 90 + 20 * seed, np.uint8)
+    pixels[:, : width // 2] = rng.integers(0, 256, (height, width // 2, 3))
+    return Image.fromarray(pixels)
+
+
+def prompt(images: int) -> str:
+    return PROMPT.format(images=IMAGE * images)
