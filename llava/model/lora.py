@@ -5,8 +5,10 @@ A folder of such a run holds peft's `adapter_config.json` and `adapter_model.saf
 (`base_model.model.model.mm_projector...`). LLaVA's own `.bin` of that name is read too.
 """
 
+import contextlib
 import json
 import os
+import warnings
 
 import torch
 import torch.nn as nn
@@ -68,7 +70,7 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, base: str):
         base_model_name_or_path=base,
     )
     # from the run's seed alone: how much randomness the rest took differs between ZeRO stages
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(torch.initial_seed())
         return peft.get_peft_model(model, config)
 
@@ -158,7 +160,8 @@ def load_lora(model, folder: str, missing: list[str] = ()):
     config = peft.PeftConfig.from_pretrained(folder)
     if not any("vision_tower." in name for name in adapter):  # LLaVA's configs would put empty adapters there
         config.exclude_modules = VISION
-    return peft.PeftModel.from_pretrained(model, folder, config=config)
+    with _quiet():
+        return peft.PeftModel.from_pretrained(model, folder, config=config)
 
 
 def _peft():
@@ -167,6 +170,14 @@ def _peft():
     except ImportError:
         raise LlavaError(f"LoRA needs the package peft: {INSTALL}") from None
     return peft
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the warning about a name of transformers that peft uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _adapter(folder: str) -> dict[str, torch.Tensor]:
