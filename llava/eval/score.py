@@ -2,8 +2,8 @@
 
     python -m llava.eval.score --answers A.jsonl --references R.json --metric vqa
 
-The references are a list (.json) or lines (.jsonl) of `{question_id, answer}`, or `answers` where there are several. The
-metrics are of `llava.eval.scorers`:
+The references are a list (.json) or lines (.jsonl) of `{question_id, answer}`, or `answers` where there are several.
+The metrics are of `llava.eval.scorers`:
 
 - exact: the same text as the answer, or as one of them
 - vqa: VQA accuracy, against the answers of ten people (texts, or `{"answer": text}` as VQA has them)
