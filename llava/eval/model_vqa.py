@@ -21,13 +21,11 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.paths import media_of, resolve_path
 from llava.data.records import read_file
-from llava.data.turns import place_image
 from llava.errors import LlavaError, report_errors
 from llava.eval import answer_file
-from llava.eval.questions import Question, build_prompt, read_questions
+from llava.eval.questions import Question, add_images, build_prompt, read_questions
 
 
 @dataclass
@@ -76,14 +74,7 @@ def _question(row: dict, image_folder, inference, allow_absolute_paths: bool) ->
     if media == "video":
         raise LlavaError("video: found a video, expected images or text")
     paths = [resolve_path(image_folder, name, allow_absolute_paths) for name in names]
-    found = text.count(DEFAULT_IMAGE_TOKEN)
-    if not found and names:
-        text = " ".join([DEFAULT_IMAGE_TOKEN] * len(names)) + "\n" + text
-    elif found != len(names):
-        raise LlavaError(f"text: found {found} <image> for {len(names)} images, expected as many, or none")
-    if names:
-        wrap = getattr(inference.model.config, "mm_use_im_start_end", False)
-        text = place_image(text, "mmtag" in inference.template.version, wrap)
+    text = add_images(text, len(names), inference.template, inference.model.config)
     return Question("", str(row.get("category", "all")), names, [("human", text)], "", paths)
 
 
