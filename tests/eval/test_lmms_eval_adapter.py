@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,14 +39,24 @@ class Lmms:
         self.cleaned = True
 
 
+@dataclass
+class GenerationResult:
+    """lmms-eval's, of which it keeps `text` and `token_counts`."""
+
+    text: str
+    token_counts: object = None
+
+
 @pytest.fixture(scope="module")
 def adapter():
     """The adapter's module, imported over the stand-in."""
-    names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.models", "lmms_eval.models.registry_v2")
+    names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.instance", "lmms_eval.api.model")
+    names += ("lmms_eval.models", "lmms_eval.models.registry_v2")
     patch = pytest.MonkeyPatch()
     for name in names:
         patch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["lmms_eval.api.model"].lmms = Lmms
+    sys.modules["lmms_eval.api.instance"].GenerationResult = GenerationResult
     sys.modules["lmms_eval.models.registry_v2"].ModelManifest = lambda **values: SimpleNamespace(**values)
     patch.delitem(sys.modules, ADAPTER, raising=False)
     yield importlib.import_module(ADAPTER)
@@ -264,6 +275,13 @@ def test_the_sign_is_what_lmms_eval_looks_for(adapter, kit, docs):
     bare = SimpleNamespace(args=("", " yes"), metadata={}, task_name="task", doc_id=0)
     (loss, _), (value, _), (unasked, _) = model.loglikelihood([given, made, bare])
     assert loss == -value > 0 and unasked > 0 and unasked != loss
+
+
+def test_a_likelihood_survives_what_lmms_eval_does_to_results(adapter):
+    score = adapter.Score((1.5, True))
+    assert isinstance(score, GenerationResult) and score.text == (1.5, True) and score.token_counts is None
+    values, greedy = zip(score, score.text, strict=True)
+    assert (values, greedy) == ((1.5, 1.5), (True, True)) and score == (1.5, True)
 
 
 @pytest.mark.parametrize("version", ["v1", "mistral_instruct", "llava_llama_3", "qwen_1_5", "plain", "gemma_instruct"])

@@ -5,6 +5,7 @@ from collections import defaultdict
 from datetime import timedelta
 from itertools import groupby
 
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -20,6 +21,14 @@ _OPTIONS = ("num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngra
 _SAMPLING = ("temperature", "top_p", "top_k")
 # lmms-eval adds the separator of few-shot examples to every task's `until`; an answer in paragraphs is not over there
 _NOT_AN_END = "\n\n"
+
+
+class Score(tuple, GenerationResult):
+    """(value, is greedy), as `loglikelihood` has to return it.
+
+    lmms-eval 0.7.3 turns what any model returns into text, plain pairs too, which its multiple choice then cannot read;
+    only the content of a GenerationResult is kept. `Score(pair)` is the pair, and a result with the pair as its text.
+    """
 
 
 def generation_options(kwargs: dict, max_new_tokens: int) -> tuple[dict, list[str]]:
@@ -187,7 +196,7 @@ class LlavaTowers(lmms):
         The value is the sum of the log-probabilities of the answer's tokens. Of `multiple_choice` tasks lmms-eval 0.7.3
         takes the SMALLEST value for the model's choice, since its own models return losses; there the sum is negated.
         """
-        values = [(0.0, False)] * len(requests)
+        values = [Score((0.0, False))] * len(requests)
         for batch in self._batches(requests, lambda request: None, "loglikelihood"):
             asked = [self._conversation(requests[place]) for place in batch]
             split = [
@@ -199,7 +208,7 @@ class LlavaTowers(lmms):
             scores = log_likelihoods(self.inference, prompts, continuations, pictures)
             for place, (value, greedy) in zip(batch, scores, strict=True):
                 choice = isinstance(requests[place].args[1], str)  # else a function: output_type loglikelihood
-                values[place] = (-value if choice else value, greedy)
+                values[place] = Score((-value if choice else value, greedy))
         return values
 
     def _continuation(self, request) -> str:
