@@ -36,7 +36,7 @@ class Inference:
         from llava.model.builder import load_pretrained_model
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
         name = get_model_name_from_path(model_path)
         tokenizer, model, processor, _ = load_pretrained_model(
             model_path, model_base, name, device_map=device, torch_dtype=dtype, **kwargs
