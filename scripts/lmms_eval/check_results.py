@@ -21,7 +21,7 @@ def read_run(folder: Path):
 
 
 def check_answers(task: str, rows: list[dict], accuracy: float, own: list[dict]) -> list[str]:
-    """Every answer is that of `llava.eval.exact_match` (`own`, in the order of the documents), and so is the accuracy."""
+    """Every answer is that of `llava.eval.exact_match` (`own`, in the documents' order), and so is the accuracy."""
     faults, correct, answers = [], 0, set()
     for row in rows:
         question, answer = own[row["doc_id"]], row["filtered_resps"]
@@ -51,7 +51,7 @@ def check_choices(task: str, rows: list[dict], accuracy: float, questions: list,
         inputs = inference.inputs([prompt], [[load_image(path) for path in question.paths]])
         with torch.no_grad():
             logs = inference.model(**inputs).logits[0, -1].double().log_softmax(-1)[[ids[0] for ids in digits]]
-        losses = torch.tensor([choice[0] for choice in row["filtered_resps"]], dtype=torch.float64)
+        losses = torch.tensor([float(choice[0]) for choice in row["filtered_resps"]], dtype=torch.float64)
         if not torch.allclose(losses, -logs, atol=1e-4):
             faults.append(f"{task}: {question.id}: losses {losses.tolist()}, logits say {(-logs).tolist()}")
         chosen.add(int(logs.argmax()))

@@ -88,7 +88,8 @@ class LlavaTowers(lmms):
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if device is None or self._world_size > 1:
-            device = str(self.accelerator.device)
+            device = self.accelerator.device
+            device = "cpu" if device.type == "cpu" else str(device)  # which numbers its CPUs
         self.inference = Inference.load(
             pretrained,
             model_base,
