@@ -169,13 +169,16 @@ def test_an_answer_ends_before_its_until(adapter, kit, docs):
     whole = model.generate_until(simple_requests(docs, {"max_new_tokens": 12}))
     longest = max(whole, key=len)
     end = longest[len(longest) // 2 : len(longest) // 2 + 2]
+    ended = model.generate_until(simple_requests(docs, {"max_new_tokens": 12, "until": [end, "\n\n"]}))
+    assert ended == [text.split(end)[0].strip() for text in whole] and ended != whole
+
     new = []
     generate = model.inference.model.generate
     model.inference.model.generate = lambda *a, **k: new.append(generate(*a, **k)) or new[-1]
-    ended = model.generate_until(simple_requests(docs, {"max_new_tokens": 12, "until": [end, "\n\n"]}))
-    assert ended == [text.split(end)[0].strip() for text in whole] and ended != whole
-    alone = model.generate_until([simple_requests(docs, {"until": end, "max_new_tokens": 12})[whole.index(longest)]])
-    assert alone == [longest.split(end)[0].strip()] and new[-1].shape[1] < 12  # it stopped there
+    number = whole.index(longest)
+    for until in (None, end):
+        model.generate_until([simple_requests(docs, {"until": until, "max_new_tokens": 12})[number]])
+    assert new[1].shape[1] < new[0].shape[1]  # nothing is generated beyond the end
 
 
 @pytest.mark.parametrize(
@@ -298,6 +301,23 @@ def test_a_continuation_is_cut_off_before_the_templates_own_end(version, inferen
     assert after and before + after == inference.tokens(whole)
 
 
+def test_a_token_over_the_seam_belongs_to_the_continuation():
+    class Pairs:
+        """Two characters are a token."""
+
+        def tokens(self, text):
+            return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    from llava.conversation import conv_templates
+
+    for question in ("m?", "mm?"):
+        conversation = open_conversation([("human", question)], conv_templates["v1"])
+        before, after = split_tokens(Pairs(), conversation, "yes")
+        prompt = conversation.get_prompt()
+        assert "".join(before + after) == f"{prompt} yes"
+        assert "".join(after) == (" yes" if len(prompt) % 2 == 0 else ": yes")
+
+
 def test_an_answer_beyond_the_context_is_refused(inference, monkeypatch):
     monkeypatch.setattr(inference.model.config, "tokenizer_model_max_length", 6, raising=False)
     with pytest.raises(LlavaError, match="context of 6 tokens"):
@@ -355,6 +375,10 @@ def test_media_that_is_none_is_named(adapter, kit, visual, said):
     with pytest.raises(LlavaError, match=said) as caught:
         model.generate_until(simple_requests(model.task_dict["task"]["test"]))
     assert str(caught.value).startswith("task task, document 0: ")
+
+
+def test_a_numbered_cpu_is_a_cpu(kit):  # as accelerate names them under several processes
+    assert Inference.load(str(kit / "llava-tiny"), device="cpu:0").model.dtype == torch.float32
 
 
 def test_a_model_is_let_go(adapter, kit, docs):
