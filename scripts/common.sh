@@ -72,6 +72,21 @@ make_venv() {
     echo "$stamp" >"$venv/installed-$extras"
 }
 
+# use_lmms_environment: set PYTHON to a Python that has this checkout and lmms-eval. It is not installed unasked: it
+# brings gigabytes, and other versions of packages than constraints.txt names.
+use_lmms_environment() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} "$ROOT/.venv-lmms/bin/python" python python3; do
+        if new_enough "$candidate" && has_checkout "$candidate" lmms_eval; then
+            PYTHON="$(command -v "$candidate")"
+            export PYTHON
+            return
+        fi
+    done
+    fail "no Python with lmms-eval and this checkout found. Give it an environment of its own (some GB), then run this again:
+    python3 -m venv $ROOT/.venv-lmms && $ROOT/.venv-lmms/bin/pip install -e '$ROOT[lmms-eval]'"
+}
+
 # cuda_devices: how many CUDA devices PyTorch sees; asked only where there is an NVIDIA driver.
 cuda_devices() {
     if command -v nvidia-smi >/dev/null; then

@@ -36,7 +36,7 @@ class Inference:
         from llava.model.builder import load_pretrained_model
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
         name = get_model_name_from_path(model_path)
         tokenizer, model, processor, _ = load_pretrained_model(
             model_path, model_base, name, device_map=device, torch_dtype=dtype, **kwargs
@@ -70,7 +70,10 @@ class Inference:
         return tokenizer_image_token(prompt, self.tokenizer)
 
     def pixels(self, pictures: list) -> list:
-        """The crops of one prompt's PIL pictures, in the model's dtype and on its device: [K, C, H, W] or [C, H, W]."""
+        """The crops of one prompt's pictures, in the model's dtype and on its device: [K, C, H, W] or [C, H, W].
+
+        A picture is a PIL image, or a clip: the list of its frames, which give [T, C, H, W].
+        """
         from llava.mm_utils import NativeResolution, process_image
 
         if pictures and self.image_processor is None:
@@ -81,15 +84,31 @@ class Inference:
         squared = len(pictures) > 1 and native is None
         aspect_ratio = "pad" if squared else getattr(config, "image_aspect_ratio", None)
         grid = getattr(config, "image_grid_pinpoints", None)
-        made = (process_image(picture, self.image_processor, aspect_ratio, grid, native) for picture in pictures)
+        made = (
+            self._frames(picture, native)
+            if isinstance(picture, list)
+            else process_image(picture, self.image_processor, aspect_ratio, grid, native)
+            for picture in pictures
+        )
         return [values.to(self.model.device, self.model.dtype) for values in made]
+
+    def _frames(self, frames: list, native):
+        """[T, C, H, W] of a clip, as in training."""
+        import torch
+
+        from llava.mm_utils import process_native_image
+
+        if native is None:
+            return self.image_processor.preprocess(frames, return_tensors="pt")["pixel_values"]
+        size = native(*frames[0].size)
+        return torch.stack([process_native_image(frame, self.image_processor, size) for frame in frames])
 
     def inputs(self, prompts: list[list[int]], pictures: list[list]) -> dict:
         """Keyword arguments of `model.generate` for a batch, padded on the left.
 
         Args:
             prompts: token ids of each row, as `tokens` gives them.
-            pictures: PIL pictures of each row, one per `<image>`.
+            pictures: PIL pictures of each row, or clips as lists of frames, one per `<image>`.
         """
         import torch
 
@@ -97,8 +116,10 @@ class Inference:
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         images = [pixels for row in pictures for pixels in self.pixels(row)]
-        sizes = [picture.size for row in pictures for picture in row]
-        media = {"images": images, "image_sizes": sizes, "modalities": ["image"] * len(images)} if images else {}
+        flat = [picture for row in pictures for picture in row]
+        sizes = [picture[0].size if isinstance(picture, list) else picture.size for picture in flat]
+        kinds = ["video" if isinstance(picture, list) else "image" for picture in flat]
+        media = {"images": images, "image_sizes": sizes, "modalities": kinds} if images else {}
         return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device), **media}
 
     def generate(self, prompts: list[list[int]], pictures: list[list], **options) -> list[str]:

@@ -76,14 +76,38 @@ def _record_questions(record, name, image_folder, template, allow_absolute_paths
     return questions
 
 
-def build_prompt(question: Question, template: Conversation) -> str:
-    """The prompt text up to where the answer begins."""
+def open_conversation(turns: list[tuple[str, str]], template: Conversation) -> Conversation:
+    """The (speaker, text) turns, and an answer that is still to be given."""
     conversation = template.copy()
     roles = dict(zip(("human", "gpt"), conversation.roles, strict=True))
-    for speaker, text in question.turns:
+    for speaker, text in turns:
         conversation.append_message(roles[speaker], text)
     conversation.append_message(roles["gpt"], None)
-    return conversation.get_prompt()
+    return conversation
+
+
+def build_prompt(question: Question, template: Conversation) -> str:
+    """The prompt text up to where the answer begins."""
+    return open_conversation(question.turns, template).get_prompt()
+
+
+def add_images(text: str, count: int, template: Conversation, config) -> str:
+    """A question's text with an `<image>` for each of its pictures: those it has, or else all of them in front.
+
+    Args:
+        config: the model's; it may want `<im_start>` and `<im_end>` around an image.
+
+    Raises:
+        LlavaError: the text has another number of them.
+    """
+    found = text.count(DEFAULT_IMAGE_TOKEN)
+    if not found and count:
+        text = " ".join([DEFAULT_IMAGE_TOKEN] * count) + "\n" + text
+    elif found != count:
+        raise LlavaError(f"text: found {found} <image> for {count} images, expected as many, or none")
+    if not count:
+        return text
+    return place_image(text, "mmtag" in template.version, getattr(config, "mm_use_im_start_end", False))
 
 
 def is_correct(prediction: str, answer: str) -> bool:

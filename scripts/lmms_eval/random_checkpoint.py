@@ -1,0 +1,40 @@
+"""A checkpoint of the demo's parts with random weights, whose answers differ from question to question.
+
+python scripts/lmms_eval/random_checkpoint.py --output DIR
+"""
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+DEMO = Path("playground/demo")
+
+
+def make(output: str) -> None:
+    import torch
+
+    from llava.model.builder import load_tokenizer, make_config, model_classes, read_config
+
+    torch.manual_seed(0)
+    model_class, config_class = model_classes("LlavaQwenForCausalLM")
+    config = make_config(str(DEMO / "llm"), config_class, read_config(str(DEMO / "llm")))
+    config.image_aspect_ratio, config.mm_use_im_patch_token = "pad", False
+    config.conversation_template = "qwen_1_5"
+    config.tie_word_embeddings, config.initializer_range = False, 0.2
+    model = model_class(config)
+    parts = SimpleNamespace(
+        vision_tower=str(DEMO / "clip_tower"),
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        mm_projector_type="mlp2x_gelu",
+        mm_patch_merge_type="flat",
+    )
+    model.get_model().initialize_vision_modules(parts)
+    model.save_pretrained(output)
+    load_tokenizer(str(DEMO / "llm")).save_pretrained(output)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A demo checkpoint with random weights.")
+    parser.add_argument("--output", required=True, help="folder to write")
+    make(parser.parse_args().output)

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The models for lmms-eval, run by the real package on the demo's held-out questions, without network: its answers,
+# accuracies and likelihoods are those of this package. Makes an environment of some GB (lmms-eval wants torchvision, and
+# that a CUDA build of torch, which runs on a CPU too). CHECKPOINT=DIR takes a trained checkpoint rather than a random
+# one, LIMIT=N that many questions, VENV=DIR another environment than .venv-lmms.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+VENV="${VENV:-$ROOT/.venv-lmms}"
+if ! has_checkout "$VENV/bin/python" lmms_eval; then
+    base="${PYTHON:-python3}"
+    new_enough "$base" || fail "$base is no Python 3.10 or later; set PYTHON to one"
+    "$base" -m venv "$VENV"
+    "$VENV/bin/pip" install --disable-pip-version-check -e "$ROOT[lmms-eval]" || fail "the installation into $VENV failed"
+fi
+PYTHON="$VENV/bin/python"
+cd "$ROOT"
+SEED="${SEED:-0}"
+make_demo
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+export HF_HOME="$work/hf" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 CUDA_VISIBLE_DEVICES=""
+if [[ -z "${CHECKPOINT:-}" ]]; then
+    CHECKPOINT="$work/random"
+    "$PYTHON" scripts/lmms_eval/random_checkpoint.py --output "$CHECKPOINT"
+fi
+limit="${LIMIT:-200}"
+"$PYTHON" -m llava.eval.exact_match --model-path "$CHECKPOINT" --data-path playground/demo/heldout.json \
+    --image-folder playground/demo/images --output "$work/exact.json"
+run() { # NAME TASKS FLAG...
+    local name="$1" tasks="$2"
+    shift 2
+    PYTHON="$PYTHON" bash scripts/eval.sh "$CHECKPOINT" "$tasks" --include_path scripts/lmms_eval --batch_size 16 \
+        --limit "$limit" --log_samples --output_path "$work/$name" "$@" || fail "lmms-eval failed ($name)"
+}
+run chat demo_digits
+NUM_PROCS=2 run chat-two-processes demo_digits
+run simple demo_digits_single,demo_digits_choice --force_simple
+"$PYTHON" scripts/lmms_eval/check_results.py --exact "$work/exact.json" --model-path "$CHECKPOINT" \
+    --data-path playground/demo/heldout.json --image-folder playground/demo/images \
+    --output "$work/chat" --output "$work/chat-two-processes" --output "$work/simple"

@@ -1,0 +1,262 @@
+"""Batch prediction: rows, order, resuming, faults, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from llava.errors import LlavaError
+from llava.eval import answer_file
+from llava.eval.inference import Inference
+from llava.eval.model_vqa import build_parser, chunk, main, read_question_file, run
+from tests.eval import common
+
+QUESTIONS = [
+    ("What is shown?", 1),
+    ("Describe the picture in detail, please, with all its colours.", 1),
+    ("Say yes.", 0),
+    ("Are they alike?", 2),
+    ("<image>\nIs this <image>?", 2),
+    ("What?", 1),
+    ("Who was it that painted this picture, and when?", 1),
+]
+
+
+def jsonl(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def question_rows(rounds: int = 2) -> list[dict]:
+    rows, at = [], 0
+    for number in range(rounds * len(QUESTIONS)):
+        text, images = QUESTIONS[number % len(QUESTIONS)]
+        names = [f"{(at + i) % 5}.png" for i in range(images)]
+        at += images
+        row = {"question_id": number, "text": text, "category": "c"}
+        rows.append(row | ({"image": names[0] if images == 1 else names} if images else {}))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kit")
+    common.pictures(folder, 5)
+    jsonl(folder / "q.jsonl", question_rows())
+    common.checkpoint(folder)
+    return folder
+
+
+def flags(kit, answers, **changes) -> list[str]:
+    values = {
+        "model-path": kit / "llava-tiny",
+        "image-folder": kit,
+        "question-file": kit / "q.jsonl",
+        "answers-file": answers,
+        "max_new_tokens": 6,
+        "batch-size": 4,
+    }
+    return [part for key, value in (values | changes).items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def whole(kit):
+    """The rows of an undisturbed run that asks one at a time."""
+    main(flags(kit, kit / "whole.jsonl", **{"batch-size": 1}))
+    return read(kit / "whole.jsonl")
+
+
+def test_rows_are_llavas_in_the_order_of_the_questions(kit, whole):
+    assert [(row["question_id"], row["prompt"]) for row in whole] == [
+        (row["question_id"], row["text"]) for row in question_rows()
+    ]
+    assert list(whole[0]) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+    assert {row["model_id"] for row in whole} == {"llava-tiny"}
+    assert len({row["answer_id"] for row in whole}) == len(whole)
+    assert len({row["text"] for row in whole}) > len(whole) // 2  # the model looks at its question
+
+
+def test_answers_are_those_of_a_prompt_written_out(kit, whole):
+    inference = Inference.load(str(kit / "llava-tiny"))
+    from PIL import Image
+
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    for number, user in ((3, "<image> <image>\nAre they alike?"), (4, QUESTIONS[4][0]), (2, "Say yes.")):
+        prompt = f"{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+        names = question_rows()[number].get("image", [])
+        images = [Image.open(kit / name).convert("RGB") for name in names]
+        expected = inference.generate([inference.tokens(prompt)], [images], max_new_tokens=6)
+        assert whole[number]["text"] == expected[0]
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_the_batch_size_changes_nothing(kit, whole, tmp_path, batch_size):
+    main(flags(kit, tmp_path / "a.jsonl", **{"batch-size": batch_size}))
+    assert read(tmp_path / "a.jsonl") == whole
+
+
+def test_chunks_make_up_the_whole(kit, whole, tmp_path):
+    for index in range(3):
+        main(flags(kit, tmp_path / f"{index}.jsonl", **{"num-chunks": 3, "chunk-idx": index}))
+    assert [row for index in range(3) for row in read(tmp_path / f"{index}.jsonl")] == whole
+    assert [chunk(list(range(4)), 3, index) for index in range(3)] == [[0, 1], [2, 3], []]
+    with pytest.raises(LlavaError, match="found 3, expected 0 to 2"):
+        chunk([], 3, 3)
+
+
+def test_only_what_is_not_answered_is_asked(kit, whole, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.jsonl"
+    marked = [row | {"text": "from before"} for row in whole[:9:2]]
+    jsonl(path, marked)
+    with open(path, "a") as file:
+        file.write(json.dumps(whole[1])[:50])  # torn
+    asked = []
+    generate = Inference.generate
+    monkeypatch.setattr(Inference, "generate", lambda self, p, *a, **k: asked.extend(p) or generate(self, p, *a, **k))
+    main(flags(kit, path))
+    assert len(asked) == len(whole) - len(marked)
+    kept = {row["question_id"]: row for row in marked}
+    assert read(path) == [kept.get(row["question_id"], row) for row in whole]
+    assert f"{len(marked)} of {len(whole)} questions were answered before" in capsys.readouterr().out
+    before = path.stat().st_mtime_ns
+    main(flags(kit, path))
+    assert len(asked) == len(whole) - len(marked) and path.stat().st_mtime_ns == before
+
+
+def test_a_bad_picture_is_named_and_asked_again(kit, whole, tmp_path, capsys):
+    for name in os.listdir(kit):
+        if name.endswith(".png") and name != "2.png":
+            (tmp_path / name).write_bytes((kit / name).read_bytes())
+    (tmp_path / "2.png").write_bytes((kit / "2.png").read_bytes()[:90])
+    bad = {row["question_id"] for row in question_rows() if "2.png" in row.get("image", [])}
+    assert len(bad) > 1
+    with pytest.raises(SystemExit) as caught:
+        main(flags(kit, tmp_path / "a.jsonl", **{"image-folder": tmp_path}))
+    assert caught.value.code == 1
+    assert read(tmp_path / "a.jsonl") == [row for row in whole if row["question_id"] not in bad]
+    errors = capsys.readouterr().err
+    for number in bad:
+        assert f"error: question {number}: image {tmp_path / '2.png'}" in errors
+    assert f"error: {len(bad)} questions have no answer" in errors
+    (tmp_path / "2.png").write_bytes((kit / "2.png").read_bytes())
+    main(flags(kit, tmp_path / "a.jsonl", **{"image-folder": tmp_path}))
+    assert read(tmp_path / "a.jsonl") == whole
+
+
+def test_a_fault_that_is_no_pictures_is_not_swallowed(kit, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("top_p must be between")
+
+    monkeypatch.setattr(Inference, "generate", broken)
+    with pytest.raises(ValueError, match="top_p"):
+        run(build_parser().parse_args(flags(kit, tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"model_id": "other"}, "found answers of 'other'"), ({"answer_id": "x"}, "question 0: found an answer that is")],
+)
+def test_a_file_of_other_answers_is_left_alone(kit, whole, tmp_path, change, said):
+    path = jsonl(tmp_path / "a.jsonl", [whole[0] | change])
+    before = read(path)
+    with pytest.raises(LlavaError, match=said):
+        run(build_parser().parse_args(flags(kit, path)))
+    assert read(path) == before
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "x"}, "row 1: question_id: found None"),
+        ({"question_id": 1}, r"row 1 \(question 1\): text: found None"),
+        ({"question_id": 1, "text": "x", "image": "../0.png"}, "leaves the folder"),
+        ({"question_id": 1, "text": "<image>", "image": ["0.png"] * 2}, "found 1 <image> for 2 images"),
+        ({"question_id": 1, "text": "x", "video": "v.mp4"}, "video: found a video"),
+    ],
+)
+def test_a_bad_question_is_named(kit, tmp_path, row, said):
+    path = jsonl(tmp_path / "q.jsonl", [row])
+    inference = Inference.load(str(kit / "llava-tiny"))
+    with pytest.raises(LlavaError, match=said):
+        read_question_file(path, str(kit), inference)
+
+
+def test_llava_records_and_shared_ids(kit, tmp_path):
+    inference = Inference.load(str(kit / "llava-tiny"))
+    turns = [("human", "<image>\nA?"), ("gpt", "yes"), ("human", "B?"), ("gpt", "no")]
+    record = {"id": "r", "image": "0.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    rows = [record, *[{"question_id": "p", "text": text} for text in ("A?", "B?", "A?")]]
+    asked = read_question_file(jsonl(tmp_path / "q.jsonl", rows), str(kit), inference)
+    assert [question.key for question in asked] == [
+        ("r", "A?", 0),
+        ("r", "B?", 0),
+        ("p", "A?", 0),
+        ("p", "B?", 0),
+        ("p", "A?", 1),
+    ]
+    assert asked[1].turns == turns[:3] and asked[1].paths == [str(kit / "0.png")]
+
+
+def test_answer_files_are_read_whole(tmp_path):
+    path = str(tmp_path / "a[1].jsonl")  # a name that is also a pattern
+    answer_file.append(path, [{"a": "é"}])
+    answer_file.append(answer_file.rank_path(path, 1), [{"b": 1}, {"b": 2}])
+    answer_file.append(answer_file.rank_path(path, 10), [{"c": 1}])
+    assert answer_file.collect(path) == [{"a": "é"}, {"b": 1}, {"b": 2}, {"c": 1}]
+    answer_file.write_in_order(path, [{"c": 1}])
+    assert os.listdir(tmp_path) == ["a[1].jsonl"] and answer_file.collect(path) == [{"c": 1}]
+    with open(path, "ab") as file:
+        file.write('{"d": "é'.encode()[:-1])  # torn inside a character
+    assert answer_file.read_rows(path) == [{"c": 1}] and os.path.getsize(path) == len('{"c": 1}\n')
+    with open(path, "ab") as file:
+        file.write(b'{"d": \n{"e": 1}\n')
+    with pytest.raises(LlavaError, match="line 2"):
+        answer_file.read_rows(path)
+
+
+def torchrun(words: list[str]) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llava.eval.model_vqa"]
+    command = [sys.executable, *launcher, *words]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """The launcher and its workers, which would otherwise go on without it."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+    process.communicate()
+
+
+def test_two_processes_killed_and_resumed_answer_as_one(kit, tmp_path):
+    jsonl(kit / "many.jsonl", question_rows(rounds=30))
+    words = {"question-file": kit / "many.jsonl", "batch-size": 2}
+    path = tmp_path / "a.jsonl"
+    parts = [path, tmp_path / "a.jsonl.rank1"]
+    process = torchrun(flags(kit, path, **words))
+    deadline = time.monotonic() + 120
+    while not all(part.exists() and part.read_text().count("\n") >= 6 for part in parts):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.02)
+    kill(process)
+    before = sum(part.read_text().count("\n") for part in parts)
+    with open(parts[1], "a") as file:
+        file.write('{"question_id": 5, "prom')
+    process = torchrun(flags(kit, path, **words))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert f"{before} of 210 questions were answered before" in output and 12 <= before < 210
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
+    main(flags(kit, tmp_path / "one.jsonl", **words | {"batch-size": 32}))
+    assert read(path) == read(tmp_path / "one.jsonl")
