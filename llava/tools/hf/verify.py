@@ -1,0 +1,383 @@
+"""Whether a LLaVA checkpoint and a folder of transformers are the same model, one in memory after the other.
+
+Both get the same pictures and questions through their own pipelines: pixels, prompts, token ids, token counts, logits and
+greedy answers are compared.
+"""
+
+import gc
+import json
+import os
+import tempfile
+from collections import Counter
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from llava.errors import LlavaError
+
+FLOAT32_TOLERANCE = 1e-4  # absolute, on logits
+HALF_TOLERANCE = 4  # on logits, in units of the dtype's precision times the largest logit
+PIXEL_TOLERANCE = 1e-6
+NEW_TOKENS = 12
+POSITIONS = 128  # logits are compared at so many places of a sequence, half of them at its end
+QUESTION = "What is shown in this picture?"
+PLAIN_QUESTION = "Which colour does the sky have?"
+
+
+class Probe(NamedTuple):
+    """One question; `picture` is a PIL image or None."""
+
+    name: str
+    picture: object
+    question: str
+
+
+class Report(NamedTuple):
+    """What was found: the largest difference of logits, its limit, the dtype, and how many greedy tokens agreed."""
+
+    difference: float
+    tolerance: float
+    dtype: str
+    tokens: int
+
+
+# --- the inputs -------------------------------------------------------------------------------------------------------
+
+
+def rounding_agrees(size: tuple[int, int], grid, side: int, patches: int) -> bool:
+    """Whether LLaVA-NeXT and transformers unpad an image to the same tokens: they round int(x) and int(round(x, 7)).
+
+    Args:
+        size: (width, height) of the image.
+        grid: candidate resolutions (width, height).
+        side: of a crop in pixels.
+        patches: tokens of a crop's side.
+    """
+    from llava.mm_utils import select_best_resolution
+
+    width, height = size
+    best = select_best_resolution(size, grid)
+    across, down = (edge // side * patches for edge in best)
+    if width / height > across / down:
+        new, whole = height * (across / width), down
+    else:
+        new, whole = width * (down / height), across
+    return (whole - int(new)) // 2 == (whole - int(round(new, 7))) // 2
+
+
+def probes(config, tower) -> list[Probe]:
+    """A wide and a tall picture, of sizes that both sides round alike, and a question without one."""
+    from llava.mm_utils import parse_grid_pinpoints
+
+    side = tower.config.image_size
+    sizes = (round(side * 1.55), round(side * 0.95)), (round(side * 0.7), round(side * 1.7))
+    grid = getattr(config, "image_grid_pinpoints", None)
+    if grid and "anyres" in (getattr(config, "image_aspect_ratio", None) or ""):
+        grid = parse_grid_pinpoints(grid, side)
+        patches = side // tower.config.patch_size
+        sizes = [_nearest_that_agrees(size, grid, side, patches) for size in sizes]
+    pictures = [picture(size, seed) for seed, size in enumerate(sizes)]
+    named = [Probe(f"picture of {p.width}x{p.height}", p, QUESTION) for p in pictures]
+    return [*named, Probe("question without a picture", None, PLAIN_QUESTION)]
+
+
+def _nearest_that_agrees(size, grid, side, patches):
+    width, height = size
+    while not rounding_agrees((width, height), grid, side, patches):
+        width += 1
+    return width, height
+
+
+def picture(size: tuple[int, int], seed: int):
+    """A picture with slow and fast changes of colour, the same at every call."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    slow = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    fast = rng.integers(-40, 41, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.asarray(slow).astype(int) + fast, 0, 255).astype(np.uint8))
+
+
+def llava_prompt(template: str, probe: Probe) -> str:
+    """What LLaVA's conversation template makes of a probe; captioners (`plain`) get the bare text."""
+    from llava.conversation import get_template
+    from llava.tools.hf.chat_template import has_chat_template
+
+    text = probe.question if probe.picture is None else f"<image>\n{probe.question}"
+    if not has_chat_template(template):
+        return text
+    conversation = get_template(template)
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def messages(probe: Probe) -> list[dict]:
+    """A probe as chat templates take it."""
+    content = [{"type": "text", "text": probe.question}]
+    if probe.picture is not None:
+        content.insert(0, {"type": "image"})
+    return [{"role": "user", "content": content}]
+
+
+# --- how exact the comparison can be ----------------------------------------------------------------------------------
+
+
+def available_memory(device: str) -> int:
+    """Bytes that can be had on a device."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def choose_dtype(weights, device: str) -> str:
+    """float32 where one copy of the weights fits into memory in it, else the dtype of most weights.
+
+    Args:
+        weights: `streaming.Weights` of the model.
+        device: "cpu" or a CUDA device.
+    """
+    count, kinds = 0, Counter()
+    for stored in weights.stored.values():
+        count += stored.numel
+        kinds[stored.dtype] += stored.numel
+    if count * 4 * 1.15 + 2**30 <= available_memory(device):
+        return "float32"
+    stored = kinds.most_common(1)[0][0]
+    return "bfloat16" if device == "cpu" and stored == "float16" else stored  # float16 is half done on CPUs
+
+
+def limit(dtype: str, logits) -> float:
+    """The largest difference of logits that passes."""
+    import torch
+
+    if dtype == "float32":
+        return FLOAT32_TOLERANCE
+    return HALF_TOLERANCE * torch.finfo(getattr(torch, dtype)).eps * logits.abs().max().item()
+
+
+# --- the two sides ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _greedy(model, eos: list[int], pad: int | None):
+    """The model's settings replaced by greedy decoding, since a repetition penalty would count other tokens."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos or None, pad_token_id=pad
+    )
+    yield
+
+
+def _kept(length: int):
+    """Positions whose logits are compared."""
+    import torch
+
+    if length <= POSITIONS:
+        return torch.arange(length)
+    spread = torch.linspace(0, length - 1, POSITIONS // 2).long()
+    return torch.cat([spread, torch.arange(length - POSITIONS // 2, length)]).unique()
+
+
+def _write(folder: str, index: int, tensors: dict, text: str) -> None:
+    from safetensors.torch import save_file
+
+    found = {key: value.detach().cpu().float().contiguous() for key, value in tensors.items()}
+    save_file(found, os.path.join(folder, f"{index}.safetensors"), {"text": json.dumps(text)})
+
+
+def _read(folder: str, index: int) -> tuple[dict, str]:
+    from safetensors import safe_open
+
+    with safe_open(os.path.join(folder, f"{index}.safetensors"), "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["text"])  # noqa: SIM118
+
+
+def observe_llava(path: str, template: str, out: str, dtype: str, device: str, eos: list[int]) -> list[Probe]:
+    """Run the probes through a LLaVA checkpoint and write what came out to the folder `out`; returns the probes."""
+    import torch
+
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+
+    name = get_model_name_from_path(path)
+    tokenizer, model, images, _ = load_pretrained_model(
+        path, None, name, device_map=device, torch_dtype=dtype, attn_implementation="sdpa"
+    )
+    asked = probes(model.config, model.get_vision_tower())
+    count = model.visual_token_counter()
+    with torch.inference_mode(), _greedy(model, eos, tokenizer.pad_token_id):
+        for index, probe in enumerate(asked):
+            prompt = llava_prompt(template, probe)
+            ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+            given, length, found = {}, len(ids), {"ids": ids}
+            if probe.picture is not None:
+                pixels = process_images([probe.picture], images, model.config)[0]
+                found["pixels"] = pixels
+                length += count(pixels.shape, probe.picture.size) - 1
+                given = {"images": [pixels.to(device, model.dtype)], "image_sizes": [probe.picture.size]}
+            found["length"] = torch.tensor(length)
+            ids = ids[None].to(device)
+            kept = _kept(length).to(device)
+            assert (ids == IMAGE_TOKEN_INDEX).sum() == len(given.get("images", ()))
+            found["logits"] = model(ids, attention_mask=torch.ones_like(ids), logits_to_keep=kept, **given).logits[0]
+            found["tokens"] = model.generate(ids, attention_mask=torch.ones_like(ids), **given)[0]
+            _write(out, index, found, prompt)
+    return asked
+
+
+def hf_inputs(processor, probe: Probe, prompt: str | None):
+    """(prompt text, what the model is given): by the chat template, or of a prompt that is given."""
+    if prompt is None:
+        prompt = processor.apply_chat_template(messages(probe), add_generation_prompt=True, tokenize=False)
+    images = None if probe.picture is None else [probe.picture]
+    return prompt, processor(text=prompt, images=images, return_tensors="pt")
+
+
+def observe_hf(path: str, asked: list[Probe], expected: str, own_prompts: bool, out: str, dtype, device, eos) -> None:
+    """Run the probes through a transformers folder and write what came out to the folder `out`.
+
+    Args:
+        asked: the probes.
+        expected: folder of what LLaVA gave, compared before the weights are read as far as the inputs go.
+        own_prompts: let its chat template write the prompts; else it is given LLaVA's.
+
+    Raises:
+        LlavaError: other inputs, or weights that do not fit the folder's config.
+    """
+    import torch
+
+    from llava.tools.hf.processor import load_processor
+
+    processor = load_processor(path)
+    inputs = []
+    for index, probe in enumerate(asked):
+        ours, prompt = _read(expected, index)
+        text, given = hf_inputs(processor, probe, None if own_prompts else prompt)
+        _compare_inputs(probe, ours, prompt, text, given, processor.image_token_id)
+        inputs.append((text, given))
+    model = load_hf(path, dtype, device)
+    with torch.inference_mode(), _greedy(model, eos, processor.tokenizer.pad_token_id):
+        for index, (text, given) in enumerate(inputs):
+            given = given.to(device)
+            if "pixel_values" in given:
+                given["pixel_values"] = given["pixel_values"].to(model.dtype)
+            length = given["input_ids"].shape[1]
+            logits = model(**given, logits_to_keep=_kept(length).to(device)).logits[0]
+            tokens = model.generate(**given)[0, length:]
+            _write(out, index, {"logits": logits, "tokens": tokens}, text)
+
+
+def load_hf(path: str, dtype: str, device: str):
+    """A transformers folder's model; LlavaError where a weight is missing or has another shape."""
+    import torch
+
+    from llava.tools.hf.configs import read_hf
+
+    model_class = read_hf(path)[1].load("ForConditionalGeneration")
+    try:
+        model, info = model_class.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise LlavaError(f"{path}: transformers cannot load it ({str(error).splitlines()[0][:160]})") from None
+    if info["missing_keys"]:
+        raise LlavaError(f"{path}: transformers misses {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model.eval().to(device)
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def _compare_inputs(probe: Probe, ours: dict, prompt: str, text: str, given, image_token: int) -> None:
+    import torch
+
+    from llava.constants import IMAGE_TOKEN_INDEX
+
+    where = f"not the same model: {probe.name}"
+    if text != prompt:
+        raise LlavaError(f"{where}: transformers' prompt is {text!r}, LLaVA's {prompt!r}")
+    ids = given["input_ids"][0]
+    if len(ids) != int(ours["length"]):
+        raise LlavaError(f"{where}: transformers' sequence has {len(ids)} tokens, LLaVA's {int(ours['length'])}")
+    repeated = torch.cat([torch.tensor([False]), (ids[1:] == image_token) & (ids[:-1] == image_token)])
+    collapsed = ids.masked_fill(ids == image_token, IMAGE_TOKEN_INDEX)[~repeated]
+    if collapsed.tolist() != ours["ids"].long().tolist():
+        found = collapsed.tolist(), ours["ids"].long().tolist()
+        raise LlavaError(f"{where}: transformers' token ids are {found[0]}, LLaVA's {found[1]}")
+    if probe.picture is None:
+        return
+    pixels = given["pixel_values"][0]
+    if pixels.shape != ours["pixels"].shape:
+        raise LlavaError(f"{where}: transformers' pixels are {tuple(pixels.shape)}, {tuple(ours['pixels'].shape)} here")
+    difference = (pixels.float() - ours["pixels"]).abs().max().item()
+    if difference > PIXEL_TOLERANCE:
+        raise LlavaError(f"{where}: pixels differ by {difference:.1e}, more than {PIXEL_TOLERANCE:.0e}")
+
+
+def _compare_outputs(probe: Probe, ours: dict, theirs: dict, dtype: str) -> tuple[float, float]:
+    """(difference of logits, its limit)."""
+    where = f"not the same model: {probe.name} (in {dtype})"
+    width = min(ours["logits"].shape[-1], theirs["logits"].shape[-1])  # either may have spare rows
+    a, b = ours["logits"][:, :width], theirs["logits"][:, :width]
+    difference, most = (a - b).abs().max().item(), limit(dtype, a)
+    if not difference <= most:  # NaN too
+        place = int((a - b).abs().nan_to_num(float("inf")).amax(-1).argmax())
+        raise LlavaError(
+            f"{where}: logits differ by {difference:.1e}, more than {most:.1e}, the most at row {place} of {len(a)} "
+            "compared"
+        )
+    mine, other = ours["tokens"].long().tolist(), theirs["tokens"].long().tolist()
+    if mine != other:
+        raise LlavaError(f"{where}: transformers answers {other}, LLaVA {mine}")
+    return difference, most
+
+
+def verify(llava: str, hf: str, template: str, own_prompts: bool, device: str, eos: list[int]) -> Report:
+    """Hold a LLaVA checkpoint and a transformers folder against each other.
+
+    Args:
+        llava, hf: the folders.
+        template: LLaVA's conversation template.
+        own_prompts: let the folder's chat template write its prompts.
+        device: "cpu" or a CUDA device.
+        eos: ids that end an answer.
+
+    Raises:
+        LlavaError: they differ; says in what and where.
+    """
+    from llava.tools.hf.streaming import Weights
+
+    dtype = choose_dtype(Weights(llava), device)
+    with tempfile.TemporaryDirectory() as work:
+        ours, theirs = (os.path.join(work, side) for side in ("llava", "hf"))
+        os.mkdir(ours)
+        os.mkdir(theirs)
+        asked = observe_llava(llava, template, ours, dtype, device, eos)
+        free()
+        observe_hf(hf, asked, ours, own_prompts, theirs, dtype, device, eos)
+        free()
+        found, tokens = [], 0
+        for index, probe in enumerate(asked):
+            a, b = _read(ours, index)[0], _read(theirs, index)[0]
+            found.append(_compare_outputs(probe, a, b, dtype))
+            tokens += len(a["tokens"])
+    worst = max(found)
+    return Report(worst[0], worst[1], dtype, tokens)
+
+
+def free() -> None:
+    """Give back what the model took that went out of scope."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
