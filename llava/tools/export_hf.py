@@ -34,7 +34,6 @@ import argparse
 from llava.errors import report_errors
 
 ROWS = 64  # an embedding that must grow gets a multiple of so many rows
-LARGE_DIFFERENCE = "one_token"
 
 
 def plan_weights(source, rows: int, dtype: str | None) -> dict:

@@ -1,5 +1,7 @@
 """The config of a LLaVA checkpoint as that of a transformers model, and back."""
 
+import os
+
 from llava.errors import LlavaError
 from llava.tools.hf.layouts import FORMATS, LANGUAGE_MODELS, Format
 
@@ -27,8 +29,12 @@ def text_config(config):
     values = config.to_dict()
     known = plain().to_dict().keys() | {"rope_parameters", "head_dim"}
     text = plain.from_dict({key: value for key, value in values.items() if key in known and key != "model_type"})
+    text._name_or_path = ""
     text.architectures = [f"{plain.__name__.removesuffix('Config')}ForCausalLM"]
-    return text, {key: value for key, value in values.items() if key not in known | _DERIVED}
+    own = {key: value for key, value in values.items() if key not in known | _DERIVED}
+    if os.path.isabs(own["mm_vision_tower"]):  # a folder of this machine means nothing elsewhere
+        del own["mm_vision_tower"]
+    return text, own
 
 
 def vision_config(tower):

@@ -130,4 +130,5 @@ def is_buffer(name: str) -> bool:
     return name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids"))
 
 
+TOWER = "model.vision_tower.vision_tower.vision_model."
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

@@ -4,10 +4,8 @@ import os
 from typing import NamedTuple
 
 from llava.errors import LlavaError
-from llava.tools.hf.layouts import EMBEDDING, OUTPUT, choose_format, is_buffer
+from llava.tools.hf.layouts import OUTPUT, TOWER, choose_format, is_buffer
 from llava.tools.hf.streaming import Stored, Weights
-
-TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
 class Source(NamedTuple):
@@ -39,8 +37,6 @@ def read_source(path: str, template: str | None = None) -> Source:
     Raises:
         LlavaError: a checkpoint that is not whole, or that transformers has no class for.
     """
-    import torch
-
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import (
         DEFAULT_TEMPLATES,
@@ -60,18 +56,25 @@ def read_source(path: str, template: str | None = None) -> Source:
     architecture = resolve_architecture(values, get_model_name_from_path(path), path)
     model_class, config_class = model_classes(architecture)
     config = make_config(path, config_class, values)
-    with torch.device("meta"):
-        model = model_class(config)
-    tower = model.get_vision_tower()
+    expected, tower = expected_weights(model_class, config)
     form = choose_format(path, config, tower)
     template = template or getattr(config, "conversation_template", None) or DEFAULT_TEMPLATES[architecture]
     get_template(template)
     config.conversation_template = template
     tokenizer = load_tokenizer(path)
-    tied = config.tie_word_embeddings
-    expected = {name: tuple(value.shape) for name, value in model.state_dict(keep_vars=True).items()}
-    expected = {n: s for n, s in expected.items() if not is_buffer(n) and not (tied and n == OUTPUT)}
     return Source(path, config, tower, tokenizer, template, form, _locate(path, tower, expected))
+
+
+def expected_weights(model_class, config) -> tuple[dict[str, tuple[int, ...]], object]:
+    """({LLaVA name: shape} of what a model's checkpoint holds, its vision tower without weights)."""
+    import torch
+
+    with torch.device("meta"):
+        model = model_class(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if not is_buffer(name)}
+    if config.tie_word_embeddings:
+        shapes.pop(OUTPUT, None)
+    return shapes, model.get_vision_tower()
 
 
 def _locate(path: str, tower, expected: dict[str, tuple[int, ...]]) -> dict[str, tuple[Weights, Stored]]:
@@ -90,7 +93,6 @@ def _locate(path: str, tower, expected: dict[str, tuple[int, ...]]) -> dict[str,
         raise LlavaError(f"{path}: lacks {len(lacking)} of {len(expected)} weights, {', '.join(lacking[:3])}")
     for name, (_, stored) in found.items():
         shape = expected[name]
-        # an embedding may have rows that config.json's vocab_size does not count, or the other way round: say so
         if stored.shape != shape:
             raise LlavaError(f"{path}: {name}: found {stored.shape}, expected {shape} as config.json says")
     return found
@@ -110,5 +112,3 @@ def _tower_folder(path: str, name: str) -> str:
             f"({str(error).splitlines()[0][:120]})"
         ) from None
 
-
-__all__ = ["EMBEDDING", "OUTPUT", "Source", "read_source"]
