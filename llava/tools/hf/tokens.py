@@ -8,11 +8,27 @@ from llava.errors import LlavaError
 IMAGE, VIDEO = "<image>", "<video>"
 
 
+# LLaVA encodes the text behind an image by itself, and Llama's tokenizers put a blank before every text. Those that put
+# none after their special tokens get it by this rule, which needs `<image>` to be looked for after normalisation.
+_BLANK_AFTER_IMAGE = {
+    "type": "Replace",
+    "pattern": {"Regex": r"<image>(?!<image>|\z)"},
+    "content": f"{IMAGE} ",
+}
+
+
+def _blank_at_start_only(spec: dict) -> bool:
+    """Whether a tokenizer.json puts the blank before a whole text, but not before its pieces between special tokens."""
+    pre = spec.get("pre_tokenizer") or {}
+    return pre.get("type") == "Metaspace" and pre.get("prepend_scheme") == "first" and not pre.get("split", True)
+
+
 def rebuild(tokenizer, added: tuple[str, ...] = (), without: tuple[str, ...] = (), padding_side: str = "left"):
     """A fast tokenizer that gives `tokenizer`'s ids, whatever class reads it back.
 
     Llama's legacy tokenizers put a blank before every piece of text; transformers 5 does so only where none is there
-    already, which `llava.text_encoding` mends. Here that mending goes into tokenizer.json.
+    already, which `llava.text_encoding` mends. Here that mending goes into tokenizer.json, and so does the blank behind
+    an image.
 
     Args:
         tokenizer: any with a fast backend.
@@ -27,9 +43,14 @@ def rebuild(tokenizer, added: tuple[str, ...] = (), without: tuple[str, ...] = (
 
     spec = json.loads(text_encoder(tokenizer).to_json())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in without]
+    blank = IMAGE in added and spec["normalizer"] is None and _blank_at_start_only(spec)
+    if blank:
+        spec["normalizer"] = _BLANK_AFTER_IMAGE
+    elif IMAGE in without and spec["normalizer"] == _BLANK_AFTER_IMAGE:
+        spec["normalizer"] = None
     backend = Tokenizer.from_str(json.dumps(spec))
     for text in added:
-        backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+        backend.add_special_tokens([AddedToken(text, special=True, normalized=blank and text == IMAGE)])
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     extra = {f"{text.strip('<>')}_token": text for text in added}
     made = PreTrainedTokenizerFast(
