@@ -25,7 +25,7 @@ Where the two differ by design, and these checks do not look:
 - Unpadding rounds down in LLaVA-NeXT, and after rounding to seven digits in transformers, so that about 5 in 160,000
   image sizes (328x205 for one) get another row of tokens. The pictures of the check have sizes that agree.
 - Video exists in transformers' OneVision alone, always with one newline token after a clip.
-- Pixels are Pillow's. Where torchvision is installed AutoProcessor prefers it: pass `backend="pil"` for the same pixels.
+- Pixels are Pillow's. Where torchvision is installed AutoProcessor prefers it: pass `backend="pil"` to have Pillow's.
   OneVision's processor needs torchvision to be loaded at all, for its video half.
 """
 
@@ -118,7 +118,7 @@ def export(model_path: str, output: str, max_shard_size="5GB", dtype=None, versi
         for weights, _ in source.stored.values():
             weights.close()
         own_prompts = all("no chat template" not in note for note in found)
-        report = verify(model_path, folder, source.template, own_prompts, device, eos)
+        report = verify(model_path, folder, source.template, own_prompts, model_path, device, eos, dtype)
     return source.form.model_class, report, found
 
 

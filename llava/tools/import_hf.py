@@ -3,17 +3,20 @@
     python -m llava.tools.import_hf --model-path HF_DIR --output OUT
 
 HF_DIR is a folder of `LlavaNextForConditionalGeneration`, `LlavaOnevisionForConditionalGeneration` or
-`LlavaForConditionalGeneration` with a CLIP or SigLIP tower and a Llama, Mistral, Qwen2 or Qwen3 language model, its weights
-under transformers 5's names or those of the checkpoints on the hub.
+`LlavaForConditionalGeneration` with a CLIP or SigLIP tower and a Llama, Mistral, Qwen2 or Qwen3 language model, its
+weights under transformers 5's names or those of the checkpoints on the hub.
 
-OUT is complete, as a folder that training leaves: it loads offline. The conversation template is the one that writes what
-HF_DIR's chat template writes, or the one that --version names. What `export_hf` wrote comes back with the same tensors.
+OUT is complete, as a folder that training leaves: it loads offline. The conversation template is the one that writes
+what HF_DIR's chat template writes, or the one that --version names. What `export_hf` wrote comes back with the same
+tensors.
 
-Weights are streamed: memory holds one shard. Then both models are compared as `export_hf` does it, and unless they agree
-there is no OUT.
+Weights are streamed: memory holds one shard. Then both models are compared as `export_hf` does it, given the prompts of
+the conversation template, and unless they agree there is no OUT.
 
 HF_DIR's image processor decides how images are handled. That of llava-1.5 on the hub crops the middle of a picture
-(`image_aspect_ratio: square`), where LLaVA-1.5 itself pads; set `image_aspect_ratio` to pad in OUT's config.json for that.
+(`image_aspect_ratio: square`), where LLaVA-1.5 itself pads; set it to pad in OUT's config.json for that. LLaVA puts a
+blank behind an image where a Llama tokenizer of transformers may put none; where that is the one difference of token
+ids, a note says so and both models are compared on LLaVA's ids.
 """
 
 import argparse
@@ -138,7 +141,9 @@ def write_folder(path: str, folder: str, max_shard_size: str, dtype: str | None,
     return template, eos, notes, name
 
 
-def import_hf(model_path: str, output: str, max_shard_size="5GB", dtype=None, version=None, device="cpu", overwrite=False):
+def import_hf(
+    model_path: str, output: str, max_shard_size="5GB", dtype=None, version=None, device="cpu", overwrite=False
+):
     """Write `output` and compare it with the folder of transformers.
 
     Returns:
@@ -152,7 +157,9 @@ def import_hf(model_path: str, output: str, max_shard_size="5GB", dtype=None, ve
 
     with new_folder(output, overwrite) as folder:
         template, eos, notes, name = write_folder(model_path, folder, max_shard_size, dtype, version)
-        report = verify(folder, model_path, template, False, device, eos)
+        report = verify(folder, model_path, template, False, model_path, device, eos, dtype)
+        if report.blank:
+            notes.append("transformers' tokenizer puts no blank behind an image, LLaVA's does: compared on LLaVA's ids")
     return name, report, notes
 
 

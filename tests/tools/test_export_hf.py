@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from llava.errors import LlavaError
 from llava.mm_utils import process_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.tools.export_hf import export, main
-from llava.tools.hf import streaming, verify
+from llava.tools.hf import probes, streaming, verify
 from llava.tools.hf.processor import load_processor
 from tests.model import golden
 from tests.tools.hf.checkpoints import CASES, make
@@ -99,14 +101,20 @@ def test_stock_transformers_gives_the_same_numbers(name, exported):
     assert type(stock).__name__ == model_class
 
     shown = pictures((100, 61), (40, 90))
-    prompts = [prompt(processor, "What is this?", 1), prompt(processor, "And a red flower?", 1), prompt(processor, "Hi")]
+    prompts = [
+        prompt(processor, "What is this?", 1),
+        prompt(processor, "And a red flower?", 1),
+        prompt(processor, "Hi"),
+    ]
     lists = [[picture] for picture in shown] if "onevision" in name else shown
     batch = processor(text=prompts, images=lists, return_tensors="pt", padding=True)
     assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"].all()
     with torch.no_grad():
         logits = stock(**batch).logits
         answers = stock.generate(**batch, do_sample=False, max_new_tokens=8)
-    stop, pad = stock.generation_config.eos_token_id, stock.generation_config.pad_token_id
+    settings = stock.generation_config
+    greedy = {"do_sample": False, "max_new_tokens": 8}
+    greedy |= {"eos_token_id": settings.eos_token_id, "pad_token_id": settings.pad_token_id}
     for row, (text, picture) in enumerate(zip(prompts, [*shown, None], strict=True)):
         ids = tokenizer_image_token(text, tokenizer, return_tensors="pt")[None]
         assert (ids == IMAGE_TOKEN_INDEX).sum() == (picture is not None)
@@ -115,7 +123,7 @@ def test_stock_transformers_gives_the_same_numbers(name, exported):
             given = {"images": list(process_images([picture], images, model.config)), "image_sizes": [picture.size]}
         with torch.no_grad():
             expected = model(ids, **given).logits[0]
-            answer = model.generate(ids, **given, do_sample=False, max_new_tokens=8, eos_token_id=stop, pad_token_id=pad)
+            answer = model.generate(ids, **given, **greedy)
         real = batch["attention_mask"][row].bool()
         assert len(expected) == real.sum() and expected.abs().max() > 1
         assert (logits[row, real][:, : expected.shape[-1]] - expected).abs().max() <= 1e-4
@@ -266,14 +274,17 @@ def test_older_checkpoints(tmp_path, out):
     (source / "config.json").write_text(json.dumps(values))
     (source / "model.safetensors").unlink()
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # as old versions saved it
-    names, map_ = list(state), {}
+    names, index = list(state), {}
     for shard, part in enumerate((names[::2], names[1::2])):
         torch.save({name: state[name] for name in part}, source / f"pytorch_model-{shard}.bin")
-        map_ |= {name: f"pytorch_model-{shard}.bin" for name in part}
-    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": map_}))
+        index |= {name: f"pytorch_model-{shard}.bin" for name in part}
+    index = {"metadata": {}, "weight_map": index}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     run("--model-path", source, "--output", out)
     written = load_file(out / "model.safetensors")
-    assert torch.equal(written["vision_tower.vision_model.pre_layrnorm.weight"], encoder["vision_model.pre_layrnorm.weight"])
+    assert torch.equal(
+        written["vision_tower.vision_model.pre_layrnorm.weight"], encoder["vision_model.pre_layrnorm.weight"]
+    )
     assert len(written) == len(names) - 1 + len(encoder)
 
 
@@ -281,15 +292,14 @@ def test_memory_holds_one_shard(tmp_path, monkeypatch):
     """No tensor is read before its shard is due, and none is kept after it."""
     source = make(tmp_path, "qwen_next")
     weights = streaming.Weights(str(source))
-    live, most = {}, 0
+    live, most = [], 0
 
     def reader(name):
         def read():
             nonlocal most
             value = weights.read(name)
-            live[name] = value.untyped_storage()
-            held = sum(s.nbytes() for s in live.values() if sys.getrefcount(s) > 0 and s._use_count() > 1)
-            most = max(most, held)
+            live.append((weakref.ref(value), value.nbytes))
+            most = max(most, sum(size for held, size in live if held() is not None))
             return value
 
         return read
@@ -298,7 +308,7 @@ def test_memory_holds_one_shard(tmp_path, monkeypatch):
     total = streaming.write_shards(str(tmp_path), targets, "60KB")
     assert total == sum(target.bytes for target in targets.values())
     largest = max(target.bytes for target in targets.values())
-    assert 0 < most <= max(60_000, largest) + largest and most < total / 3
+    assert 0 < most <= max(60_000, largest) < total / 3
 
 
 # --- when it writes nothing -------------------------------------------------------------------------------------------
@@ -324,8 +334,6 @@ def test_memory_holds_one_shard(tmp_path, monkeypatch):
 )
 def test_what_transformers_has_no_class_for(changes, words, tmp_path, out, capsys):
     """Refused from the config alone: this folder holds no weights."""
-    import re
-
     folder = tmp_path / "llava"
     shutil.copytree(golden.GOLDEN / "qwen_clip_anyres_unpad", folder)
     (folder / "model.safetensors").unlink()
@@ -393,7 +401,7 @@ def test_inputs_that_differ_leave_nothing(what, exported, out, capsys, monkeypat
         monkeypatch.setattr(configs, "grid_hw", lambda *args: [pair[::-1] for pair in grid(*args)][:3])
     said = failure(capsys, "--model-path", source, "--output", out)
     words = {"prompt": "prompt is", "pixels": "pixels differ by", "tokens": "tokens, LLaVA's"}[what]
-    assert "picture of 65x40" in said and words in said
+    assert "not the same model: picture of " in said and words in said
 
 
 def test_what_is_there_stays(exported, out, capsys, monkeypatch):
@@ -409,7 +417,9 @@ def test_what_is_there_stays(exported, out, capsys, monkeypatch):
     run("--model-path", source, "--output", out, "--overwrite", "--dtype", "float32")
 
 
-@pytest.mark.parametrize("fault", ["no folder", "adapter", "cut", "missing", "shape", "version", "size", "projector only"])
+@pytest.mark.parametrize(
+    "fault", ["no folder", "adapter", "cut", "missing", "shape", "version", "size", "projector only"]
+)
 def test_bad_input(fault, exported, tmp_path, out, capsys):
     folder, arguments, weights = tmp_path / "llava", [], "model.safetensors"
     shutil.copytree(exported("qwen_next")[0], folder)
@@ -437,8 +447,6 @@ def test_bad_input(fault, exported, tmp_path, out, capsys):
     else:
         (folder / weights).rename(folder / "mm_projector.safetensors")
         words = "found no weights"
-    import re
-
     assert re.search(words, failure(capsys, "--model-path", folder, "--output", out, *arguments))
 
 
@@ -457,15 +465,17 @@ def test_half_precision_where_float32_does_not_fit(tmp_path, out, capsys, monkey
 def test_pictures_are_of_sizes_that_both_sides_round_alike():
     """328x205 is none: LLaVA-NeXT rounds 14.999999999999998 down, transformers to 15."""
     grid = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
-    assert not verify.rounding_agrees((328, 205), grid, 336, 24)
+    assert not probes.rounding_agrees((328, 205), grid, 336, 24)
     sizes = [(w, h) for w in range(300, 340) for h in range(180, 220)]
-    odd = [size for size in sizes if not verify.rounding_agrees(size, grid, 336, 24)]
+    odd = [size for size in sizes if not probes.rounding_agrees(size, grid, 336, 24)]
     assert len(odd) < 5
-    assert verify._nearest_that_agrees((328, 205), grid, 336, 24) == (329, 205)
+    assert probes._nearest_that_agrees((328, 205), grid, 336, 24) == (329, 205)
 
 
 def test_command_line_is_quick():
-    code = "import sys; import llava.tools.export_hf, llava.tools.import_hf; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, llava.tools.export_hf, llava.tools.import_hf; print({'torch', 'transformers'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-    with pytest.raises(LlavaError, match="no such folder|no config.json"):
+    with pytest.raises(LlavaError, match="/nowhere/at/all: no config"):
         export("/nowhere/at/all", "/tmp/never")

@@ -50,7 +50,7 @@ _JINJA = """\
 
 
 def has_chat_template(name: str) -> bool:
-    """Whether turns alone make the prompt: not for captions, nor for templates that give an image a round of its own."""
+    """Whether turns alone make the prompt: not so for captions, nor where an image gets a round of its own."""
     template = get_template(name)
     return template.sep_style is not SeparatorStyle.PLAIN and "mmtag" not in template.version
 
@@ -81,7 +81,9 @@ def chat_template(name: str) -> str:
     }
     fills["ANSWER"] = fills["QUESTION"]
     if not any(_SYSTEM in text for text in (with_system.head, with_system.first)):
-        fills["HEAD"] = "{%- if system -%}{{- raise_exception('no place for system text') -}}{%- endif -%}" + fills["HEAD"]
+        fills["HEAD"] = (
+            "{%- if system -%}{{- raise_exception('no place for system text') -}}{%- endif -%}" + fills["HEAD"]
+        )
     text = _JINJA
     for key, value in fills.items():
         text = text.replace(f"@{key}@", value)

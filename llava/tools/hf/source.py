@@ -111,4 +111,3 @@ def _tower_folder(path: str, name: str) -> str:
             f"{path}: holds no weights of its vision tower, and {name!r} cannot be had "
             f"({str(error).splitlines()[0][:120]})"
         ) from None
-

@@ -179,10 +179,7 @@ def write_shards(folder: str, targets: dict[str, Target], max_shard_size: str | 
         for name, members in plan.filename_to_tensors.items():
             shard = {}
             for member in members:
-                value = targets[member].read()
-                if tuple(value.shape) != targets[member].shape:
-                    raise LlavaError(f"{member}: found {tuple(value.shape)}, expected {targets[member].shape}")
-                shard[member] = value.contiguous()
+                shard[member] = _read(member, targets[member])
                 bar.update(targets[member].bytes)
             path = os.path.join(folder, name)
             try:
@@ -196,6 +193,13 @@ def write_shards(folder: str, targets: dict[str, Target], max_shard_size: str | 
         with open(os.path.join(folder, INDEXES[0]), "w", encoding="utf-8") as file:
             json.dump(index, file, indent=2, sort_keys=True)
     return total
+
+
+def _read(name: str, target: Target):
+    value = target.read()
+    if tuple(value.shape) != target.shape:
+        raise LlavaError(f"{name}: found {tuple(value.shape)}, expected {target.shape}")
+    return value.contiguous()
 
 
 def _umask() -> int:

@@ -1,7 +1,7 @@
 """Whether a LLaVA checkpoint and a folder of transformers are the same model, one in memory after the other.
 
-Both get the same pictures and questions through their own pipelines: pixels, prompts, token ids, token counts, logits and
-greedy answers are compared.
+Both get the same pictures and questions through their own pipelines: pixels, prompts, token ids, token counts, logits
+and greedy answers are compared.
 """
 
 import gc
@@ -10,114 +10,30 @@ import os
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from llava.errors import LlavaError
+from llava.tools.hf.probes import Probe, llava_prompt, messages, probes
 
 FLOAT32_TOLERANCE = 1e-4  # absolute, on logits
 HALF_TOLERANCE = 4  # on logits, in units of the dtype's precision times the largest logit
 PIXEL_TOLERANCE = 1e-6
 NEW_TOKENS = 12
 POSITIONS = 128  # logits are compared at so many places of a sequence, half of them at its end
-QUESTION = "What is shown in this picture?"
-PLAIN_QUESTION = "Which colour does the sky have?"
-
-
-class Probe(NamedTuple):
-    """One question; `picture` is a PIL image or None."""
-
-    name: str
-    picture: object
-    question: str
 
 
 class Report(NamedTuple):
-    """What was found: the largest difference of logits, its limit, the dtype, and how many greedy tokens agreed."""
+    """What was found: the largest difference of logits, its limit, the dtype, how many greedy tokens agreed.
+
+    blank: whether transformers' tokenizer lacks the blank behind an image.
+    """
 
     difference: float
     tolerance: float
     dtype: str
     tokens: int
-
-
-# --- the inputs -------------------------------------------------------------------------------------------------------
-
-
-def rounding_agrees(size: tuple[int, int], grid, side: int, patches: int) -> bool:
-    """Whether LLaVA-NeXT and transformers unpad an image to the same tokens: they round int(x) and int(round(x, 7)).
-
-    Args:
-        size: (width, height) of the image.
-        grid: candidate resolutions (width, height).
-        side: of a crop in pixels.
-        patches: tokens of a crop's side.
-    """
-    from llava.mm_utils import select_best_resolution
-
-    width, height = size
-    best = select_best_resolution(size, grid)
-    across, down = (edge // side * patches for edge in best)
-    if width / height > across / down:
-        new, whole = height * (across / width), down
-    else:
-        new, whole = width * (down / height), across
-    return (whole - int(new)) // 2 == (whole - int(round(new, 7))) // 2
-
-
-def probes(config, tower) -> list[Probe]:
-    """A wide and a tall picture, of sizes that both sides round alike, and a question without one."""
-    from llava.mm_utils import parse_grid_pinpoints
-
-    side = tower.config.image_size
-    sizes = (round(side * 1.55), round(side * 0.95)), (round(side * 0.7), round(side * 1.7))
-    grid = getattr(config, "image_grid_pinpoints", None)
-    if grid and "anyres" in (getattr(config, "image_aspect_ratio", None) or ""):
-        grid = parse_grid_pinpoints(grid, side)
-        patches = side // tower.config.patch_size
-        sizes = [_nearest_that_agrees(size, grid, side, patches) for size in sizes]
-    pictures = [picture(size, seed) for seed, size in enumerate(sizes)]
-    named = [Probe(f"picture of {p.width}x{p.height}", p, QUESTION) for p in pictures]
-    return [*named, Probe("question without a picture", None, PLAIN_QUESTION)]
-
-
-def _nearest_that_agrees(size, grid, side, patches):
-    width, height = size
-    while not rounding_agrees((width, height), grid, side, patches):
-        width += 1
-    return width, height
-
-
-def picture(size: tuple[int, int], seed: int):
-    """A picture with slow and fast changes of colour, the same at every call."""
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(seed)
-    slow = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    fast = rng.integers(-40, 41, (size[1], size[0], 3))
-    return Image.fromarray(np.clip(np.asarray(slow).astype(int) + fast, 0, 255).astype(np.uint8))
-
-
-def llava_prompt(template: str, probe: Probe) -> str:
-    """What LLaVA's conversation template makes of a probe; captioners (`plain`) get the bare text."""
-    from llava.conversation import get_template
-    from llava.tools.hf.chat_template import has_chat_template
-
-    text = probe.question if probe.picture is None else f"<image>\n{probe.question}"
-    if not has_chat_template(template):
-        return text
-    conversation = get_template(template)
-    conversation.append_message(conversation.roles[0], text)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
-
-
-def messages(probe: Probe) -> list[dict]:
-    """A probe as chat templates take it."""
-    content = [{"type": "text", "text": probe.question}]
-    if probe.picture is not None:
-        content.insert(0, {"type": "image"})
-    return [{"role": "user", "content": content}]
+    blank: bool
 
 
 # --- how exact the comparison can be ----------------------------------------------------------------------------------
@@ -200,7 +116,31 @@ def _read(folder: str, index: int) -> tuple[dict, str]:
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["text"])  # noqa: SIM118
 
 
-def observe_llava(path: str, template: str, out: str, dtype: str, device: str, eos: list[int]) -> list[Probe]:
+@dataclass(frozen=True)
+class Setting:
+    """How both models are run.
+
+    dtype: of the computation.
+    device: "cpu" or a CUDA device.
+    eos: ids that end an answer.
+    rounded: dtype that the weights were converted to, which those of the source are rounded to as well.
+    """
+
+    dtype: str
+    device: str
+    eos: list[int]
+    rounded: str | None = None
+
+    def round(self, model) -> None:
+        """Round a source's weights, one after the other."""
+        import torch
+
+        if self.rounded:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(getattr(torch, self.rounded)).to(parameter.dtype)
+
+
+def observe_llava(path: str, template: str, out: str, run: Setting, is_source: bool) -> list[Probe]:
     """Run the probes through a LLaVA checkpoint and write what came out to the folder `out`; returns the probes."""
     import torch
 
@@ -210,11 +150,13 @@ def observe_llava(path: str, template: str, out: str, dtype: str, device: str, e
 
     name = get_model_name_from_path(path)
     tokenizer, model, images, _ = load_pretrained_model(
-        path, None, name, device_map=device, torch_dtype=dtype, attn_implementation="sdpa"
+        path, None, name, device_map=run.device, torch_dtype=run.dtype, attn_implementation="sdpa"
     )
+    if is_source:
+        run.round(model)
     asked = probes(model.config, model.get_vision_tower())
     count = model.visual_token_counter()
-    with torch.inference_mode(), _greedy(model, eos, tokenizer.pad_token_id):
+    with torch.inference_mode(), _greedy(model, run.eos, tokenizer.pad_token_id):
         for index, probe in enumerate(asked):
             prompt = llava_prompt(template, probe)
             ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
@@ -223,10 +165,10 @@ def observe_llava(path: str, template: str, out: str, dtype: str, device: str, e
                 pixels = process_images([probe.picture], images, model.config)[0]
                 found["pixels"] = pixels
                 length += count(pixels.shape, probe.picture.size) - 1
-                given = {"images": [pixels.to(device, model.dtype)], "image_sizes": [probe.picture.size]}
+                given = {"images": [pixels.to(run.device, model.dtype)], "image_sizes": [probe.picture.size]}
             found["length"] = torch.tensor(length)
-            ids = ids[None].to(device)
-            kept = _kept(length).to(device)
+            ids = ids[None].to(run.device)
+            kept = _kept(length).to(run.device)
             assert (ids == IMAGE_TOKEN_INDEX).sum() == len(given.get("images", ()))
             found["logits"] = model(ids, attention_mask=torch.ones_like(ids), logits_to_keep=kept, **given).logits[0]
             found["tokens"] = model.generate(ids, attention_mask=torch.ones_like(ids), **given)[0]
@@ -242,13 +184,18 @@ def hf_inputs(processor, probe: Probe, prompt: str | None):
     return prompt, processor(text=prompt, images=images, return_tensors="pt")
 
 
-def observe_hf(path: str, asked: list[Probe], expected: str, own_prompts: bool, out: str, dtype, device, eos) -> None:
+def observe_hf(
+    path: str, asked: list[Probe], expected: str, own_prompts: bool, out: str, run: Setting, is_source: bool
+):
     """Run the probes through a transformers folder and write what came out to the folder `out`.
+
+    Returns whether LLaVA's blank behind an image was put into its ids.
 
     Args:
         asked: the probes.
         expected: folder of what LLaVA gave, compared before the weights are read as far as the inputs go.
         own_prompts: let its chat template write the prompts; else it is given LLaVA's.
+        run: how.
 
     Raises:
         LlavaError: other inputs, or weights that do not fit the folder's config.
@@ -258,22 +205,25 @@ def observe_hf(path: str, asked: list[Probe], expected: str, own_prompts: bool, 
     from llava.tools.hf.processor import load_processor
 
     processor = load_processor(path)
-    inputs = []
+    inputs, blank = [], False
     for index, probe in enumerate(asked):
         ours, prompt = _read(expected, index)
         text, given = hf_inputs(processor, probe, None if own_prompts else prompt)
-        _compare_inputs(probe, ours, prompt, text, given, processor.image_token_id)
+        blank |= _compare_inputs(probe, ours, prompt, text, given, processor, own_prompts)
         inputs.append((text, given))
-    model = load_hf(path, dtype, device)
-    with torch.inference_mode(), _greedy(model, eos, processor.tokenizer.pad_token_id):
+    model = load_hf(path, run.dtype, run.device)
+    if is_source:
+        run.round(model)
+    with torch.inference_mode(), _greedy(model, run.eos, processor.tokenizer.pad_token_id):
         for index, (text, given) in enumerate(inputs):
-            given = given.to(device)
+            given = given.to(run.device)
             if "pixel_values" in given:
                 given["pixel_values"] = given["pixel_values"].to(model.dtype)
             length = given["input_ids"].shape[1]
-            logits = model(**given, logits_to_keep=_kept(length).to(device)).logits[0]
+            logits = model(**given, logits_to_keep=_kept(length).to(run.device)).logits[0]
             tokens = model.generate(**given)[0, length:]
             _write(out, index, {"logits": logits, "tokens": tokens}, text)
+    return blank
 
 
 def load_hf(path: str, dtype: str, device: str):
@@ -297,29 +247,63 @@ def load_hf(path: str, dtype: str, device: str):
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def _compare_inputs(probe: Probe, ours: dict, prompt: str, text: str, given, image_token: int) -> None:
-    import torch
+def _compare_inputs(probe: Probe, ours: dict, prompt: str, text: str, given, processor, own_prompts: bool) -> bool:
+    """Raise LlavaError where prompts, token ids or pixels differ.
 
-    from llava.constants import IMAGE_TOKEN_INDEX
-
+    Where LLaVA's prompts were given, transformers' ids may lack LLaVA's blank behind the image: then `given` gets
+    LLaVA's ids, and True is returned.
+    """
     where = f"not the same model: {probe.name}"
     if text != prompt:
         raise LlavaError(f"{where}: transformers' prompt is {text!r}, LLaVA's {prompt!r}")
-    ids = given["input_ids"][0]
-    if len(ids) != int(ours["length"]):
-        raise LlavaError(f"{where}: transformers' sequence has {len(ids)} tokens, LLaVA's {int(ours['length'])}")
-    repeated = torch.cat([torch.tensor([False]), (ids[1:] == image_token) & (ids[:-1] == image_token)])
-    collapsed = ids.masked_fill(ids == image_token, IMAGE_TOKEN_INDEX)[~repeated]
-    if collapsed.tolist() != ours["ids"].long().tolist():
-        found = collapsed.tolist(), ours["ids"].long().tolist()
-        raise LlavaError(f"{where}: transformers' token ids are {found[0]}, LLaVA's {found[1]}")
-    if probe.picture is None:
-        return
-    pixels = given["pixel_values"][0]
-    if pixels.shape != ours["pixels"].shape:
-        raise LlavaError(f"{where}: transformers' pixels are {tuple(pixels.shape)}, {tuple(ours['pixels'].shape)} here")
-    difference = (pixels.float() - ours["pixels"]).abs().max().item()
-    if difference > PIXEL_TOLERANCE:
+    found, length = given["input_ids"][0].tolist(), int(ours["length"])
+    expected = _spread(ours["ids"].long().tolist(), length, processor.image_token_id)
+    blank = False
+    if found != expected and not own_prompts:
+        blank = found == _without_blank(expected, processor)
+    if blank:
+        import torch
+
+        given["input_ids"] = torch.tensor([expected])
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+    elif len(found) != length:
+        raise LlavaError(f"{where}: transformers' sequence has {len(found)} tokens, LLaVA's {length}")
+    elif found != expected:
+        place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+        raise LlavaError(
+            f"{where}: transformers' token ids are {found[place : place + 8]} from token {place} on, LLaVA's "
+            f"{expected[place : place + 8]}"
+        )
+    if probe.picture is not None:
+        _compare_pixels(where, ours["pixels"], given["pixel_values"][0])
+    return blank
+
+
+def _spread(ids: list[int], length: int, image_token: int) -> list[int]:
+    """LLaVA's ids with the image token repeated to the length of the whole sequence."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+
+    if IMAGE_TOKEN_INDEX not in ids:
+        return ids
+    at = ids.index(IMAGE_TOKEN_INDEX)
+    return ids[:at] + [image_token] * (length - len(ids) + 1) + ids[at + 1 :]
+
+
+def _without_blank(ids: list[int], processor) -> list[int]:
+    """Ids without the blank behind the last image token."""
+    image = processor.image_token_id
+    if image not in ids:
+        return ids
+    behind = len(ids) - ids[::-1].index(image)
+    blank = processor.tokenizer.convert_tokens_to_ids("\u2581")
+    return ids[:behind] + ids[behind + 1 :] if ids[behind : behind + 1] == [blank] else ids
+
+
+def _compare_pixels(where: str, ours, theirs) -> None:
+    if theirs.shape != ours.shape:
+        raise LlavaError(f"{where}: transformers' pixels are {tuple(theirs.shape)}, LLaVA's {tuple(ours.shape)}")
+    difference = (theirs.float() - ours).abs().max().item()
+    if not difference <= PIXEL_TOLERANCE:
         raise LlavaError(f"{where}: pixels differ by {difference:.1e}, more than {PIXEL_TOLERANCE:.0e}")
 
 
@@ -341,37 +325,37 @@ def _compare_outputs(probe: Probe, ours: dict, theirs: dict, dtype: str) -> tupl
     return difference, most
 
 
-def verify(llava: str, hf: str, template: str, own_prompts: bool, device: str, eos: list[int]) -> Report:
-    """Hold a LLaVA checkpoint and a transformers folder against each other.
+def verify(llava: str, hf: str, template: str, own_prompts: bool, source: str, device="cpu", eos=(), rounded=None):
+    """Hold a LLaVA checkpoint and a transformers folder against each other; returns a `Report`.
 
     Args:
         llava, hf: the folders.
         template: LLaVA's conversation template.
         own_prompts: let the folder's chat template write its prompts.
-        device: "cpu" or a CUDA device.
-        eos: ids that end an answer.
+        source: the one of the two that the other was made from.
+        device, eos, rounded: as `Setting`.
 
     Raises:
         LlavaError: they differ; says in what and where.
     """
     from llava.tools.hf.streaming import Weights
 
-    dtype = choose_dtype(Weights(llava), device)
+    run = Setting(choose_dtype(Weights(llava), device), device, list(eos), rounded)
     with tempfile.TemporaryDirectory() as work:
         ours, theirs = (os.path.join(work, side) for side in ("llava", "hf"))
         os.mkdir(ours)
         os.mkdir(theirs)
-        asked = observe_llava(llava, template, ours, dtype, device, eos)
+        asked = observe_llava(llava, template, ours, run, source == llava)
         free()
-        observe_hf(hf, asked, ours, own_prompts, theirs, dtype, device, eos)
+        blank = observe_hf(hf, asked, ours, own_prompts, theirs, run, source == hf)
         free()
         found, tokens = [], 0
         for index, probe in enumerate(asked):
             a, b = _read(ours, index)[0], _read(theirs, index)[0]
-            found.append(_compare_outputs(probe, a, b, dtype))
+            found.append(_compare_outputs(probe, a, b, run.dtype))
             tokens += len(a["tokens"])
     worst = max(found)
-    return Report(worst[0], worst[1], dtype, tokens)
+    return Report(worst[0], worst[1], run.dtype, tokens, blank)
 
 
 def free() -> None:
