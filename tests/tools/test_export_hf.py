@@ -159,13 +159,11 @@ def test_several_images_in_one_prompt(name, exported):
     assert (logits[:, : squared.shape[-1]] - squared).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", [name for name in golden.CASES if "video" not in name])
 def test_published_values(name, tmp_path):
-    """Checkpoints and logits of LLaVA-NeXT itself; video has no class but OneVision's."""
+    """Checkpoints and logits of LLaVA-NeXT itself; those of video come from models whose class here takes none."""
     case = golden.case(name)
     export(str(case.folder), str(tmp_path / "hf"), version=case.info["conversation"])
-    if case.info["modalities"][0] == "video":
-        return
     stock, processor = theirs(tmp_path / "hf"), load_processor(str(tmp_path / "hf"))
     for row, (text, picture) in enumerate(zip(case.info["prompts"], case.pictures, strict=True)):
         batch = processor(text=text, images=[picture], return_tensors="pt")

@@ -148,6 +148,7 @@ def _quote(text: str) -> str:
 
 # --- the way back -----------------------------------------------------------------------------------------------------
 
+PREFERRED = ("qwen_1_5", "v1", "mistral_instruct", "v0")  # where one template has several names
 PROBE = ("What is shown?", "A temple.", "Where is it?")
 
 
@@ -180,12 +181,11 @@ def recognise(rendered: str, bos_token: str | None = None) -> str:
     Raises:
         LlavaError: none does; names the nearest.
     """
-    prompts = {name: probe_prompt(name) for name in reversed(conv_templates) if has_chat_template(name)}
-    variants = {rendered, rendered.removeprefix(bos_token or "")}
-    found = [name for name, prompt in prompts.items() if prompt in variants]
-    if found:
-        preferred = ("qwen_1_5", "v1", "mistral_instruct")  # of several names of one template
-        return next((name for name in preferred if name in found), found[-1])
+    names = [*PREFERRED, *(name for name in conv_templates if has_chat_template(name) and name not in PREFERRED)]
+    prompts = {name: probe_prompt(name) for name in names}
+    for name, prompt in prompts.items():
+        if prompt in (rendered, rendered.removeprefix(bos_token or "")):
+            return name
     nearest = max(prompts, key=lambda name: difflib.SequenceMatcher(None, rendered, prompts[name]).ratio())
     raise LlavaError(
         f"chat template: it writes {rendered[:200]!r}, as no conversation template here does; name the one to use with "
