@@ -25,8 +25,9 @@ Where the two differ by design, and these checks do not look:
 - Unpadding rounds down in LLaVA-NeXT, and after rounding to seven digits in transformers, so that about 5 in 160,000
   image sizes (328x205 for one) get another row of tokens. The pictures of the check have sizes that agree.
 - Video exists in transformers' OneVision alone, always with one newline token after a clip.
-- Pixels are Pillow's. Where torchvision is installed AutoProcessor prefers it: pass `backend="pil"` to have Pillow's.
-  OneVision's processor needs torchvision to be loaded at all, for its video half.
+- Pixels are Pillow's. Where torchvision is installed AutoProcessor prefers it, whose pixels differ by up to 0.015;
+  `processor.image_processor = AutoImageProcessor.from_pretrained(OUT, backend="pil")` gives Pillow's. OneVision's
+  processor needs torchvision to be loaded at all, for its video half.
 """
 
 import argparse

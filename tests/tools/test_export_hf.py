@@ -48,21 +48,6 @@ def out(tmp_path):
     assert os.listdir(parent) in ([], ["out"])
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Name of a case -> (LLaVA folder, folder of transformers), made once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            source = make(folder, name)
-            made[name] = source, folder / "hf", export(str(source), str(folder / "hf"))
-        return made[name]
-
-    return get
-
-
 def ours(folder):
     return load_pretrained_model(
         str(folder), None, "llava", device_map="cpu", torch_dtype="float32", attn_implementation="eager"

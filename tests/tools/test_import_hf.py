@@ -41,12 +41,9 @@ def out(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def pair(exported):
     """(LLaVA folder, folder of transformers) of one case."""
-    folder = tmp_path_factory.mktemp("exported")
-    source = make(folder, "qwen_next")
-    export(str(source), str(folder / "hf"))
-    return source, folder / "hf"
+    return exported("qwen_next")[:2]
 
 
 def config_of(folder) -> dict:
@@ -63,12 +60,11 @@ def edited(source, folder, **changes):
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vicuna_next", "siglip_next", "qwen3_onevision", "clip_onevision", "llama3_pad"])
-def test_there_and_back(name, tmp_path, out):
+@pytest.mark.parametrize("name", ["vicuna_next", "qwen3_onevision", "clip_onevision", "llama3_pad"])
+def test_there_and_back(name, exported, tmp_path, out):
     """The same tensors, token ids and config; SigLIP's encoder has the depth again that LLaVA counts."""
-    source = make(tmp_path, name)
-    export(str(source), str(tmp_path / "hf"))
-    run("--model-path", tmp_path / "hf", "--output", out)
+    source, folder, _ = exported(name)
+    run("--model-path", folder, "--output", out)
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     old, new = config_of(source), config_of(out)
@@ -86,8 +82,10 @@ def test_there_and_back(name, tmp_path, out):
     assert not os.path.isabs(new["mm_vision_tower"]) and not os.path.isdir(new["mm_vision_tower"])
     first, second = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
     assert len(first) == len(second) and "<image>" not in second.get_vocab()
+    if name != "vicuna_next":
+        return
     export(str(out), str(tmp_path / "again"))
-    there, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "again"))
+    there, again = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert there.keys() == again.keys() and all(torch.equal(there[key], again[key]) for key in there)
 
 
@@ -179,8 +177,8 @@ def test_a_folder_of_transformers(name, layer, tmp_path, out, capsys):
 
 
 @pytest.mark.parametrize("layout", ["hub", "transformers 5"])
-def test_both_layouts_of_names(layout, exported, tmp_path, out):
-    folder = edited(exported[1], tmp_path / "hf")
+def test_both_layouts_of_names(layout, pair, tmp_path, out):
+    folder = edited(pair[1], tmp_path / "hf")
     state = load_file(folder / "model.safetensors")
     assert "language_model.model.norm.weight" in state and "vision_tower.vision_model.post_layernorm.bias" in state
     if layout == "transformers 5":
@@ -193,13 +191,13 @@ def test_both_layouts_of_names(layout, exported, tmp_path, out):
             renamed[new + key.removeprefix(old)] = value
         save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     run("--model-path", folder, "--output", out)
-    before, after = load_file(exported[0] / "model.safetensors"), load_file(out / "model.safetensors")
+    before, after = load_file(pair[0] / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_an_export_that_was_changed_keeps_its_rows(exported, tmp_path, out):
+def test_an_export_that_was_changed_keeps_its_rows(pair, tmp_path, out):
     """More tokens than the export had: no row may go."""
-    folder = edited(exported[1], tmp_path / "hf")
+    folder = edited(pair[1], tmp_path / "hf")
     found = AutoTokenizer.from_pretrained(folder)
     found.add_tokens(["<new>"])
     found.save_pretrained(folder)
@@ -208,10 +206,9 @@ def test_an_export_that_was_changed_keeps_its_rows(exported, tmp_path, out):
     assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(["<image>", "<new>"]) == [703, 704]
 
 
-def test_a_blank_behind_the_image(tmp_path, out, capsys):
+def test_a_blank_behind_the_image(exported, tmp_path, out, capsys):
     """Llama's tokenizer as transformers 5 saves it: the one difference is LLaVA's blank, and a note says so."""
-    source = make(tmp_path, "vicuna_pad")
-    export(str(source), str(tmp_path / "hf"))
+    shutil.copytree(exported("vicuna_pad")[1], tmp_path / "hf")
     for path in (tmp_path / "hf").glob("tokenizer*"):
         path.unlink()
     tokenizer("llama").save_pretrained(tmp_path / "tokenizer")
@@ -222,8 +219,8 @@ def test_a_blank_behind_the_image(tmp_path, out, capsys):
     assert "puts no blank behind an image" in capsys.readouterr().out
 
 
-def test_the_template_is_named_or_found(exported, tmp_path, out, capsys):
-    folder = edited(exported[1], tmp_path / "hf")
+def test_the_template_is_named_or_found(pair, tmp_path, out, capsys):
+    folder = edited(pair[1], tmp_path / "hf")
     (folder / "chat_template.jinja").write_text(
         chat_template("qwen_1_5").replace("<|im_start|>user\\n", "<|im_start|>user ")
     )
@@ -259,9 +256,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_bad_input(fault, exported, tmp_path, out, capsys):
+def test_bad_input(fault, pair, tmp_path, out, capsys):
     changes, words = BAD[fault]
-    folder = edited(exported[1], tmp_path / "hf", **{k: v for k, v in changes.items() if v is not ...})
+    folder = edited(pair[1], tmp_path / "hf", **{k: v for k, v in changes.items() if v is not ...})
     if ... in changes.values():
         values = {k: v for k, v in config_of(folder).items() if changes.get(k) is not ...}
         (folder / "config.json").write_text(json.dumps(values))
@@ -285,13 +282,13 @@ def test_bad_input(fault, exported, tmp_path, out, capsys):
     assert re.search(words, failure(capsys, "--model-path", folder, "--output", out))
 
 
-def test_a_weight_that_goes_wrong_leaves_nothing(exported, out, capsys, monkeypatch):
+def test_a_weight_that_goes_wrong_leaves_nothing(pair, out, capsys, monkeypatch):
     read = streaming.Weights.read
     monkeypatch.setattr(streaming.Weights, "read", lambda self, name: read(self, name) + ("linear_2.bias" in name))
-    assert "logits differ by" in failure(capsys, "--model-path", exported[1], "--output", out)
+    assert "logits differ by" in failure(capsys, "--model-path", pair[1], "--output", out)
     monkeypatch.undo()
-    run("--model-path", exported[1], "--output", out)
-    assert "--overwrite" in failure(capsys, "--model-path", exported[1], "--output", out)
+    run("--model-path", pair[1], "--output", out)
+    assert "--overwrite" in failure(capsys, "--model-path", pair[1], "--output", out)
 
 
 def test_cases_are_all_of_them():
