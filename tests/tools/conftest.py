@@ -18,3 +18,11 @@ def exported(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def no_collection(monkeypatch):
+    """Without the garbage collection between two models, which takes half of the time of a comparison this small."""
+    from llava.tools.hf import verify
+
+    monkeypatch.setattr(verify, "free", lambda: None)

@@ -25,6 +25,8 @@ from llava.tools.hf.processor import load_processor
 from tests.model import golden
 from tests.tools.hf.checkpoints import CASES, make
 
+pytestmark = pytest.mark.usefixtures("no_collection")
+
 
 def run(*arguments) -> None:
     main([str(argument) for argument in arguments])
@@ -443,6 +445,28 @@ def test_half_precision_where_float32_does_not_fit(tmp_path, out, capsys, monkey
     printed = capsys.readouterr().out
     assert "verified in bfloat16" in printed and "limit 1.0e-04" not in printed
     assert load_file(out / "model.safetensors")["image_newline"].dtype == torch.bfloat16
+
+
+def test_one_model_at_a_time(exported, monkeypatch):
+    """When the second is loaded the first is gone."""
+    monkeypatch.undo()  # with the collection, here
+    source, folder, _ = exported("qwen_next")
+    held, load = [], verify.load_hf
+    generate = type(ours(source)[1]).generate
+
+    def seen(model, *args, **kwargs):
+        held.append(weakref.ref(model))
+        return generate(model, *args, **kwargs)
+
+    def loading(*args):
+        assert held and not any(model() for model in held)
+        held.append(None)
+        return load(*args)
+
+    monkeypatch.setattr("llava.model.llava_arch.LlavaMetaForCausalLM.generate", seen)
+    monkeypatch.setattr(verify, "load_hf", loading)
+    report = verify.verify(str(source), str(folder), "qwen_1_5", True, str(source))
+    assert held[-1] is None and report.difference <= report.tolerance
 
 
 def test_pictures_are_of_sizes_that_both_sides_round_alike():

@@ -17,6 +17,8 @@ from llava.tools.import_hf import main
 from tests.model import golden
 from tests.tools.hf.checkpoints import CASES, make, tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_collection")
+
 
 def run(*arguments) -> None:
     main([str(argument) for argument in arguments])
