@@ -110,9 +110,10 @@ def export(model_path: str, output: str, max_shard_size="5GB", dtype=None, versi
         LlavaError: not possible, or not the same model; `output` is then as it was before.
     """
     from llava.tools.hf.source import read_source
-    from llava.tools.hf.verify import verify
+    from llava.tools.hf.verify import check_device, verify
     from llava.tools.vit.checkpoint import new_folder
 
+    check_device(device)
     with new_folder(output, overwrite) as folder:
         source = read_source(model_path, version)
         eos, found = write_folder(source, folder, max_shard_size, dtype)

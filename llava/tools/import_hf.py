@@ -41,10 +41,12 @@ def choose_template(path: str, processor, version: str | None) -> str:
         raise LlavaError(f"{path}: found no chat template, so name the conversation template with --version")
     try:
         rendered = processor.apply_chat_template(probe_messages(), add_generation_prompt=True, tokenize=False)
-    except (TypeError, ValueError, KeyError) as error:
-        raise LlavaError(f"{path}: its chat template fails ({str(error)[:120]}): use --version") from None
-    except Exception as error:  # Jinja's own kinds
-        raise LlavaError(f"{path}: its chat template fails ({type(error).__name__}: {error}): use --version") from None
+    except Exception as error:  # whatever a folder's own template may raise
+        reason = next(iter(str(error).splitlines()), "")[:120]
+        raise LlavaError(
+            f"{path}: its chat template fails ({type(error).__name__}: {reason}); name the conversation template with "
+            "--version"
+        ) from None
     try:
         return recognise(rendered, processor.tokenizer.bos_token)
     except LlavaError as error:
@@ -152,9 +154,10 @@ def import_hf(
     Raises:
         LlavaError: not possible, or not the same model; `output` is then as it was before.
     """
-    from llava.tools.hf.verify import verify
+    from llava.tools.hf.verify import check_device, verify
     from llava.tools.vit.checkpoint import new_folder
 
+    check_device(device)
     with new_folder(output, overwrite) as folder:
         template, eos, notes, name = write_folder(model_path, folder, max_shard_size, dtype, version)
         report = verify(folder, model_path, template, False, model_path, device, eos, dtype)

@@ -403,7 +403,7 @@ def test_what_is_there_stays(exported, out, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault", ["no folder", "adapter", "cut", "missing", "shape", "version", "size", "projector only"]
+    "fault", ["device", "no folder", "adapter", "cut", "missing", "shape", "version", "size", "projector only"]
 )
 def test_bad_input(fault, exported, tmp_path, out, capsys):
     folder, arguments, weights = tmp_path / "llava", [], "model.safetensors"
@@ -427,6 +427,8 @@ def test_bad_input(fault, exported, tmp_path, out, capsys):
         words = r"model.mm_projector.0.bias: found \(7,\), expected \(32,\)"
     elif fault == "version":
         arguments, words = ["--version", "qwen_15"], "did you mean 'qwen_1_5'"
+    elif fault == "device":
+        arguments, words = ["--device", "gpu"], "--device: found 'gpu', expected cpu"
     elif fault == "size":
         arguments, words = ["--max-shard-size", "huge"], "max_shard_size: found 'huge'"
     else:

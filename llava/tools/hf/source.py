@@ -37,6 +37,7 @@ def read_source(path: str, template: str | None = None) -> Source:
     Raises:
         LlavaError: a checkpoint that is not whole, or that transformers has no class for.
     """
+    from llava.conversation import get_template
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import (
         DEFAULT_TEMPLATES,
@@ -46,7 +47,6 @@ def read_source(path: str, template: str | None = None) -> Source:
         read_config,
         resolve_architecture,
     )
-    from llava.tools.hf.chat_template import get_template
 
     values = read_config(path)
     if not os.path.isdir(path):

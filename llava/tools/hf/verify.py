@@ -39,6 +39,14 @@ class Report(NamedTuple):
 # --- how exact the comparison can be ----------------------------------------------------------------------------------
 
 
+def check_device(device: str) -> None:
+    """Raise LlavaError where there is no such device."""
+    import torch
+
+    if device != "cpu" and not (device.split(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise LlavaError(f"--device: found {device!r}, expected cpu, or cuda where there is one")
+
+
 def available_memory(device: str) -> int:
     """Bytes that can be had on a device."""
     import torch
@@ -143,6 +151,7 @@ class Setting:
 def observe_llava(path: str, template: str, out: str, run: Setting, is_source: bool) -> list[Probe]:
     """Run the probes through a LLaVA checkpoint and write what came out to the folder `out`; returns the probes."""
     import torch
+    from tqdm import tqdm
 
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
@@ -157,7 +166,7 @@ def observe_llava(path: str, template: str, out: str, run: Setting, is_source: b
     asked = probes(model.config, model.get_vision_tower())
     count = model.visual_token_counter()
     with torch.inference_mode(), _greedy(model, run.eos, tokenizer.pad_token_id):
-        for index, probe in enumerate(asked):
+        for index, probe in enumerate(tqdm(asked, desc="running LLaVA", unit="question")):
             prompt = llava_prompt(template, probe)
             ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
             given, length, found = {}, len(ids), {"ids": ids}
@@ -201,6 +210,7 @@ def observe_hf(
         LlavaError: other inputs, or weights that do not fit the folder's config.
     """
     import torch
+    from tqdm import tqdm
 
     from llava.tools.hf.processor import load_processor
 
@@ -215,7 +225,7 @@ def observe_hf(
     if is_source:
         run.round(model)
     with torch.inference_mode(), _greedy(model, run.eos, processor.tokenizer.pad_token_id):
-        for index, (text, given) in enumerate(inputs):
+        for index, (text, given) in enumerate(tqdm(inputs, desc="running transformers", unit="question")):
             given = given.to(run.device)
             if "pixel_values" in given:
                 given["pixel_values"] = given["pixel_values"].to(model.dtype)
