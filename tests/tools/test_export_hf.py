@@ -471,6 +471,28 @@ def test_one_model_at_a_time(exported, monkeypatch):
     assert held[-1] is None and report.difference <= report.tolerance
 
 
+@pytest.mark.parametrize(
+    "dtype, logit, token, words",
+    [
+        ("float32", 5.00005, 7, None),
+        ("float32", 5.001, 7, "logits differ by 1.0e-03, more than 1.0e-04, the most at row 1 of 2"),
+        ("float32", float("nan"), 7, "logits differ by nan"),
+        ("bfloat16", 5.1, 7, None),
+        ("bfloat16", 5.2, 7, r"\(in bfloat16\): logits differ by 2.0e-01, more than 1.6e-01"),
+        ("bfloat16", 5.0, 8, r"transformers answers \[8\], LLaVA \[7\]"),
+    ],
+)
+def test_what_counts_as_the_same(dtype, logit, token, words):
+    probe = probes.Probe("a question", None, "Hi")
+    mine = {"logits": torch.tensor([[1.0, 2.0], [3.0, 5.0]]), "tokens": torch.tensor([7.0])}
+    other = {"logits": torch.tensor([[1.0, 2.0, 99.0], [3.0, logit, 99.0]]), "tokens": torch.tensor([float(token)])}
+    if words is None:
+        assert verify._compare_outputs(probe, mine, other, dtype)[0] == pytest.approx(logit - 5, abs=1e-5)
+    else:
+        with pytest.raises(LlavaError, match=words):
+            verify._compare_outputs(probe, mine, other, dtype)
+
+
 def test_pictures_are_of_sizes_that_both_sides_round_alike():
     """328x205 is none: LLaVA-NeXT rounds 14.999999999999998 down, transformers to 15."""
     grid = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]

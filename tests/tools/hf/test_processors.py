@@ -152,6 +152,8 @@ def test_stop_ids():
 
     qwen, llama, llama3 = (tokenizer(name) for name in ("qwen", "llama", "llama3"))
     assert stop_ids(qwen, "qwen_1_5", GenerationConfig(eos_token_id=[701])) == ([700, 701], [])
+    qwen.eos_token = "<|endoftext|>"  # as base models have it
+    assert stop_ids(qwen, "qwen_1_5", GenerationConfig()) == ([700, 701], [])
     assert stop_ids(llama, "v1", GenerationConfig()) == ([2], [])
     assert stop_ids(llama, "v0", GenerationConfig()) == ([2], ["###"])
     assert stop_ids(llama, "plain", GenerationConfig()) == ([2], [])
