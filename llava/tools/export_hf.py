@@ -109,18 +109,20 @@ def export(model_path: str, output: str, max_shard_size="5GB", dtype=None, versi
     Raises:
         LlavaError: not possible, or not the same model; `output` is then as it was before.
     """
-    from llava.tools.hf.source import read_source
+    from llava.tools.hf.chat_template import has_chat_template
+    from llava.tools.hf.source import check_apart, read_source
     from llava.tools.hf.verify import check_device, verify
     from llava.tools.vit.checkpoint import new_folder
 
     check_device(device)
+    check_apart(model_path, output)
     with new_folder(output, overwrite) as folder:
         source = read_source(model_path, version)
         eos, found = write_folder(source, folder, max_shard_size, dtype)
         for weights, _ in source.stored.values():
             weights.close()
-        own_prompts = all("no chat template" not in note for note in found)
-        report = verify(model_path, folder, source.template, own_prompts, model_path, device, eos, dtype)
+        chats = has_chat_template(source.template)
+        report = verify(model_path, folder, source.template, chats, model_path, device, eos, dtype)
     return source.form.model_class, report, found
 
 

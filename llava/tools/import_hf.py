@@ -154,10 +154,12 @@ def import_hf(
     Raises:
         LlavaError: not possible, or not the same model; `output` is then as it was before.
     """
+    from llava.tools.hf.source import check_apart
     from llava.tools.hf.verify import check_device, verify
     from llava.tools.vit.checkpoint import new_folder
 
     check_device(device)
+    check_apart(model_path, output)
     with new_folder(output, overwrite) as folder:
         template, eos, notes, name = write_folder(model_path, folder, max_shard_size, dtype, version)
         report = verify(folder, model_path, template, False, model_path, device, eos, dtype)

@@ -394,6 +394,8 @@ def test_what_is_there_stays(exported, out, capsys, monkeypatch):
     run("--model-path", source, "--output", out)
     before = (out / "config.json").read_text()
     assert "--overwrite" in failure(capsys, "--model-path", source, "--output", out)
+    said = failure(capsys, "--model-path", source, "--output", source, "--overwrite")
+    assert "holds the weights that are read" in said and (source / "model.safetensors").is_file()
     read = streaming.Weights.read
     monkeypatch.setattr(streaming.Weights, "read", lambda self, name: read(self, name) * 1.5)
     failure(capsys, "--model-path", source, "--output", out, "--overwrite")

@@ -291,6 +291,8 @@ def test_a_weight_that_goes_wrong_leaves_nothing(pair, out, capsys, monkeypatch)
     monkeypatch.undo()
     run("--model-path", pair[1], "--output", out)
     assert "--overwrite" in failure(capsys, "--model-path", pair[1], "--output", out)
+    folder = pair[1].parent
+    assert "holds the weights" in failure(capsys, "--model-path", pair[1], "--output", folder, "--overwrite")
 
 
 def test_cases_are_all_of_them():
