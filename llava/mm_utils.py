@@ -269,11 +269,11 @@ def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX
         list of int, or LongTensor [L] with `return_tensors="pt"`.
     """
     chunks = [_with_special_tokens(tokenizer, chunk) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
-    bos = bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id
-    input_ids = chunks[0][:1] if bos else []
-    for i, chunk in enumerate(chunks):
-        if i:
-            input_ids.append(image_token_index)
+    input_ids = list(chunks[0])
+    for chunk in chunks[1:]:
+        input_ids.append(image_token_index)
+        # llama3's template writes the BOS itself: then only a tokenizer that adds one put it before this piece, too
+        bos = bool(chunk) and chunk[0] == tokenizer.bos_token_id
         input_ids.extend(chunk[1:] if bos else chunk)
     if return_tensors is None:
         return input_ids

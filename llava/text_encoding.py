@@ -68,6 +68,10 @@ class TextEncoder:
         found = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return Encoding(found.ids, found.offsets)
 
+    def to_json(self) -> str:
+        """The backend as the content of a tokenizer.json."""
+        return self._backend.to_str()
+
     def fixed_ids(self, text: str) -> list[int]:
         """Ids of a text that recurs in every sample, remembered; the caller must not change the list."""
         if text not in self._fixed:

@@ -269,6 +269,16 @@ def test_bos_comes_once():
         assert ids.count(IMAGE_TOKEN_INDEX) == prompt.count("<image>")
 
 
+def test_bos_that_the_template_writes():
+    """llama3's tokenizer may add none: the text behind an image is whole, then."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.TOKENIZER.parent / "tokenizer_llama3")
+    ids = tokenizer_image_token("<|begin_of_text|>a<image>\na cat", tokenizer)
+    assert tokenizer.decode(ids[:2]) == "<|begin_of_text|>a" and ids[2] == IMAGE_TOKEN_INDEX
+    assert tokenizer.decode(ids[3:]) == "\na cat"
+
+
 @pytest.mark.parametrize(
     "path, name",
     [

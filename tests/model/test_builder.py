@@ -77,6 +77,8 @@ def test_tower_in_the_checkpoint_needs_no_folder(tmp_path, weights):
     values["mm_vision_tower"] = "/nowhere/clip"
     (tmp_path / "llava-qwen" / "config.json").write_text(json.dumps(values))
     _, again, processor_again, _ = load(tmp_path / "llava-qwen")
+    half = load(tmp_path / "llava-qwen", torch_dtype="bfloat16")[1]
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}  # though the tower's config says float32
     assert same_weights(again, weights) and processor_again.to_dict() == processor.to_dict()
     assert (tmp_path / "llava-qwen" / "preprocessor_config.json").is_file()
 

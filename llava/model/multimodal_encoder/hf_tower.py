@@ -3,6 +3,8 @@
 import os
 from abc import abstractmethod
 
+import torch
+
 from llava.errors import LlavaError
 from llava.utils import rank0_print
 
@@ -47,7 +49,11 @@ class HFVisionTower(VisionTower):
 
     def build_empty(self):
         self.vision_tower = self.hold(
-            self.model_class._from_config(self.config, attn_implementation=self.attn_implementation)
+            self.model_class._from_config(
+                self.config,
+                attn_implementation=self.attn_implementation,
+                dtype=torch.get_default_dtype(),  # the dtype the model is loaded in, not the one it was saved from
+            )
         )
 
     def _read(self, cls, source):

@@ -1,0 +1,1 @@
+"""Parts of the commands that go from a LLaVA checkpoint to a folder of stock transformers, and back."""
