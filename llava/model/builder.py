@@ -118,6 +118,9 @@ def load_tokenizer(path: str, **kwargs):
         raise LlavaError(f"{path}: no tokenizer ({str(error).splitlines()[0][:160]})") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if getattr(tokenizer, "legacy", None) is not None:
+        # transformers 5 does not save it, and then reads a Llama tokenizer as one of the newer kind, with other ids
+        tokenizer.init_kwargs.setdefault("legacy", tokenizer.legacy)
     return tokenizer
 
 

@@ -323,3 +323,18 @@ def test_faults_are_one_line(tmp_path):
 def test_quantisation_needs_its_package():
     with pytest.raises(LlavaError, match="bitsandbytes"):
         load(SOURCE, load_4bit=True)
+
+
+def test_a_saved_llama_tokenizer_is_the_same(tmp_path):
+    """transformers 5 forgets `legacy`, and with it the blank behind </s>, when it saves."""
+    from llava.mm_utils import tokenizer_image_token
+    from llava.model.builder import load_tokenizer
+
+    source = golden.GOLDEN / "tokenizer_llama"
+    first = load_tokenizer(str(source))
+    first.save_pretrained(tmp_path / "once")
+    load_tokenizer(str(tmp_path / "once")).save_pretrained(tmp_path / "twice")
+    prompt = "USER: <image>\nhi ASSISTANT: a cat</s>USER: and <image> ASSISTANT:"
+    expected = tokenizer_image_token(prompt, first)
+    for folder in ("once", "twice"):
+        assert tokenizer_image_token(prompt, load_tokenizer(str(tmp_path / folder))) == expected
