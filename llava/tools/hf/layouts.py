@@ -7,7 +7,7 @@ from llava.errors import LlavaError
 
 AUTO = (
     "transformers has no class for it; it loads with AutoModelForCausalLM where this package is installed "
-    "(import llava.model)"
+    "(from llava.model import *)"
 )
 
 
