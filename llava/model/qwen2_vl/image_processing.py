@@ -96,13 +96,11 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
         for image in images:
             if do_resize:
                 image = self.resize(image, size=size, resample=resample, factor=patch_size * merge_size)
-            labels = _select(image, selector, scale=1 / 255 if do_rescale else 1.0)
-            if do_rescale:
-                image = self.rescale(image, rescale_factor)
-            if do_normalize:
-                image = self.normalize(image, image_mean, image_std)
-            pixels = torch.from_numpy(np.array(image, dtype=np.float32))[None]
-            patches = pooled_patches(pixels, kept_patches(labels, order="cells"), patch_size)
+            labels = select(image, selector, scale=1 / 255 if do_rescale else 1.0)
+            # pooled before they are rescaled and normalised: both are then done for what is kept of the image alone
+            kept = kept_patches(labels, order="cells")
+            patches = pooled_patches(torch.from_numpy(image)[None], kept, patch_size)
+            patches = self._each_pixel(patches, do_rescale and rescale_factor, do_normalize and (image_mean, image_std))
             # a picture is a clip whose frames are alike
             clips = patches[:, :, None].expand(-1, -1, temporal_patch_size, -1, -1)
             rows.append(clips.reshape(len(patches), -1).numpy())
@@ -115,12 +113,25 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
 
+    def _each_pixel(self, patches: torch.Tensor, rescale_factor, mean_std) -> torch.Tensor:
+        """Rescaled and normalised patches [N, C, p, p], each pixel as the stock processor has it; False: not."""
+        count, channels, side, _ = patches.shape
+        image = patches.transpose(0, 1).reshape(channels, count * side, side).numpy()
+        if rescale_factor:
+            image = self.rescale(image, rescale_factor)
+        if mean_std:
+            image = self.normalize(image, *mean_std)
+        image = np.ascontiguousarray(image, dtype=np.float32)
+        return torch.from_numpy(image).view(channels, count, side, side).transpose(0, 1)
 
-def _select(image: np.ndarray, selector: PatchTokenizer, scale: float) -> torch.Tensor:
-    """Levels [1, h, w] of one image [C, H, W]."""
+
+def select(image: np.ndarray, selector: PatchTokenizer, scale: float) -> torch.Tensor:
+    """Levels [1, h, w] of one image [C, H, W]; pixels times `scale` are 0..1."""
     height, width = image.shape[1:]
     cell = selector.base_patch_size * MERGE
     if height % cell or width % cell:
         raise LlavaError(f"an image of {width}x{height} pixels, expected multiples of {cell} where do_resize is off")
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32))[None] * scale
+    pixels = torch.from_numpy(image)[None]
+    if image.dtype != np.uint8 or scale != 1 / 255:
+        pixels = pixels.float() * scale
     return selector.construct_masks(selector.compute_importance_maps(pixels))[1]
