@@ -54,6 +54,9 @@ def _panel(pen, panel: Panel, left: int, top: int) -> None:
     for value in _ticks(most):
         pen.line((begin, height(value), end, height(value)), fill=FAINT)
         pen.text((begin - 6, height(value)), f"{value:g}", fill=INK, font=small, anchor="rm")
+    if panel.line is not None:
+        for x in range(round(begin), round(end), 8):
+            pen.line((x, height(panel.line), x + 4, height(panel.line)), fill=INK)
     place = (end - begin) / max(len(panel.labels), 1)
     bar = place * 0.84 / max(len(panel.series), 1)
     for i, label in enumerate(panel.labels):
@@ -62,12 +65,10 @@ def _panel(pen, panel: Panel, left: int, top: int) -> None:
             if series[i] is not None:
                 pen.rectangle((x + 1, height(series[i]), x + bar - 1, floor), fill=colour)
                 text = f"{series[i]:.{panel.digits}f}"
-                pen.text((x + bar / 2, height(series[i]) - 2), text, fill=INK, font=small, anchor="mb")
+                at = x + bar / 2, height(series[i]) - 2
+                pen.text(at, text, fill=INK, font=small, anchor="mb", stroke_width=2, stroke_fill=PAPER)
             x += bar
-        pen.text((begin + (i + 0.5) * place, floor + 6), label, fill=INK, font=small, anchor="mt")
-    if panel.line is not None:
-        for x in range(round(begin), round(end), 8):
-            pen.line((x, height(panel.line), x + 4, height(panel.line)), fill=INK)
+        pen.text((begin + (i + 0.5) * place, floor + 4), label, fill=INK, font=small, anchor="ma")
     pen.line((begin, floor, end, floor), fill=INK)
 
 
