@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# language model and vision encoder; the last is that of Qwen2-VL-7B-Instruct, "mid" has its balance between the two
+# language model and vision encoder; "mid" is for a CPU, those named so are published
 PRESETS = {
     "small": (
         dict(
@@ -24,12 +24,12 @@ PRESETS = {
         dict(
             hidden_size=768,
             intermediate_size=4096,
-            num_hidden_layers=8,
+            num_hidden_layers=6,
             num_attention_heads=12,
             num_key_value_heads=2,
             vocab_size=8192,
         ),
-        dict(depth=8, embed_dim=320, num_heads=4, mlp_ratio=4),
+        dict(depth=6, embed_dim=320, num_heads=4, mlp_ratio=4),
     ),
     "qwen2-vl-2b": (
         dict(
