@@ -177,7 +177,12 @@ def test_tokens_by_hand(bench, pictures):
 
 def entries(bench, **changes):
     counts = dict.fromkeys(("processor", "model", "by_hand"), 16)
-    entry = {"vision_tokens": counts, "image_tokens": dict(counts), "difference_from_none": 0.0}
+    entry = {
+        "vision_tokens": counts,
+        "image_tokens": dict(counts),
+        "difference_from_none": 0.0,
+        "levels_unequal_on_device": 0,
+    }
     return {"budget 1.0": entry | changes}
 
 
@@ -187,6 +192,7 @@ def entries(bench, **changes):
         ({}, [True, True]),
         ({"vision_tokens": {"processor": 16, "model": 15, "by_hand": 16}}, [False, True]),
         ({"image_tokens": {"processor": 16, "model": 16, "by_hand": 4}}, [False, True]),
+        ({"levels_unequal_on_device": 1}, [False, True]),
         ({"difference_from_none": 1e-4}, [True, False]),
         ({"difference_from_none": math.nan}, [True, False]),
     ],

@@ -31,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, nargs="+", help="requests in a batch (1 and 8 on CUDA, else 1)")
     parser.add_argument("--repeats", type=int, default=3, help="timed requests of each case")
     parser.add_argument(
+        "--process-on", choices=("host", "device"), default="device", help="where patches are selected and pooled"
+    )
+    parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time, where other work runs beside it"
     )
     parser.add_argument(
@@ -87,7 +90,9 @@ def measure(args: argparse.Namespace, device: str) -> dict:
     dtype = getattr(torch, args.dtype)
     try:
         pictures = qwen2_vl.load_pictures(args.images)
-        bench = adaptive_bench.Bench(device, args.preset, args.layers, dtype, args.max_pixels, args.clock)
+        bench = adaptive_bench.Bench(
+            device, args.preset, args.layers, dtype, args.max_pixels, args.clock, args.process_on
+        )
     except ValueError as error:  # a size that there is none of, a file that is no picture
         raise SystemExit(f"error: {error}") from None
     shapes, rates = adaptive_bench.shape_text(bench, args.preset), ceilings(device, device == "cpu")

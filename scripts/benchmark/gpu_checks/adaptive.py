@@ -140,7 +140,8 @@ def adaptive_speed(context: Context, result: Result):
     """Qwen2-VL with adaptive patches against all patches: tokens, time of each phase, memory, allowed speed-up."""
     small, options = context.small, context.options
     preset, dtype = ("small", torch.float32) if small else ("qwen2-vl-7b", torch.bfloat16)
-    bench = Bench(context.device, preset, options.generate_layers, dtype, 224 * 224 if small else None)
+    most_pixels = 224 * 224 if small else None
+    bench = Bench(context.device, preset, options.generate_layers, dtype, most_pixels, process_on="device")
     pictures = {"page of text": qwen2_vl.text_page((224, 224))} if small else qwen2_vl.load_pictures()
     result.figure("device", **ceilings(context.device, small))
     for name, picture in pictures.items():

@@ -86,7 +86,7 @@ SELECTION_STEPS = ("select", "kept_patches", "pooled_patches")  # of llava.model
 
 
 @contextlib.contextmanager
-def timed_selection(clock):
+def timed_selection(clock, device: str):
     """Notes the seconds that an image processor spends in choosing, gathering and pooling patches."""
     from llava.model.qwen2_vl import image_processing
 
@@ -96,6 +96,7 @@ def timed_selection(clock):
         def call(*args, **options):
             start = clock()
             found = function(*args, **options)
+            synchronize(device)
             seconds.append(clock() - start)
             return found
 
@@ -121,27 +122,32 @@ class Bench:
         dtype: torch.dtype,
         most_pixels: int | None = None,
         clock: str = "wall",
+        process_on: str = "host",
     ):
         self.device, self.clock = device, CLOCKS[clock]
+        self.process_on_device = process_on == "device"
         self.config = qwen2_vl.make_config(preset, layers)
         self.model = qwen2_vl.make_model(self.config, device, dtype)
         self.processor = qwen2_vl.make_processor(most_pixels)
 
-    def inputs(self, picture, case, rows: int = 1):
+    def inputs(self, picture, case, rows: int = 1, on_device: bool = False):
+        options = case_options(*case)
+        if on_device and case[0] is not None:  # transformers' own processing knows no device
+            options["device"] = self.device
         return self.processor(
             images=[[picture] for _ in range(rows)],
             text=[qwen2_vl.PROMPT] * rows,
             return_tensors="pt",
-            images_kwargs=case_options(*case),
+            images_kwargs=options,
         )
 
     def request(self, picture, case, rows: int) -> dict[str, float]:
         """Seconds of one request from the picture to the first token, and of its phases."""
         clock, phases = self.clock, Phases(self.model, self.device, self.clock)
-        with timed_selection(clock) as selection, phases, torch.inference_mode():
+        with timed_selection(clock, self.device) as selection, phases, torch.inference_mode():
             synchronize(self.device)
             start = clock()
-            inputs = self.inputs(picture, case, rows)
+            inputs = self.inputs(picture, case, rows, self.process_on_device)
             processed = clock()
             self.model.generate(**inputs.to(self.device), do_sample=False, max_new_tokens=1)
             synchronize(self.device)
@@ -153,6 +159,8 @@ class Bench:
     def counts(self, picture, case) -> dict:
         """Tokens of one picture: of the processor, of the model, and by hand from the levels; and the logits."""
         inputs, seen = self.inputs(picture, case), {}
+        elsewhere = self.inputs(picture, case, on_device=True)
+        unequal = sum(int((inputs[name] != elsewhere[name].cpu()).sum()) for name in inputs if "levels" in name)
 
         def look(module, args, out):
             seen["rows"], seen["merged"] = len(out.last_hidden_state), len(out.pooler_output)
@@ -172,6 +180,7 @@ class Bench:
             "vision_tokens": {"processor": len(inputs["pixel_values"]), "model": seen["rows"], "by_hand": vision},
             "image_tokens": {"processor": in_prompt, "model": seen["merged"], "by_hand": merged},
             "llm_tokens": inputs["input_ids"].shape[1],
+            "levels_unequal_on_device": unequal,
             "logits": logits,
         }
 
@@ -241,6 +250,8 @@ def verdicts(found: dict[str, dict], dtype: torch.dtype) -> list[tuple[str, bool
         for kind, counts in (("vision", vision), ("image", image)):
             if len(set(counts.values())) > 1:
                 wrong.append(f"{name}: {kind} tokens {counts}")
+        if entry["levels_unequal_on_device"]:
+            wrong.append(f"{name}: {entry['levels_unequal_on_device']} levels of host and device differ")
     text = "; ".join(wrong or counted)
     made = [("vision tokens and image tokens of processor, model and by hand", not wrong, text)]
     exact = dtype == torch.float32
