@@ -80,7 +80,9 @@ def pooled_patches(images, kept: KeptPatches, patch_size: int):
     for level in kept.levels.unique().tolist():
         of_level = kept.levels == level
         rows, cols = kept.rows[of_level] >> (level - 1), kept.cols[of_level] >> (level - 1)
-        out[of_level] = pooled_grid(images, patch_size, level)[kept.images[of_level], rows, cols]
+        # taken out first and pooled then: the pixels of a cover are read once, whatever the levels
+        patches = patch_grid(images, patch_size << (level - 1))[kept.images[of_level], rows, cols]
+        out[of_level] = pooled(patches, level)
     return out
 
 
@@ -98,11 +100,16 @@ def check_pixels(images, patch_size: int):
     return images if images.is_floating_point() else images.float()
 
 
-def pooled_grid(images, patch_size: int, level: int):
-    """All whole patches of a level, [B, h, w, C, patch_size, patch_size], a view of the pooled images."""
-    factor = 1 << (level - 1)
-    height, width = (side // (patch_size * factor) * patch_size * factor for side in images.shape[2:])
+def patch_grid(images, size: int):
+    """All whole patches of `size` pixels a side, [B, h, w, C, size, size], a view of the images."""
+    height, width = (side // size * size for side in images.shape[2:])
     images = images[:, :, :height, :width]
-    if factor > 1:
-        images = F.avg_pool2d(images, factor) if images.numel() else images[:, :, ::factor, ::factor]
-    return images.unflatten(2, (-1, patch_size)).unflatten(4, (-1, patch_size)).permute(0, 2, 4, 1, 3, 5)
+    return images.unflatten(2, (-1, size)).unflatten(4, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+
+
+def pooled(patches, level: int):
+    """Means over squares of 2^(level - 1) pixels a side, [N, C, P, P] -> [N, C, p, p]."""
+    factor = 1 << (level - 1)
+    if factor == 1 or not patches.numel():
+        return patches[:, :, ::factor, ::factor]
+    return F.avg_pool2d(patches, factor)

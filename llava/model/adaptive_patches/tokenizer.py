@@ -4,7 +4,7 @@ import torch
 
 from llava.errors import LlavaError
 from llava.model.adaptive_patches.importance import patch_entropy, patch_laplacian, patch_reconstruction_error
-from llava.model.adaptive_patches.layout import check_pixels, pooled_grid
+from llava.model.adaptive_patches.layout import check_pixels, patch_grid, pooled
 from llava.model.adaptive_patches.selection import (
     budget_selection,
     check_alpha,
@@ -84,14 +84,16 @@ class PatchTokenizer:
         self.last_budget_info: dict[str, torch.Tensor] | None = None
 
     def compute_importance_maps(self, images) -> dict[int, torch.Tensor]:
-        """{size: float64 [B, ceil(H/size), ceil(W/size)]} of normalised images [B, C, H, W].
+        """{size: float64 [B, ceil(H/size), ceil(W/size)]} of images [B, C, H, W], normalised or uint8 pixels.
 
-        The pixels go back to whole numbers of 0..255, so that a picture has one importance whatever it was normalised
-        with. That needs float32: bfloat16 does not tell neighbouring grey levels apart.
+        Normalised pixels go back to whole numbers of 0..255, so that a picture has one importance whatever it was
+        normalised with. That needs float32: bfloat16 does not tell neighbouring grey levels apart.
         """
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != len(self.mean):
             found = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
             raise LlavaError(f"images: found {found}, expected a tensor [B, {len(self.mean)}, H, W]")
+        if images.dtype == torch.uint8:
+            return IMPORTANCES[self.method](images, self.base_patch_size, self.num_scales)
         mean, std = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (self.mean, self.std))
         pixels = images.float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255)
         return IMPORTANCES[self.method](pixels, self.base_patch_size, self.num_scales)
@@ -130,11 +132,11 @@ class PatchTokenizer:
             if size not in masks or tuple(masks[size].shape) != grid:
                 found = list(masks[size].shape) if size in masks else "none"
                 raise LlavaError(f"masks: size {size}: found {found}, expected {list(grid)} for these images")
-            patches = pooled_grid(images, self.base_patch_size, level)
+            patches = patch_grid(images, size)
             whole, rest = masks[size][:, : patches.shape[1], : patches.shape[2]], masks[size]
             if int(whole.sum()) != int(rest.sum()):
                 raise LlavaError(f"masks: size {size}: found a patch that sticks out over the image")
-            groups[size] = patches[whole.bool()]
+            groups[size] = pooled(patches[whole.bool()], level)
         return groups
 
     def _sizes(self) -> list[int]:

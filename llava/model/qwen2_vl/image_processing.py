@@ -35,6 +35,9 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
         alpha: budget: share of the base patches that are spent; v2: threshold over the mean importance.
         patch_thresholds: v1: for 28 and 56 pixels.
         patch_importance: entropy, laplacian or reconstruction.
+
+    With patches to select, `device="cuda"` in a call selects, pools and normalises there what the host has resized, and
+    leaves `pixel_values` there; the selection is the same.
     """
 
     patch_selection_method = None
@@ -63,6 +66,7 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
         alpha=1.0,
         patch_thresholds=None,
         patch_importance="entropy",
+        device=None,
         **kwargs,
     ) -> BatchFeature:
         common = dict(
@@ -96,31 +100,36 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
         for image in images:
             if do_resize:
                 image = self.resize(image, size=size, resample=resample, factor=patch_size * merge_size)
-            labels = _select(image, selector, scale=1 / 255 if do_rescale else 1.0)
-            if do_rescale:
-                image = self.rescale(image, rescale_factor)
-            if do_normalize:
-                image = self.normalize(image, image_mean, image_std)
-            pixels = torch.from_numpy(np.array(image, dtype=np.float32))[None]
+            image = np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32)
+            pixels = torch.from_numpy(image)[None].to(device)
+            labels = select(pixels, selector, scale=1 / 255 if do_rescale else 1.0)
+            # pooled before they are rescaled and normalised: both are then done for what is kept of the image alone
             patches = pooled_patches(pixels, kept_patches(labels, order="cells"), patch_size)
+            if do_rescale:
+                patches = patches.double().mul_(rescale_factor).float()  # in float64, as transformers has it
+            if do_normalize:
+                mean, std = (patches.new_tensor(values)[:, None, None] for values in (image_mean, image_std))
+                patches = (patches - mean) / std
             # a picture is a clip whose frames are alike
             clips = patches[:, :, None].expand(-1, -1, temporal_patch_size, -1, -1)
-            rows.append(clips.reshape(len(patches), -1).numpy())
+            rows.append(clips.reshape(len(patches), -1))
             grids.append([1, *labels.shape[1:]])
-            levels.append(labels.flatten().numpy())
+            levels.append(labels.flatten().cpu().numpy())
+        rows = torch.cat(rows)
         data = {
-            "pixel_values": np.concatenate(rows),
+            "pixel_values": rows if return_tensors == "pt" else rows.cpu().numpy(),
             "image_grid_thw": np.array(grids, dtype=np.int64),
             "image_patch_levels": np.concatenate(levels),
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
-def _select(image: np.ndarray, selector: PatchTokenizer, scale: float) -> torch.Tensor:
-    """Levels [1, h, w] of one image [C, H, W]."""
-    height, width = image.shape[1:]
+def select(pixels: torch.Tensor, selector: PatchTokenizer, scale: float) -> torch.Tensor:
+    """Levels [1, h, w] of one image [1, C, H, W]; pixels times `scale` are 0..1."""
+    height, width = pixels.shape[2:]
     cell = selector.base_patch_size * MERGE
     if height % cell or width % cell:
         raise LlavaError(f"an image of {width}x{height} pixels, expected multiples of {cell} where do_resize is off")
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32))[None] * scale
+    if pixels.dtype != torch.uint8 or scale != 1 / 255:
+        pixels = pixels.float() * scale
     return selector.construct_masks(selector.compute_importance_maps(pixels))[1]

@@ -46,6 +46,8 @@ def test_maps_are_those_of_the_pixels(method, compute):
     for mean, std in [(MEAN, STD), ((0.5,) * 3, (0.5,) * 3), ((0, 0, 0), (1, 1, 1))]:
         maps = tokenizer(method=method, mean=mean, std=std).compute_importance_maps(normalised(pixels, mean, std))
         assert all(torch.equal(maps[size], expected[size]) for size in expected)
+        plain = tokenizer(method=method, mean=mean, std=std).compute_importance_maps(pixels)
+        assert all(torch.equal(plain[size], expected[size]) for size in expected)
 
 
 def test_transformers_processor_gives_the_same_maps():

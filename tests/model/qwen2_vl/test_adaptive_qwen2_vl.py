@@ -65,6 +65,21 @@ def one(processor, size=(224, 140), **images_kwargs):
     return processor(images=picture(*size), text=prompt(1), return_tensors="pt", images_kwargs=images_kwargs)
 
 
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_a_device_changes_nothing(processor, alpha):
+    """Without a GPU the device is the host, given by name, and memory laid out in another way."""
+    plain = batch(processor, patch_selection_method="budget", alpha=alpha)
+    named = batch(processor, patch_selection_method="budget", alpha=alpha, device="cpu")
+    assert set(plain) == set(named) and all(torch.equal(plain[key], named[key]) for key in plain)
+    arrays = [np.flip(np.asarray(picture(*SIZES[0])).transpose(2, 0, 1), 2)] * 2  # strides below 0
+    made = [
+        processor.image_processor(image, patch_selection_method="budget", alpha=alpha, do_resize=False)
+        for image in (arrays[0], arrays[1].copy())
+    ]
+    assert isinstance(made[0]["pixel_values"], np.ndarray)
+    assert all(np.array_equal(made[0][key], made[1][key]) for key in made[1])
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"patch_selection_method": "budget", "alpha": 1.0}], ids=["none", "alpha 1"])
 def test_all_base_patches_equal_stock(model, stock, processor, stock_processor, kwargs):
     ours, theirs = batch(processor, **kwargs), batch(stock_processor)
