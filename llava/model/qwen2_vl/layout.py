@@ -19,7 +19,7 @@ class PatchLayout:
     """
 
     centres: torch.Tensor  # [N, 2] float32: (row, col) of a patch's middle in base patches; a base patch has its own
-    cu_seqlens: torch.Tensor  # [images + 1] int32, vision tokens up to each image
+    cu_seqlens: torch.Tensor  # [images + 1] int32 on the CPU, vision tokens up to each image
     max_seqlen: int
     merge_index: torch.Tensor  # [4 M]: four vision tokens for each token of the language model, a large one four times
     cells: torch.Tensor  # [M, 2]: (row, col) of each of them, in cells
@@ -54,7 +54,7 @@ class PatchLayout:
         lengths = torch.tensor([0] + [len(part.levels) for part in parts])
         return cls(
             centres=torch.cat([part.centres for part in parts]).to(device),
-            cu_seqlens=lengths.cumsum(0, dtype=torch.int32).to(device),
+            cu_seqlens=lengths.cumsum(0, dtype=torch.int32),
             max_seqlen=int(lengths.max()),
             merge_index=index.to(device),
             cells=(corners[index[:: MERGE**2]] // MERGE).to(device),

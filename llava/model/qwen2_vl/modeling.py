@@ -36,10 +36,13 @@ class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
             return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
         hidden = self.patch_embed(hidden_states)
         rotary = self.rotary_pos_emb(hidden, layout.centres)
+        # flash attention wants them on the device; the others split by them, and would wait for it in every block
+        flash = "flash" in (self.config._attn_implementation or "")
+        cu_seqlens = layout.cu_seqlens.to(hidden.device) if flash else layout.cu_seqlens
         for block in self.blocks:
             hidden = block(
                 hidden,
-                cu_seqlens=layout.cu_seqlens,
+                cu_seqlens=cu_seqlens,
                 max_seqlen=layout.max_seqlen,
                 position_embeddings=rotary,
                 **kwargs,
