@@ -70,7 +70,10 @@ class Inference:
         return tokenizer_image_token(prompt, self.tokenizer)
 
     def pixels(self, pictures: list) -> list:
-        """The crops of one prompt's PIL pictures, in the model's dtype and on its device: [K, C, H, W] or [C, H, W]."""
+        """The crops of one prompt's PIL pictures, in the dtype that the model takes and on its device: [K, C, H, W] or
+        [C, H, W]."""
+        import torch
+
         from llava.mm_utils import NativeResolution, process_image
 
         if pictures and self.image_processor is None:
@@ -82,7 +85,10 @@ class Inference:
         aspect_ratio = "pad" if squared else getattr(config, "image_aspect_ratio", None)
         grid = getattr(config, "image_grid_pinpoints", None)
         made = (process_image(picture, self.image_processor, aspect_ratio, grid, native) for picture in pictures)
-        return [values.to(self.model.device, self.model.dtype) for values in made]
+        # patches are chosen by grey levels, of which bfloat16 cannot tell neighbours apart
+        tower = self.model.get_vision_tower()
+        dtype = self.model.dtype if tower is None or tower.patch_chooser is None else torch.float32
+        return [values.to(self.model.device, dtype) for values in made]
 
     def inputs(self, prompts: list[list[int]], pictures: list[list]) -> dict:
         """Keyword arguments of `model.generate` for a batch, padded on the left.
