@@ -187,4 +187,4 @@ def _mapping(key: Key, text: str, where: str) -> Any:
         try:
             return read_text(text)
         except yaml.YAMLError:
-            raise LlavaError(f"{where}: {key.name} is not valid JSON ({error})") from None
+            raise LlavaError(f"{where}: {key.name} is {text!r}, neither JSON ({error}) nor YAML") from None

@@ -263,14 +263,7 @@ def slow_tokens(model, folder, image, grey, options, projector):
 @pytest.mark.parametrize("options", OPTIONS[:2])
 def test_visual_tokens_are_the_slow_formula(encoder, projector, merge, options):
     """A newline, where there is one, ends the image: kept patches form no rows."""
-    model = make(
-        encoder,
-        mm_projector_type=projector,
-        mm_patch_merge_type=merge,
-        adaptive_patches=options,
-        mm_vision_select_layer=2,
-    )
-    model.config.update(NATIVE)
+    model = make(encoder, mm_projector_type=projector, mm_patch_merge_type=merge, adaptive_patches=options, **NATIVE)
     sizes = [(84, 112), (56, 56), (112, 140)]
     images, pixels = prepared(model.get_vision_tower(), sizes)
     image_sizes = [(w, h) for h, w in sizes]
@@ -338,6 +331,7 @@ def test_answers_do_not_depend_on_the_batch(encoder, projector):
         assert torch.equal(together[i : i + 1, : alone.shape[1]], alone)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_training_with_and_without_images(encoder):
     """Mixed sizes, a text-only row, checkpointed blocks: the same loss and gradients as row by row."""
     model = make(encoder, mm_projector_type="spatial_merge", **NATIVE)
@@ -361,7 +355,7 @@ def test_training_with_and_without_images(encoder):
                 num_items_in_batch=8,
             )
             out.loss.backward()
-            total += float(out.loss)
+            total += out.loss.item()
         return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     loss, together = gradients([([0, 1, 2], [0, 1])])

@@ -86,6 +86,11 @@ class PatchChooser:
         mean, std = ((0.0,) * 3, (1.0,) * 3) if plain else (processor.image_mean, processor.image_std)
         return cls(patch, tuple(mean), tuple(std), **read_options(options))
 
+    def __str__(self) -> str:
+        value = self.thresholds if self.alpha is None else self.alpha
+        numbers = " to ".join(map(str, value)) if isinstance(value, tuple) and self.alpha else value
+        return f"{self.method}, {'thresholds' if self.alpha is None else 'alpha'} {numbers}"
+
     def levels(self, images, alphas):
         """The level of the patch over each base patch, uint8 [B, h, w], of images [B, C, H, W] and one alpha each."""
         tokenizer = PatchTokenizer(
@@ -144,9 +149,13 @@ class PatchChooser:
         most = self.alpha
         if isinstance(most, tuple):
             most = max(most) if self.method == "budget" else min(most)
-        levels = self.levels(image[None], None if most is None else [most])
-        kept = kept_patches(levels).levels
-        return int(torch.where(kept == 1, 1, 4).sum()) // 4 if merging else len(kept)
+        return count_tokens(self.levels(image[None], None if most is None else [most]), merging)
+
+
+def count_tokens(levels, merging: bool) -> int:
+    """Kept patches of levels [B, h, w], or what 2x2 merging leaves of them: four base patches are one token then."""
+    kept = kept_patches(levels).levels
+    return int(torch.where(kept == 1, 1, 4).sum()) // 4 if merging else len(kept)
 
 
 def read_options(options) -> dict:

@@ -71,11 +71,16 @@ class ProjectedGrid:
 
     def chosen_counter(self, chooser):
         """Picklable function: pixels [3, H, W] -> tokens, of a tower that chooses patches so; None for None."""
-        return chooser and partial(chooser.count, merging=self.kind in MERGERS)
+        return chooser and partial(chooser.count, merging=self.merges)
+
+    @property
+    def merges(self) -> bool:
+        """Whether four tokens become one."""
+        return self.kind in MERGERS
 
     def __call__(self, height: int, width: int):
         tokens, grid = self.tower(height, width)
-        if self.kind not in MERGERS:
+        if not self.merges:
             return tokens, grid
         if grid is None:
             raise LlavaError(f"mm_projector_type {self.kind}: needs a token grid; a class token has no place in one")
