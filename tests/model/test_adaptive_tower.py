@@ -23,7 +23,6 @@ from llava.model.adaptive_patches import (
 )
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.visual_merge import pool_frames
 from llavavit import LlavaViTPackingModel
 from tests import tiny
 from tests.model import small
@@ -315,7 +314,6 @@ def test_clip_beside_an_image(encoder, projector):
     counter = model.visual_token_counter()
     assert counter.of_pixels(clip, (84, 56), "video") == len(video) == counter(clip.shape, (84, 56), "video")
     assert counter.of_pixels(image, (112, 84)) == len(kept)
-    assert pool_frames(torch.zeros(3, 24, 1), (4, 6)).shape[1:3] == (2, 3)
 
 
 @pytest.mark.parametrize("projector", PROJECTORS)
@@ -394,6 +392,26 @@ def test_checkpoint_keeps_the_choice_and_another_can_be_asked_for(tmp_path, enco
     assert load(folder, overwrite_config={"adaptive_patches": None}).get_vision_tower().patch_chooser is None
     with pytest.raises(LlavaError, match="expected square, pad or native"):
         load(folder, overwrite_config={"image_aspect_ratio": "anyres"})
+
+
+def test_evaluation_and_chat_in_bfloat16(tmp_path, encoder):
+    """Pixels stay in float32 up to the choice, which is that of a float32 model; chat counts what is kept."""
+    from llava.eval.inference import Inference
+    from llava.serve.chat import sequence_length
+
+    folder = saved(make(encoder, vocab_size=703, conversation_template="qwen_1_5", **NATIVE), tmp_path / "llava")
+    made, chosen = pictures(SIZES[:2]), []
+    for dtype in ("float32", "bfloat16"):
+        inference = Inference.load(str(folder), device="cpu", dtype=dtype)
+        assert inference.model.dtype == getattr(torch, dtype)
+        row = [5, IMAGE_TOKEN_INDEX, 6]
+        inputs = inference.inputs([row, row], [[picture] for picture in made])
+        assert all(image.dtype == torch.float32 for image in inputs["images"])
+        chosen.append(inference.model.get_vision_tower().choose_patches(inputs["images"]).lengths)
+        assert sequence_length(inference.model, inputs) == (4, sum(chosen[-1]) + 2)  # a newline ends each image
+        answers = inference.answer(inputs, max_new_tokens=3)
+        assert len(answers) == 2
+    assert chosen[0] == chosen[1] and sum(chosen[0]) < 48 + 16
 
 
 # --- truncation ---
