@@ -86,8 +86,8 @@ class Inference:
         grid = getattr(config, "image_grid_pinpoints", None)
         made = (process_image(picture, self.image_processor, aspect_ratio, grid, native) for picture in pictures)
         # patches are chosen by grey levels, of which bfloat16 cannot tell neighbours apart
-        tower = self.model.get_vision_tower()
-        dtype = self.model.dtype if tower is None or tower.patch_chooser is None else torch.float32
+        adaptive = getattr(config, "adaptive_patches", None) is not None
+        dtype = torch.float32 if adaptive else self.model.dtype
         return [values.to(self.model.device, dtype) for values in made]
 
     def inputs(self, prompts: list[list[int]], pictures: list[list]) -> dict:
