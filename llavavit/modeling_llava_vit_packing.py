@@ -52,7 +52,7 @@ class LlavaViTPackingModel(LlavaViTPreTrainedModel):
             hidden_states: [N, C*p*p]; a row is one patch, flattened channel first, then rows, then columns.
             grid_thw: [S, 3] integers, (frames, rows, columns) of each sample in patches. On the CPU it costs nothing,
                 on a GPU one wait per call.
-            patch_positions: [N, 3] (t, h, w) of each patch; not given: its place in its sample.
+            patch_positions: [N, 3] (t, h, w) of each patch, fractions too; not given: its place in its sample.
             output_hidden_states, hidden_state_indices, return_dict: as `LlavaViTModel.forward`.
 
         Returns:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from types import SimpleNamespace
 from typing import Any
 
 from llava.config.schema import Key
@@ -20,6 +21,8 @@ def check_value(key: Key, value: Any, where: str) -> None:
         raise LlavaError(f"{where}: {key.name} is {value!r}, but {key.refuse[value]} is not available in this version")
     if key.name == "mm_tunable_parts" and value is not None:
         _check_parts(value, where)
+    if key.name == "adaptive_patches" and value is not None:
+        _check_adaptive_patches(value, where)
     if key.name == "image_grid_pinpoints" and value is not None:
         _check_pinpoints(value, where)
 
@@ -30,6 +33,15 @@ def _check_parts(value: str, where: str) -> None:
             raise LlavaError(f"{where}: mm_tunable_parts names {part}, which is not available in this version")
         if part not in TUNABLE_PARTS:
             raise LlavaError(f"{where}: mm_tunable_parts names {part!r}, expected some of {', '.join(TUNABLE_PARTS)}")
+
+
+def _check_adaptive_patches(value: dict, where: str) -> None:
+    from llava.model.multimodal_encoder.patch_choice import read_options  # torch comes with it: only where it is used
+
+    try:
+        read_options(value)
+    except LlavaError as error:
+        raise LlavaError(f"{where}: {error}") from None
 
 
 def _check_pinpoints(value: str | list, where: str) -> None:
@@ -62,6 +74,11 @@ def check_run(run) -> None:
     factor, kind = run["rope_scaling_factor"], run["rope_scaling_type"]
     if (factor is None) != (kind is None):
         raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, found one of them")
+    if run["adaptive_patches"] is not None:
+        from llava.model.multimodal_encoder.patch_choice import check_combination
+
+        names = ("adaptive_patches", "image_aspect_ratio", "mm_projector_type", "mm_vision_tower_type")
+        check_combination(SimpleNamespace(**{name: run[name] for name in (*names, "use_token_compression")}))
     stride = run["mm_spatial_pool_stride"]
     # a LLaVA-NeXT checkpoint may carry any value: it had no effect there either
     if stride not in (None, 2) and run.source("mm_spatial_pool_stride") != "checkpoint config":

@@ -102,6 +102,13 @@ class ModelKeys(KeyGroup):
     pretrain_token_compressor: str | None = key(
         None, "token compressor to start from: a file of its weights, or the folder of a training run", tower=True
     )
+    adaptive_patches: dict[str, Any] | None = key(
+        None,
+        "large patches where an image holds little (hevc_vit_packing): {method: budget, alpha: 0.3}; method v1, v2 or "
+        "budget, alpha a number or [lowest, highest] to draw from in training; also thresholds, importance, num_scales",
+        tower_part=True,
+        checkpoint=True,
+    )
     delay_load: bool = key(True, "accepted for LLaVA-NeXT's launch lines: the tower is loaded once, where it is needed")
 
     mm_projector_type: str = key(

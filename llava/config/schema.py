@@ -174,9 +174,17 @@ def convert_word(key: Key, words: list[str], where: str) -> Any:
 
 
 def _mapping(key: Key, text: str, where: str) -> Any:
+    """A mapping as JSON or as YAML writes it in one line: {method: budget, alpha: 0.3}."""
     import json
+
+    import yaml
+
+    from llava.config.files import read_text
 
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise LlavaError(f"{where}: {key.name} is not valid JSON ({error})") from None
+        try:
+            return read_text(text)
+        except yaml.YAMLError:
+            raise LlavaError(f"{where}: {key.name} is {text!r}, neither JSON ({error}) nor YAML") from None

@@ -96,7 +96,8 @@ class LazySupervisedDataset(Dataset):
         image_processor: the vision tower's.
         version, supervise, mm_use_im_start_end: see `llava.data.preprocess`.
         model_max_length: longest merged sequence; longer samples are cut, and counted in `stats`.
-        count_visual_tokens: `(pixel_shape, image_size, modality) -> int`, what one `<image>` becomes.
+        count_visual_tokens: `(pixel_shape, image_size, modality) -> int`, what one `<image>` becomes; if it has a
+            method `of_pixels`, what it is at most, and that method tells it from the pixels themselves.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class LazySupervisedDataset(Dataset):
             found = ids.count(IMAGE_TOKEN_INDEX)
             raise LlavaError(f"conversations: found {found} <image> for {len(images)} images, expected as many")
         if self.model_max_length is not None:
-            visual = [self._visual(image, size, kind) for image, size in zip(images, sizes, strict=True)]
+            visual = self._visual(images, sizes, kind, len(ids) - len(images))
             if len(ids) - len(images) + sum(visual) > self.model_max_length:
                 ids, labels, kept = truncate(ids, labels, visual, self.model_max_length)
                 images, sizes = images[:kept], sizes[:kept]
@@ -218,10 +219,15 @@ class LazySupervisedDataset(Dataset):
             frames = torch.stack([process_native_image(frame, self.image_processor, size) for frame in video.frames])
         return [frames], [video.frames[0].size], source
 
-    def _visual(self, image: torch.Tensor, size: tuple[int, int], modality: str) -> int:
-        if self.count_visual_tokens is None:
-            return 1
-        return self.count_visual_tokens(tuple(image.shape), size, modality)
+    def _visual(self, images: list[torch.Tensor], sizes: list[tuple[int, int]], modality: str, text: int) -> list[int]:
+        """Tokens of each image; where they depend on what it shows, the most they can be if that fits beside `text`."""
+        count = self.count_visual_tokens
+        if count is None:
+            return [1] * len(images)
+        found = [count(tuple(image.shape), size, modality) for image, size in zip(images, sizes, strict=True)]
+        if text + sum(found) > self.model_max_length and hasattr(count, "of_pixels"):
+            return [count.of_pixels(image, size, modality) for image, size in zip(images, sizes, strict=True)]
+        return found
 
     def _count(self, name: str) -> None:
         worker = get_worker_info()

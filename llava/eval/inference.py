@@ -70,10 +70,12 @@ class Inference:
         return tokenizer_image_token(prompt, self.tokenizer)
 
     def pixels(self, pictures: list) -> list:
-        """The crops of one prompt's pictures, in the model's dtype and on its device: [K, C, H, W] or [C, H, W].
+        """The crops of one prompt's pictures, in the dtype the model takes and on its device: [K, C, H, W] or [C, H, W].
 
         A picture is a PIL image, or a clip: the list of its frames, which give [T, C, H, W].
         """
+        import torch
+
         from llava.mm_utils import NativeResolution, process_image
 
         if pictures and self.image_processor is None:
@@ -90,7 +92,10 @@ class Inference:
             else process_image(picture, self.image_processor, aspect_ratio, grid, native)
             for picture in pictures
         )
-        return [values.to(self.model.device, self.model.dtype) for values in made]
+        # patches are chosen by grey levels, of which bfloat16 cannot tell neighbours apart
+        adaptive = getattr(config, "adaptive_patches", None) is not None
+        dtype = torch.float32 if adaptive else self.model.dtype
+        return [values.to(self.model.device, dtype) for values in made]
 
     def _frames(self, frames: list, native):
         """[T, C, H, W] of a clip, as in training."""

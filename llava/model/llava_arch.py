@@ -13,6 +13,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import LlavaError
 from llava.model.checkpoint import load_adapter
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.patch_choice import check_combination
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid, build_vision_projector
 from llava.model.sequence_merge import match_images, plan_merge
@@ -32,8 +33,9 @@ VISION_KEYS = (
     "use_token_compression",
     "compression_input_size",
     "compression_output_size",
+    "adaptive_patches",
 )
-COMPRESSION_KEYS = set(VISION_KEYS[-3:])
+COMPRESSION_KEYS = {"use_token_compression", "compression_input_size", "compression_output_size"}
 
 
 class LlavaMetaModel:
@@ -42,6 +44,7 @@ class LlavaMetaModel:
     def __init__(self, config):
         super().__init__(config)
         if getattr(config, "mm_vision_tower", None):
+            check_combination(config)
             # Weights come from the checkpoint; `from_pretrained` fetches the tower's own where the checkpoint has none.
             self.vision_tower = build_vision_tower(config, delay_load=True)
             self._build_projector()
@@ -87,6 +90,8 @@ class LlavaMetaModel:
         for key in VISION_KEYS[1:]:
             if getattr(model_args, key, None) is not None:
                 setattr(config, key, getattr(model_args, key))
+        if hasattr(model_args, "adaptive_patches"):  # nothing is a value of its own: all patches are kept
+            config.adaptive_patches = model_args.adaptive_patches
         config.use_mm_proj = True
         changed = {key for key in VISION_KEYS if (getattr(config, key, None) or None) != before[key]}
         if same_folder(config.mm_vision_tower, before["mm_vision_tower"]):
@@ -101,6 +106,7 @@ class LlavaMetaModel:
         compressor = self.vision_tower.token_compressor
         if changed & COMPRESSION_KEYS or (compressor and compressor.hidden_dim != self.vision_tower.feature_size):
             self.vision_tower.set_compression(config)
+        self.vision_tower.set_patch_choice(config)
         self.vision_tower.load_model()
         if getattr(model_args, "pretrain_token_compressor", None) and self.vision_tower.token_compressor is not None:
             config.pretrain_token_compressor = model_args.pretrain_token_compressor
@@ -168,11 +174,16 @@ class LlavaMetaForCausalLM:
 
     def visual_token_counter(self) -> VisualTokenCounter:
         """Function (pixel shape, (width, height), modality) -> tokens that one `<image>` becomes."""
-        return VisualTokenCounter(MergeRules.from_config(self.config), self._projected_grid())
+        grid = self._projected_grid()
+        return VisualTokenCounter(MergeRules.from_config(self.config), grid, grid.chosen_counter(self._chooser()))
 
     def _projected_grid(self):
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
         return ProjectedGrid(self.get_vision_tower().token_grid, kind)
+
+    def _chooser(self):
+        """How the tower chooses patches, None where it keeps all."""
+        return self.get_vision_tower().patch_chooser
 
     def encode_images(self, images):
         """Tower and projector, in any dtype.
@@ -181,10 +192,12 @@ class LlavaMetaForCausalLM:
             images: [N, C, H, W]; or a list of [C, H, W], and of clips [T, C, H, W] where the tower sees time.
 
         Returns:
-            [N, n, D]; or a list of [n_i, D], a clip's frames one after the other.
+            [N, n, D]; or a list of [n_i, D], a clip's frames one after the other; always a list with adaptive patches.
         """
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
+        if self._chooser() is not None:
+            return self._encode_chosen(images, kind)
         if isinstance(images, torch.Tensor):
             features = tower(images).to(self.dtype)
             grid = {"grid": tower.token_grid(*images.shape[-2:])[1]} if kind in MERGERS else {}
@@ -198,6 +211,19 @@ class LlavaMetaForCausalLM:
             packed = projector(packed)
         count_of = self._projected_grid()
         return list(packed.split([count_of(*i.shape[-2:])[0] * n for i, n in zip(images, frames, strict=True)]))
+
+    def _encode_chosen(self, images, kind):
+        """`encode_images` on the patches that the tower keeps; tower and projector are called once whatever comes."""
+        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
+        chosen = tower.choose_patches(images)
+        packed = tower(images, packed=True, chosen=chosen).to(self.dtype)
+        if kind not in MERGERS:
+            return list(projector(packed).split(chosen.lengths))
+        count_of = self._projected_grid()
+        for image in images:
+            count_of(*image.shape[-2:])  # refuses an odd side
+        order, tokens = chosen.merged()
+        return list(projector(packed, order=order).split(tokens))
 
     def _visual_tokens(self, images, modalities, image_sizes):
         """The visual tokens of each image: list of [N_i, D], in order."""
@@ -221,7 +247,10 @@ class LlavaMetaForCausalLM:
     def _encode_crops(self, crops, modalities):
         """[K_i, C, H_i, W_i] of every image, its crops or frames -> its features [K_i, n_i, D], all in one call."""
         whole = [self.get_vision_tower().sees_time and kind == "video" for kind in modalities]
-        if not any(whole) and len({c.shape[1:] for c in crops}) == 1:
+        chooses = self._chooser() is not None
+        if chooses and any(len(c) > 1 and not clip for c, clip in zip(crops, whole, strict=True)):
+            raise LlavaError(f"adaptive_patches: found an image of {max(map(len, crops))} crops, expected one")
+        if not chooses and not any(whole) and len({c.shape[1:] for c in crops}) == 1:
             return self.encode_images(torch.cat(crops)).split([len(c) for c in crops])
         units = [part for c, clip in zip(crops, whole, strict=True) for part in ([c] if clip else c)]
         counts = [1 if clip else len(c) for c, clip in zip(crops, whole, strict=True)]
@@ -238,7 +267,7 @@ class LlavaMetaForCausalLM:
         """
         newline = self.get_model().image_newline if MergeRules.from_config(self.config).unpad else None
         side = self.get_vision_tower().image_size
-        zero = self.encode_images(torch.zeros(1, 3, side, side, dtype=self.dtype, device=device)).sum()
+        zero = self.encode_images(torch.zeros(1, 3, side, side, device=device))[0].sum()
         return (zero if newline is None else zero + newline.sum()) * 0.0
 
     # --- the merge ---

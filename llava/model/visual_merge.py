@@ -28,6 +28,7 @@ class MergeRules:
     mm_newline_position: str = "one_token"
     mm_spatial_pool_mode: str = "bilinear"
     image_grid_pinpoints: object = field(default=None, hash=False)
+    adaptive_patches: object = field(default=None, hash=False)
 
     @classmethod
     def from_config(cls, config) -> "MergeRules":
@@ -42,6 +43,11 @@ class MergeRules:
     def native(self) -> bool:
         """Whether an image is one map of its own size, without crops."""
         return self.image_aspect_ratio == "native"
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether a newline ends each row of an image that has no crops; kept patches of many sizes form no rows."""
+        return self.native and self.unpad and self.adaptive_patches is None
 
     @property
     def max_crops(self) -> int | None:
@@ -166,7 +172,7 @@ def merge_visual_tokens(features_KTD, grid, image_size, modality, crop_side, new
     kind = rules.mm_patch_merge_type
     if kind != "flat" and not kind.startswith("spatial"):
         raise LlavaError(f"mm_patch_merge_type: found {kind!r}, expected flat or a spatial kind (spatial_unpad, ...)")
-    rows = rules.native and rules.unpad  # nothing is padded, but rows of different lengths are told apart
+    rows = rules.keeps_rows  # nothing is padded, but rows of different lengths are told apart
     needs_grid = modality == "video" or rows or (features_KTD.shape[0] > 1 and kind != "flat")
     if needs_grid and grid is None:
         raise LlavaError(
@@ -196,20 +202,34 @@ class VisualTokenCounter:
         rules: merge rules of the model.
         token_grid: (height, width) of a crop in pixels -> (tokens, grid) after tower and projector; grid is (h, w) or
             None.
+        tokens_of: pixels [3, H, W] of an image -> its tokens after tower and projector, where they depend on what it
+            shows; `token_grid` is then what they are at most.
     """
 
     rules: MergeRules
     token_grid: Callable[[int, int], tuple[int, tuple[int, int] | None]]
+    tokens_of: Callable[[torch.Tensor], int] | None = field(default=None, compare=False)
 
     def __call__(self, pixel_shape, image_size, modality="image") -> int:
-        """Args: shape [3, H, W] or [K, 3, H, W] of the pixels, (width, height) of the image, "image" or "video"."""
+        """Of a shape: what an image becomes, or at most becomes where `tokens_of` is there.
+
+        Args: shape [3, H, W] or [K, 3, H, W] of the pixels, (width, height) of the image, "image" or "video".
+        """
         return _count(self, tuple(pixel_shape), tuple(image_size), modality)
+
+    def of_pixels(self, pixels, image_size, modality="image") -> int:
+        """What an image really becomes; `pixels` in place of their shape."""
+        chosen = None
+        if self.tokens_of is not None and modality != "video":
+            chosen = self.tokens_of(pixels if pixels.ndim == 3 else pixels[0])
+        return _count(self, tuple(pixels.shape), tuple(image_size), modality, chosen)
 
 
 @lru_cache(maxsize=65536)
-def _count(counter: VisualTokenCounter, pixel_shape, image_size, modality) -> int:
+def _count(counter: VisualTokenCounter, pixel_shape, image_size, modality, chosen: int | None = None) -> int:
     crops = pixel_shape[0] if len(pixel_shape) == 4 else 1
     tokens, grid = counter.token_grid(*pixel_shape[-2:])
+    tokens = tokens if chosen is None else chosen
     newline = torch.zeros(1) if counter.rules.unpad else None
     zeros = torch.zeros(crops, tokens, 1)
     return merge_visual_tokens(zeros, grid, image_size, modality, pixel_shape[-1], newline, counter.rules).shape[0]

@@ -188,5 +188,5 @@ def sequence_length(model, inputs: dict) -> tuple[int, int]:
     images = inputs.get("images", ())
     count = model.visual_token_counter() if images else None
     return text, sum(
-        count(tuple(pixels.shape), size) for pixels, size in zip(images, inputs.get("image_sizes", ()), strict=True)
+        count.of_pixels(pixels, size) for pixels, size in zip(images, inputs.get("image_sizes", ()), strict=True)
     )

@@ -79,6 +79,14 @@ class LLaVATrainer(Trainer):
             listed = "; ".join(sorted(self.bad_records))
             raise LlavaError(f"{len(self.bad_records)} bad records, more than the {limit} that are tolerated: {listed}")
 
+    def _prepare_inputs(self, inputs):
+        """As `Trainer`'s; images stay in float32 where patches are chosen by them, not in DeepSpeed's bfloat16."""
+        tower = self.accelerator.unwrap_model(self.model).get_vision_tower()
+        if tower is None or tower.patch_chooser is None or "images" not in inputs:
+            return super()._prepare_inputs(inputs)
+        rest = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "images"})
+        return {**rest, "images": [image.to(self.args.device) for image in inputs["images"]]}
+
     # --- step ---
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

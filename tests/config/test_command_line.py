@@ -182,3 +182,32 @@ def test_every_name_of_transformers_4_40_is_known():
     assert set(OLD_NAMES) - set(all_keys()) == set(OLD_NAMES)  # a name that is a field again needs no translation
     for name in ("evaluation_strategy", "warmup_ratio", "logging_dir", "overwrite_output_dir", "save_safetensors"):
         assert name in OLD_NAMES or name in all_keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"method": "v2", "alpha": 0.8}', {"method": "v2", "alpha": 0.8}),
+        ("{method: budget, alpha: [0.2, 0.6]}", {"method": "budget", "alpha": [0.2, 0.6]}),
+        ("{method: v1}", {"method": "v1"}),
+        ("none", None),
+    ],
+)
+def test_a_mapping_in_one_word(text, value):
+    assert resolve(["--adaptive_patches", text])["adaptive_patches"] == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{method: v2"], "adaptive_patches is '{method: v2', neither JSON"),
+        (["{method: v2}"], "command line: adaptive_patches: alpha: missing"),
+        (["0.3"], "adaptive_patches is '0.3', expected mapping"),
+        (["{method: v1}", "--image_aspect_ratio", "anyres"], "expected square, pad or native"),
+        (["{method: v1}", "--mm_projector_type", "pooler"], "mm_projector_type 'pooler'"),
+        (["{method: v1}", "--use_token_compression"], "found use_token_compression"),
+        (["{method: v1}", "--mm_vision_tower_type", "clip+toconv"], "found use_token_compression"),
+    ],
+)
+def test_adaptive_patches_refused(words, message):
+    assert message in one_line_error(["--adaptive_patches", *words])

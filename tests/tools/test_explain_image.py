@@ -73,6 +73,21 @@ CASES = {
         "min_pixels": 3136,
         "max_pixels": 20000,
     },
+    "adaptive": {
+        "kind": "hevc_vit",
+        "mm_vision_tower_type": "hevc_vit_packing",
+        "adaptive_patches": {"method": "budget", "alpha": 0.5},
+        "image_aspect_ratio": "native",
+        "mm_projector_type": "spatial_merge",
+        "min_pixels": 3136,
+        "max_pixels": 20000,
+    },
+    "adaptive_pad": {
+        "kind": "hevc_vit",
+        "mm_vision_tower_type": "hevc_vit_packing",
+        "adaptive_patches": {"method": "budget", "alpha": [0.3, 0.7]},
+        "image_aspect_ratio": "pad",
+    },
 }
 
 

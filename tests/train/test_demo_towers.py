@@ -28,6 +28,7 @@ def demo(tmp_path_factory):
     [
         ("demo_hevc_vit", "hevc_vit_tower", "llava_vit"),
         ("demo_hevc_vit_packing", "hevc_vit_tower", "llava_vit_packing"),
+        ("demo_hevc_vit_packing_adaptive", "hevc_vit_tower", "llava_vit_packing"),
         ("demo_clip_toconv", "clip_fine_tower", "clip_vision_model"),
     ],
 )

@@ -29,6 +29,11 @@ NATIVE = {  # every image a size of its own, packed
     "image_aspect_ratio": "native",
     "gradient_checkpointing": True,
 }
+ADAPTIVE = {  # every image a number of tokens of its own
+    **NATIVE,
+    "adaptive_patches": '{"method": "budget", "alpha": 0.5}',
+    "min_pixels": 56 * 56,
+}
 COMPRESSED = {  # stage 1 with a compressor, which trains behind a frozen tower
     "vision_tower": "clip_fine",
     "mm_tunable_parts": "mm_mlp_adapter",
@@ -76,6 +81,7 @@ def single(kit, tmp_path_factory):
         pytest.param(3, {"model_name_or_path": "trained"}, id="zero3-from-a-checkpoint", marks=DEEPSPEED),
         pytest.param(3, PROJECTOR_ALONE, id="zero3-projector", marks=DEEPSPEED),
         pytest.param(3, NATIVE, id="zero3-packed-native", marks=DEEPSPEED),
+        pytest.param(3, ADAPTIVE, id="zero3-packed-adaptive", marks=DEEPSPEED),
         pytest.param(3, LORA, id="zero3-lora", marks=DEEPSPEED),
         pytest.param(3, COMPRESSED, id="zero3-compressor", marks=DEEPSPEED),
     ],

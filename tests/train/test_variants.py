@@ -275,6 +275,45 @@ def test_native_resolution_needs_a_tower_that_takes_it(kit, tmp_path, capsys):
     assert "image_aspect_ratio native: the tower" in capsys.readouterr().err
 
 
+def test_adaptive_patches(kit, tmp_path, spy):
+    """Trained, kept in the checkpoint, taken over from it by the next run, and switched off by none."""
+    import torch
+    import transformers
+
+    adaptive = {"method": "budget", "alpha": [0.3, 0.7]}
+    packed = dict(
+        vision_tower=kit.hevc_vit,
+        mm_vision_tower_type="hevc_vit_packing",
+        image_aspect_ratio="native",
+        image_grid_pinpoints=None,
+        min_pixels=56 * 56,
+        max_steps=2,
+    )
+    first = kit.run(tmp_path / "first", "imti", **packed, adaptive_patches="{method: budget, alpha: [0.3, 0.7]}")
+    assert spy.moved_parts() == ALL
+    config = json.loads((first / "config.json").read_text())
+    assert config["adaptive_patches"] == adaptive
+    assert spy.trainer.model.get_vision_tower().patch_chooser.alpha == (0.3, 0.7)
+
+    # DeepSpeed's dtype is not for pixels that patches are chosen by
+    def in_bfloat16(trainer, batch):
+        return {key: [value.bfloat16() for value in values] for key, values in batch.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.Trainer, "_prepare_inputs", in_bfloat16)
+        image = torch.rand(3, 28, 28)
+        found = spy.trainer._prepare_inputs({"images": [image], "others": [image]})
+    assert found["images"][0].equal(image) and found["others"][0].dtype == torch.bfloat16
+
+    packed |= {"model_name_or_path": first, "vision_tower": None, "mm_vision_tower_type": None}
+    packed["mm_tunable_parts"] = "mm_mlp_adapter,mm_language_model"  # behind a frozen tower
+    second = kit.run(tmp_path / "second", "imti", **packed)
+    assert json.loads((second / "config.json").read_text())["adaptive_patches"] == adaptive
+    third = kit.run(tmp_path / "third", "imti", **packed, adaptive_patches="none")
+    assert json.loads((third / "config.json").read_text())["adaptive_patches"] is None
+    assert tiny.history(second)[0]["loss"] != tiny.history(third)[0]["loss"]
+
+
 def test_a_video_through_hevc_vit(kit, tmp_path, spy):
     """A clip at native resolution is one sample of the packed tower."""
     (tmp_path / "videos/clip").mkdir(parents=True)

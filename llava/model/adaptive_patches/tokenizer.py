@@ -98,8 +98,12 @@ class PatchTokenizer:
         pixels = images.float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255)
         return IMPORTANCES[self.method](pixels, self.base_patch_size, self.num_scales)
 
-    def construct_masks(self, maps):
+    def construct_masks(self, maps, alpha=None):
         """Select patches.
+
+        Args:
+            maps: as `compute_importance_maps` makes them.
+            alpha: in place of the tokenizer's own: a number, or one for each image.
 
         Returns:
             masks {size: bool [B, h, w]}, labels uint8 [B, H1, W1], and a list with the tokens of each image.
@@ -107,12 +111,13 @@ class PatchTokenizer:
         if isinstance(maps, dict) and set(maps) != set(self._sizes()):
             raise LlavaError(f"maps: found sizes {sorted(maps)}, expected {self._sizes()}")
         self.last_budget_info = None
+        alpha = self.alpha if alpha is None else alpha
         if self.patch_selection_method == "v1":
             masks, labels = select_patches_by_threshold(maps, self.thresholds)
         elif self.patch_selection_method == "v2":
-            masks, labels = select_patches_by_threshold_v2(maps, self.alpha)
+            masks, labels = select_patches_by_threshold_v2(maps, alpha)
         else:
-            masks, labels, self.last_budget_info = budget_selection(maps, self.alpha)
+            masks, labels, self.last_budget_info = budget_selection(maps, alpha)
         return masks, labels, token_counts(masks).tolist()
 
     def construct_patch_groups(self, images, masks) -> dict[int, torch.Tensor]:

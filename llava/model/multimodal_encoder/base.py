@@ -96,6 +96,7 @@ class VisionTower(nn.Module, ABC):
 
     any_size = False  # takes images of any size, in multiples of its patch
     sees_time = False  # takes a clip as one sample, so that its frames see each other
+    takes_adaptive_patches = False  # can keep large patches where an image holds little
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         super().__init__()
@@ -105,6 +106,7 @@ class VisionTower(nn.Module, ABC):
         self.token_compressor = None  # a subclass's token layout asks for it
         self.read_config(args)
         self.set_compression(args)
+        self.set_patch_choice(args)
         if delay_load:
             self.build_empty()
         else:
@@ -145,6 +147,27 @@ class VisionTower(nn.Module, ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())
             self.token_compressor = TokenCompressor(before, after, self.feature_size)
+
+    def set_patch_choice(self, args) -> None:
+        """Take over how patches are chosen, or that all are kept; needs no reload.
+
+        Raises:
+            LlavaError: a tower that cannot, or options that cannot be.
+        """
+        self.patch_chooser = None
+        options = getattr(args, "adaptive_patches", None)
+        if options is None:
+            return
+        if not self.takes_adaptive_patches:
+            raise LlavaError(
+                f"adaptive_patches: the tower {self.vision_tower_name} ({type(self).__name__}) has patches of one "
+                "size, expected mm_vision_tower_type hevc_vit_packing"
+            )
+        if self.token_compressor is not None:
+            raise LlavaError("adaptive_patches: found use_token_compression, expected one of the two")
+        from .patch_choice import PatchChooser
+
+        self.patch_chooser = PatchChooser.from_options(options, self.config.patch_size, self.image_processor)
 
     # --- what a subclass provides ---
 

@@ -13,6 +13,9 @@ The walk of a batch through it, patch 16, width D (`playground/packing_tower_exa
 
 There is no class token, so `cls_patch` is `patch`. A clip is one sample, whose frames see each other. A checkpoint in
 the padded layout or under the released name (onevision_encoder) is renamed on loading.
+
+With `adaptive_patches` the rows are the patches that are kept of each image (see `patch_choice.py`), larger ones
+pooled, at the places of their middles; features are a list, since their number depends on what an image shows.
 """
 
 import os
@@ -28,6 +31,7 @@ from llavavit.layers import frames_to_patches
 
 from .base import PatchGrid, select_layers
 from .hf_tower import HFVisionTower
+from .patch_choice import ChosenPatches
 
 # ======================================================================================================================
 # Conversions: images -> [N, patch_dim] -> features of each image
@@ -73,7 +77,46 @@ def packed_to_features(features: torch.Tensor, grid_thw: torch.Tensor, batched: 
 
 class HEVCViTPackingVisionTower(HFVisionTower):
     config_class, model_class, processor_class = LlavaViTPackingConfig, LlavaViTPackingModel, CLIPImageProcessorPil
-    any_size = sees_time = True
+    any_size = sees_time = takes_adaptive_patches = True
+
+    def choose_patches(self, images) -> ChosenPatches:
+        """The patches to keep of images as `forward` takes them; in training mode alpha may be drawn.
+
+        A model calls it outside of `forward` and hands the choice in, since it needs the counts; it is made once.
+
+        Raises:
+            LlavaError: sizes that are not multiples of the patch, or bfloat16 pixels.
+        """
+        self.check_sizes(images)
+        images = [image.to(self.device) for image in images]
+        if any(image.dtype == torch.bfloat16 for image in images):
+            raise LlavaError(
+                "adaptive_patches: found images in bfloat16, which does not tell neighbouring grey levels apart, "
+                "expected float32, as process_images makes them"
+            )
+        return self.patch_chooser.choose(images, self.training)
+
+    def forward(self, images, return_spatial_dims=False, packed=False, chosen: ChosenPatches | None = None):
+        """As `VisionTower.forward`; with adaptive patches a list, or packed, and (h, w) is None for an image.
+
+        chosen: what `choose_patches` made of these images.
+        """
+        if self.patch_chooser is None:
+            return super().forward(images, return_spatial_dims, packed)
+        if chosen is None:
+            chosen = self.choose_patches(images)
+        samples = torch.tensor([(1, 1, length) for length in chosen.lengths])
+        with self.encoder_gradient():
+            states = self.vision_tower(
+                chosen.rows.to(self.dtype), samples, chosen.positions, hidden_state_indices=self.layers()
+            ).hidden_states
+        features = torch.cat(states, dim=-1)
+        if not packed:
+            parts = features.split(chosen.lengths)
+            features = [part.to(image.dtype) for part, image in zip(parts, images, strict=True)]
+        if not return_spatial_dims:
+            return features
+        return features, [self.token_grid(*i.shape[-2:])[1] if i.ndim == 4 else None for i in images]
 
     def encode(self, images):
         return self.encode_packed(images, batched=True)

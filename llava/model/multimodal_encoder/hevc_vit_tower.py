@@ -12,6 +12,7 @@ from .hevc_vit_packing_tower import HEVCViTPackingVisionTower
 
 class HEVCViTVisionTower(HEVCViTPackingVisionTower):
     config_class, model_class = LlavaViTConfig, LlavaViTModel
+    takes_adaptive_patches = False
 
     def encode(self, images):
         self.check_sizes(images)

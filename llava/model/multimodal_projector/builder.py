@@ -5,6 +5,7 @@ Shapes: B images, T tokens on an h x w grid, D vision channels, E language model
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn as nn
 
@@ -68,9 +69,18 @@ class ProjectedGrid:
     tower: object
     kind: str
 
+    def chosen_counter(self, chooser):
+        """Picklable function: pixels [3, H, W] -> tokens, of a tower that chooses patches so; None for None."""
+        return chooser and partial(chooser.count, merging=self.merges)
+
+    @property
+    def merges(self) -> bool:
+        """Whether four tokens become one."""
+        return self.kind in MERGERS
+
     def __call__(self, height: int, width: int):
         tokens, grid = self.tower(height, width)
-        if self.kind not in MERGERS:
+        if not self.merges:
             return tokens, grid
         if grid is None:
             raise LlavaError(f"mm_projector_type {self.kind}: needs a token grid; a class token has no place in one")

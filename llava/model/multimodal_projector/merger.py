@@ -37,10 +37,12 @@ class PatchMerger(nn.Module):
 class SpatialMerge(PatchMerger):
     """[B, h*w, D] -> [B, h/2*w/2, E], every 2x2 neighbourhood to one; a square grid where none is given.
 
-    Packed, [N, D] with `grids` -> [N/4, E].
+    Packed, [N, D] with `grids` -> [N/4, E]; or with `order` [4 * M], four of the N tokens for each one -> [M, E].
     """
 
-    def forward(self, x, grid=None, grids=None):
+    def forward(self, x, grid=None, grids=None, order=None):
+        if order is not None:
+            return self.merge(x.index_select(-2, order))
         frames = grids or [grid or (math.isqrt(x.shape[1]),) * 2]
         tokens = x.shape[-2]
         if sum(h * w for h, w in frames) != tokens or any(h % 2 or w % 2 for h, w in frames):

@@ -31,6 +31,7 @@ class Geometry:
     patch: pixels of the encoder's patch.
     layout: how tokens are made of patches, for people.
     stock: whether transformers has a model of this make.
+    chooser: the tower's `PatchChooser` where it keeps patches by what they hold, else None.
     """
 
     source: str
@@ -41,11 +42,13 @@ class Geometry:
     patch: int
     layout: str
     stock: bool
+    chooser: object = None
 
     def counter(self):
         from llava.model.visual_merge import VisualTokenCounter
 
-        return VisualTokenCounter(self.rules, self.token_grid)
+        chosen = self.chooser and self.token_grid.chosen_counter(self.chooser)
+        return VisualTokenCounter(self.rules, self.token_grid, chosen)
 
 
 def plain_geometry(
@@ -122,11 +125,13 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
     """
     from llava.mm_utils import NativeResolution, parse_grid_pinpoints, processor_sides
     from llava.model.multimodal_encoder.builder import tower_type
+    from llava.model.multimodal_encoder.patch_choice import check_combination
     from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
     from llava.model.visual_merge import MergeRules
 
     rules = MergeRules.from_config(cfg)
     check_options(rules.mm_patch_merge_type, rules.image_aspect_ratio)
+    check_combination(cfg)
     tower = empty_tower(cfg, crop, patch)
     cfg.mm_vision_config = tower.config.to_dict()
     if rules.native and not tower.any_size:
@@ -144,6 +149,9 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
             f"compressed {compressor.input_grid_size}x{compressor.input_grid_size} -> "
             f"{compressor.output_grid_size}x{compressor.output_grid_size}"
         )
+    chooser = tower.patch_chooser
+    if chooser is not None:
+        parts.append(f"adaptive patches ({chooser})")
     parts.append(f"projector {projector}" + (", which merges four tokens to one" if projector in MERGERS else ""))
     return Geometry(
         source=source,
@@ -154,6 +162,7 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
         patch=tower.config.patch_size,
         layout="; ".join(parts),
         stock=kind in ("clip", "siglip") and compressor is None and projector not in MERGERS,
+        chooser=chooser,
     )
 
 

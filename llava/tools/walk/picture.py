@@ -7,8 +7,9 @@ from PIL import Image, ImageDraw
 
 from llava.errors import LlavaError
 from llava.eval.report import BLUE, FAINT, GREEN, INK, LINE, PAGE, font
+from llava.tools.patches.drawing import patch_panel
 from llava.tools.walk.steps import Walk
-from llava.tools.walk.text import cuts_middle, rc, wh
+from llava.tools.walk.text import cuts_middle, kept_sizes, rc, wh
 
 WIDTH, MARGIN, GAP = 1360, 36, 32  # pixels
 PANEL_HEIGHT, TOKENS_HEIGHT, SKETCH = 380, 460, (136, 112)
@@ -183,6 +184,9 @@ def crop_lines(page: Page, place, size, crops) -> None:
 
 def draw_tokens(page: Page, walk: Walk, geometry) -> None:
     """Every visual token as a cell of the colour that it stands for; newline tokens in orange."""
+    if walk.levels is not None:
+        draw_patches(page, walk, geometry)
+        return
     section(page, "Visual tokens", "a cell for each, in the colour of its place; newline tokens in orange")
     if walk.crop_grid is None:
         text = f"{walk.total:,} tokens, a class token of every crop among them: they have no place in a grid"
@@ -222,6 +226,18 @@ def draw_tokens(page: Page, walk: Walk, geometry) -> None:
             note = f"{down * across} crops one after the other = {walk.map_tokens:,}"
             mosaic(page, colours, left, room, "crop tokens", note, crops=walk.crops)
     page.top += TOKENS_HEIGHT + 78
+
+
+def draw_patches(page: Page, walk: Walk, geometry) -> None:
+    """The view with an outline around each kept patch."""
+    section(page, "Kept patches", "each is a token of the encoder; large ones where the picture holds little")
+    view = to_image(walk.pixels[0], geometry.processor)
+    counts = kept_sizes(walk, geometry)
+    zoom = max(round(TOKENS_HEIGHT / view.height), 1)
+    panel = patch_panel(view, walk.levels.numpy(), counts, zoom, f"{sum(counts.values()):,} patches")
+    size = fit(panel.size, (WIDTH - 2 * MARGIN, TOKENS_HEIGHT + 40))
+    page.image.paste(enlarged(panel, size), (MARGIN + (WIDTH - 2 * MARGIN - size[0]) // 2, page.top))
+    page.top += size[1] + 38
 
 
 def mosaic(page: Page, colours: Image.Image, left: int, room, title: str, note: str, newlines=0, crops=None, last=0):

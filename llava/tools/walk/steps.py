@@ -22,6 +22,7 @@ from llava.mm_utils import (
     resolution_fit,
     select_best_resolution,
 )
+from llava.model.multimodal_encoder.patch_choice import count_tokens
 from llava.model.visual_merge import merge_visual_tokens, unpad_image
 
 BASE, MAP, NEWLINE, ROW, COLUMN = range(5)  # channels of a marked feature
@@ -47,6 +48,7 @@ class Walk:
     crop_grid: tokens (h, w) of one crop, None where a class token is among them.
     full, unpadded, final: the map of all crops, without padding, and as it is kept; None where there is no map.
     cells: for a map, [rows, columns, 2]: the place (row, column) on the full map that each kept token stands for.
+    levels: of a tower that chooses patches, [rows, columns]: 1, 2, 3 for 1, 2, 4 base patches a side, else None.
     """
 
     size: tuple[int, int]
@@ -67,6 +69,7 @@ class Walk:
     newline_tokens: int
     total: int
     among_others: int | None  # tokens where the photo is one of several in a sample
+    levels: torch.Tensor | None
 
     @property
     def resized(self) -> tuple[int, int] | None:
@@ -98,10 +101,20 @@ def walk(photo: Image.Image, geometry) -> Walk:
     found = {"candidates": candidates, "best": best, "canvas": canvas, "box": box, "crops": crops}
     if not rules.native:
         one = _process(photo, geometry, "pad")
-        found["among_others"] = geometry.counter()(tuple(one.shape[1:]), photo.size)
+        found["among_others"] = tokens(one.shape, (1, 1), photo.size, geometry, choice(one, geometry)[1])["total"]
     else:
         found["among_others"] = None
-    return Walk(size=photo.size, pixels=pixels, **found, **tokens(pixels.shape, crops, photo.size, geometry))
+    found["levels"], chosen = choice(pixels, geometry)
+    return Walk(size=photo.size, pixels=pixels, **found, **tokens(pixels.shape, crops, photo.size, geometry, chosen))
+
+
+def choice(pixels, geometry) -> tuple[torch.Tensor | None, int | None]:
+    """(levels [rows, columns], tokens) of pixels [1, 3, H, W], of a tower that chooses patches; else (None, None)."""
+    chooser = geometry.chooser
+    if chooser is None:
+        return None, None
+    levels = chooser.levels(pixels, chooser.alphas(1, training=False))
+    return levels[0], count_tokens(levels, geometry.token_grid.merges)
 
 
 def _process(photo, geometry, aspect_ratio) -> torch.Tensor:
@@ -116,11 +129,16 @@ def _process(photo, geometry, aspect_ratio) -> torch.Tensor:
     return pixels if pixels.ndim == 4 else pixels[None]
 
 
-def tokens(shape, crops: tuple[int, int], size: tuple[int, int], geometry) -> dict:
-    """The fields of a `Walk` that count tokens, for pixels of `shape` [K, 3, H, W] and a photo of (width, height)."""
+def tokens(shape, crops: tuple[int, int], size: tuple[int, int], geometry, chosen: int | None = None) -> dict:
+    """The fields of a `Walk` that count tokens, for pixels of `shape` [K, 3, H, W] and a photo of (width, height).
+
+    chosen: the photo's tokens, of a tower that chooses them.
+    """
     rules = geometry.rules
     per_crop, grid = geometry.token_grid(*shape[-2:])
-    whole = (rules.native and rules.unpad) or shape[0] > 1  # the tokens, or those after the base view, form a map
+    if chosen is not None:
+        per_crop, grid = chosen, None
+    whole = rules.keeps_rows or shape[0] > 1  # the tokens, or those after the base view, form a map
     marks = mark(shape[0], per_crop, grid, crops, has_base=shape[0] > 1 or not whole)
     newline = torch.eye(5, dtype=marks.dtype)[NEWLINE] if rules.unpad else None
     merged = merge_visual_tokens(marks, grid, size, "image", shape[-1], newline, rules)

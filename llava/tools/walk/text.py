@@ -56,6 +56,7 @@ def step(title: str, text: str) -> list[str]:
 def tower_text(walk: Walk, geometry) -> str:
     side = f"{wh((walk.pixels.shape[-1], walk.pixels.shape[-2]))} px"
     grid = f" ({rc(walk.crop_grid)})" if walk.crop_grid else " (a class token among them)"
+    grid = grid if walk.levels is None else ""
     what = "the photo" if geometry.rules.native else "a crop"
     return f"{geometry.layout}; {what} of {side} gives {walk.crop_tokens:,} tokens{grid}"
 
@@ -134,6 +135,10 @@ def cuts_middle(processor) -> bool:
 def token_steps(walk: Walk, geometry) -> list[tuple[str, str]]:
     """(step, text) from features to visual tokens."""
     steps = []
+    if walk.levels is not None:
+        kept = ", ".join(f"{count:,} of {size} px" for size, count in kept_sizes(walk, geometry).items())
+        whole = f"{rc(walk.levels.shape)} of {geometry.patch} px = {walk.levels.numel():,}"
+        steps.append(("patches", f"{whole}; kept: {kept}"))
     if walk.base_tokens:
         what = "base tokens" if walk.pixels.shape[0] > 1 else "tokens"
         grid = f"{rc(walk.crop_grid)} = " if walk.crop_grid else ""
@@ -148,6 +153,12 @@ def token_steps(walk: Walk, geometry) -> list[tuple[str, str]]:
         where = "one ends each row of the map" if walk.final is not None else "one, after the only crop"
         steps.append(("newlines", f"{walk.newline_tokens:,}: {where}"))
     return steps
+
+
+def kept_sizes(walk: Walk, geometry) -> dict[int, int]:
+    """{patch size in pixels: kept patches of it}, of a tower that chooses."""
+    levels = range(1, geometry.chooser.num_scales + 1)
+    return {geometry.patch << i - 1: int((walk.levels == i).sum()) >> 2 * (i - 1) for i in levels}
 
 
 def map_text(walk: Walk, geometry) -> str:
