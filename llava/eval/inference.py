@@ -70,7 +70,7 @@ class Inference:
         return tokenizer_image_token(prompt, self.tokenizer)
 
     def pixels(self, pictures: list) -> list:
-        """The crops of one prompt's pictures, in the dtype the model takes and on its device: [K, C, H, W] or [C, H, W].
+        """The crops of one prompt's pictures, [K, C, H, W] or [C, H, W], in the dtype the model takes, on its device.
 
         A picture is a PIL image, or a clip: the list of its frames, which give [T, C, H, W].
         """
