@@ -1,5 +1,6 @@
 """A conversation with a model: its turns and pictures, the prompt they make, and the file they can be saved in."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from llava.data.turns import place_image
 from llava.errors import LlavaError
 from llava.eval.inference import Inference
 from llava.serve.pictures import Picture, open_picture
-from llava.serve.stream import AnswerStream
+from llava.serve.stream import AnswerStream, noted_interrupts
 
 
 class Chat:
@@ -88,15 +89,17 @@ class Chat:
         inference = self.inference
         inputs = self._inputs(turns, pictures)
         room = self._room(inputs)
-        stream = AnswerStream(inference.tokenizer, inference.stop_texts, emit)
-        try:
-            options = {**self.options, "max_new_tokens": min(self.max_new_tokens, room), "streamer": stream}
-            answer = inference.answer(inputs, **options)[0]
-        except KeyboardInterrupt:
-            if not self.interruptible:
-                raise
-            stream.end()
-            answer = stream.text
+        interrupts = noted_interrupts() if self.interruptible else contextlib.nullcontext(lambda: False)
+        with interrupts as interrupted:
+            stream = AnswerStream(inference.tokenizer, inference.stop_texts, emit, interrupted)
+            try:
+                options = {**self.options, "max_new_tokens": min(self.max_new_tokens, room), "streamer": stream}
+                answer = inference.answer(inputs, **options)[0]
+            except KeyboardInterrupt:
+                if not self.interruptible:
+                    raise
+                stream.end()
+                answer = stream.text
         if answer:
             # an <image> that the model writes is no picture
             kept = answer.replace(DEFAULT_IMAGE_TOKEN, "")

@@ -1,6 +1,32 @@
-"""An answer's text while its tokens come."""
+"""An answer's text while its tokens come, and how Ctrl-C ends it."""
 
+import contextlib
+import signal
+import threading
 from collections.abc import Callable
+
+
+@contextlib.contextmanager
+def noted_interrupts():
+    """Ctrl-C is noted, and only a second one raised: an exception between any two steps may get lost in other code.
+
+    Yields a function that says whether there was one. Without effect outside the main thread, which gets no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    noted = []
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class AnswerStream:
@@ -14,10 +40,17 @@ class AnswerStream:
         tokenizer: decodes.
         stop_texts: texts at which an answer ends.
         emit: called with each new piece of text.
+        interrupted: whether the answer is to end; KeyboardInterrupt is raised at the next token.
     """
 
-    def __init__(self, tokenizer, stop_texts: list[str], emit: Callable[[str], None]):
-        self.tokenizer, self.stop_texts, self.emit = tokenizer, stop_texts, emit
+    def __init__(
+        self,
+        tokenizer,
+        stop_texts: list[str],
+        emit: Callable[[str], None],
+        interrupted: Callable[[], bool] = lambda: False,
+    ):
+        self.tokenizer, self.stop_texts, self.emit, self.interrupted = tokenizer, stop_texts, emit, interrupted
         self.ids: list[int] = []
         self.shown = ""
 
@@ -26,6 +59,8 @@ class AnswerStream:
         self.ids += value.flatten().tolist()
         if self.ids:
             self._show(self._certain(self._decoded()))
+        if self.interrupted():
+            raise KeyboardInterrupt
 
     def end(self) -> None:
         self._show(self.text)

@@ -282,3 +282,30 @@ def test_saving_again_and_faults(chat, tmp_path):
         with pytest.raises(LlavaError, match=said):
             chat.save(str(path))
     assert (tmp_path / "other.json").read_text() == "[]"
+
+
+def test_an_interrupt_is_noted_and_ends_the_answer_at_its_next_token(chat):
+    """By the signal itself, sent while other code runs; a second one is raised at once."""
+    import os
+    import signal
+
+    from llava.serve.stream import noted_interrupts
+
+    before = signal.getsignal(signal.SIGINT)
+    pieces = []
+
+    def emit(piece):
+        pieces.append(piece)
+        if len(pieces) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = chat.ask("What is shown?")
+    chat.clear()
+    answer = chat.ask("What is shown?", emit)
+    assert answer == "".join(pieces) and whole.startswith(answer) and len(answer) < len(whole)
+    assert chat.turns[-1] == ("gpt", answer) and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), noted_interrupts() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
