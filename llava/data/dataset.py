@@ -81,43 +81,17 @@ def truncate(ids: list[int], labels: list[int], visual: list[int], limit: int) -
     return ids, labels, images
 
 
-class LazySupervisedDataset(Dataset):
-    """Samples made on demand from records.
-
-    An item is a dictionary with `input_ids` and `labels` (LongTensors [L]; -200 marks an image), `id`, and, where the
-    record has images, `images` (list of [3, H, W], or [n, 3, H, W] for crops and frames), `image_sizes` (list of
-    (width, height)) and `modalities` (list of "image" or "video"), one per -200. A record that cannot be read is a
-    `BadRecord` instead, in every run and on every rank alike.
+class RecordDataset(Dataset):
+    """Samples made on demand from records; a subclass says in `_sample` how.
 
     Args:
         records: what to train on.
-        tokenizer: a Hugging Face tokenizer with a fast backend.
         options: how images and videos are read.
-        image_processor: the vision tower's.
-        version, supervise, mm_use_im_start_end: see `llava.data.preprocess`.
-        model_max_length: longest merged sequence; longer samples are cut, and counted in `stats`.
-        count_visual_tokens: `(pixel_shape, image_size, modality) -> int`, what one `<image>` becomes.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        tokenizer,
-        options: MediaOptions,
-        *,
-        image_processor=None,
-        version: str = "qwen_1_5",
-        supervise: str | None = None,
-        mm_use_im_start_end: bool = False,
-        model_max_length: int | None = None,
-        count_visual_tokens: Callable[[tuple, tuple, str], int] | None = None,
-    ):
+    def __init__(self, records: Records, options: MediaOptions):
         self.records = records
         self.options = options
-        self.image_processor = image_processor
-        self.preprocessor = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end)
-        self.model_max_length = model_max_length
-        self.count_visual_tokens = count_visual_tokens
         # one row per worker process (and one for this), in shared memory, so that no count is lost
         self._counts = torch.zeros(_MAX_WORKERS, len(_STATS), dtype=torch.int64).share_memory_()
 
@@ -147,6 +121,61 @@ class LazySupervisedDataset(Dataset):
         return [sign * _words(record) for sign, record in zip(signs, self.records, strict=True)]
 
     def _sample(self, index: int) -> dict | BadRecord:
+        """Raises `LlavaError` for a record that cannot be read."""
+        raise NotImplementedError
+
+    def _without_label(self, index: int, labels: list[int], limit: int) -> BadRecord | None:
+        """Counts a sample that was cut to `limit` tokens; what it becomes if nothing is left to learn."""
+        self._count("truncated")
+        if any(label != IGNORE_INDEX for label in labels[1:]):  # the first token is nobody's prediction
+            return None
+        self._count("no_label")
+        reason = f"no label left after truncation to {limit} tokens"
+        return BadRecord(self.records.record_id(index), reason, "no_label")
+
+    def _count(self, name: str) -> None:
+        worker = get_worker_info()
+        self._counts[(worker.id + 1) % _MAX_WORKERS if worker else 0, _STATS.index(name)] += 1
+
+
+class LazySupervisedDataset(RecordDataset):
+    """Samples of LLaVA models.
+
+    An item is a dictionary with `input_ids` and `labels` (LongTensors [L]; -200 marks an image), `id`, and, where the
+    record has images, `images` (list of [3, H, W], or [n, 3, H, W] for crops and frames), `image_sizes` (list of
+    (width, height)) and `modalities` (list of "image" or "video"), one per -200. A record that cannot be read is a
+    `BadRecord` instead, in every run and on every rank alike.
+
+    Args:
+        records: what to train on.
+        tokenizer: a Hugging Face tokenizer with a fast backend.
+        options: how images and videos are read.
+        image_processor: the vision tower's.
+        version, supervise, mm_use_im_start_end: see `llava.data.preprocess`.
+        model_max_length: longest merged sequence; longer samples are cut, and counted in `stats`.
+        count_visual_tokens: `(pixel_shape, image_size, modality) -> int`, what one `<image>` becomes.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        tokenizer,
+        options: MediaOptions,
+        *,
+        image_processor=None,
+        version: str = "qwen_1_5",
+        supervise: str | None = None,
+        mm_use_im_start_end: bool = False,
+        model_max_length: int | None = None,
+        count_visual_tokens: Callable[[tuple, tuple, str], int] | None = None,
+    ):
+        super().__init__(records, options)
+        self.image_processor = image_processor
+        self.preprocessor = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end)
+        self.model_max_length = model_max_length
+        self.count_visual_tokens = count_visual_tokens
+
+    def _sample(self, index: int) -> dict | BadRecord:
         record = self.records[index]
         source = record["conversations"]
         kind, names = media_of(record)
@@ -165,11 +194,8 @@ class LazySupervisedDataset(Dataset):
             if len(ids) - len(images) + sum(visual) > self.model_max_length:
                 ids, labels, kept = truncate(ids, labels, visual, self.model_max_length)
                 images, sizes = images[:kept], sizes[:kept]
-                self._count("truncated")
-                if all(label == IGNORE_INDEX for label in labels[1:]):  # the first token is nobody's prediction
-                    self._count("no_label")
-                    reason = f"no label left after truncation to {self.model_max_length} tokens"
-                    return BadRecord(self.records.record_id(index), reason, "no_label")
+                if (nothing := self._without_label(index, labels, self.model_max_length)) is not None:
+                    return nothing
         sample = {
             "input_ids": torch.tensor(ids, dtype=torch.long),
             "labels": torch.tensor(labels, dtype=torch.long),
@@ -222,10 +248,6 @@ class LazySupervisedDataset(Dataset):
         if self.count_visual_tokens is None:
             return 1
         return self.count_visual_tokens(tuple(image.shape), size, modality)
-
-    def _count(self, name: str) -> None:
-        worker = get_worker_info()
-        self._counts[(worker.id + 1) % _MAX_WORKERS if worker else 0, _STATS.index(name)] += 1
 
 
 def _words(record: dict) -> int:
