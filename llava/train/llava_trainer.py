@@ -32,6 +32,11 @@ class LLaVATrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
         self.bad_records: set[str] = set()  # "id: reason"
 
+    @property
+    def keeps_projector_alone(self) -> bool:
+        """The run leaves the projector in place of a whole model."""
+        return is_adapter_only(self.parts)
+
     # --- data ---
 
     def _get_train_sampler(self, train_dataset=None):
@@ -140,7 +145,7 @@ class LLaVATrainer(Trainer):
         if self.bad_records and self.args.should_save:
             with open(os.path.join(folder, BAD_RECORDS_NAME), "w") as file:
                 json.dump(sorted(self.bad_records), file, indent=1)
-        if is_adapter_only(self.parts):
+        if self.keeps_projector_alone:
             self.save_adapter(folder)
 
     def read_bad_records(self, checkpoint: str) -> None:
