@@ -58,8 +58,8 @@ def check_qwen2_vl_run(settings) -> None:
     if settings.tower is not None:
         raise LlavaError(f"tower {settings.tower}: Qwen2-VL has a vision encoder of its own, expected no tower config")
     for name, key in own_keys().items():
-        absent = key.group == "model" and name not in MODEL_KEYS or key.group == "data" and name not in DATA_KEYS
-        if (absent or name == "mm_token_compressor_lr") and settings[name] != key.default:
+        known = {"model": MODEL_KEYS, "data": DATA_KEYS}.get(key.group, own_keys().keys() - {"mm_token_compressor_lr"})
+        if name not in known and settings[name] != key.default:
             raise LlavaError(
                 f"{settings.source(name)}: {name} is {settings[name]!r}, but Qwen2-VL has a vision encoder, projector, "
                 f"chat template and image sizes of its own; expected no {name}"
@@ -186,9 +186,7 @@ def make_data(processor, alpha, data_args, training_args) -> dict:
     )
     rank0_print(f"{len(records):,} records from {', '.join(dict.fromkeys(part.path for part in records.parts))}")
     images, tokenizer = processor.image_processor, processor.tokenizer
-    dataset = Qwen2VLDataset(
-        records, processor, options, model_max_length=training_args.model_max_length, alpha=alpha
-    )
+    dataset = Qwen2VLDataset(records, processor, options, model_max_length=training_args.model_max_length, alpha=alpha)
     collator = Qwen2VLCollator(
         pad_token_id=tokenizer.pad_token_id,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
