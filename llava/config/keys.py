@@ -187,8 +187,8 @@ class DataKeys(KeyGroup):
     )
     image_crop_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
     image_split_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
-    patch_selection_method: Literal["v1", "v2", "budget"] | None = key(
-        None, "Qwen2-VL: how patches are chosen; not given: as the model's image processor says, all in a stock one"
+    patch_selection_method: Literal["all", "v1", "v2", "budget"] | None = key(
+        None, "Qwen2-VL: which patches are kept; not given: as the model's image processor says, all in a stock one"
     )
     patch_alpha: float | list[float] | None = key(
         None,

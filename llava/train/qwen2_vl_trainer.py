@@ -4,6 +4,9 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 from llava.data.qwen2_vl import EpochSampler
 from llava.data.sampler import LengthGroupedSampler
+from llava.model.builder import load_weights
+from llava.model.lora import is_adapted
+from llava.model.qwen2_vl import AdaptiveQwen2VLForConditionalGeneration
 from llava.train.llava_trainer import LLaVATrainer
 
 
@@ -24,6 +27,16 @@ class Qwen2VLTrainer(LLaVATrainer):
             )
         # transformers' own groupings are more than samplers; with them every epoch draws as the first
         return EpochSampler(sampler) if isinstance(sampler, (LengthGroupedSampler, SequentialSampler)) else sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As `LLaVATrainer`'s. Qwen2-VL's files have older names, which transformers' `Trainer` does not translate: it
+        would go on with the weights that the run began with."""
+        if is_adapted(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        kind = AdaptiveQwen2VLForConditionalGeneration
+        saved, _ = load_weights(kind, resume_from_checkpoint, with_projector=True, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
 
     def save_description(self, folder: str) -> None:
         """Config and processor: what a folder of a LoRA adapter needs to be loaded."""

@@ -118,8 +118,9 @@ def make_processor(path: str, data_args, training_args):
             f"or the image processor of {path}), expected the first not above the second"
         )
     for name in ("patch_selection_method", "patch_thresholds", "patch_importance"):
-        if getattr(data_args, name) is not None:
-            setattr(images, name, getattr(data_args, name))
+        value = getattr(data_args, name)
+        if value is not None:
+            setattr(images, name, None if value == "all" else value)
     alpha = check_alpha(data_args.patch_alpha, images.patch_selection_method)
     if isinstance(alpha, list):
         alpha = AlphaRange(*alpha, seed=training_args.seed)

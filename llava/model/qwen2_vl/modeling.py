@@ -225,7 +225,11 @@ class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         )
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As transformers'; the folder names transformers' class, as other programs look there for what they load."""
+        """As transformers'; weights have the published names, and the folder names transformers' class for others.
+
+        Left to itself, transformers would prefix names twice where a model was loaded under ZeRO-3.
+        """
+        self._weight_conversions = get_checkpoint_conversion_mapping(type(self).__name__)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             self.config.architectures = [Qwen2VLForConditionalGeneration.__name__]
