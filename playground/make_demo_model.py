@@ -4,7 +4,8 @@
 
 Reads the texts that `make_demo_data.py` wrote and leaves beside them `llm/` (Qwen2 architecture, with the tokenizer),
 `clip_tower/`, `siglip_tower/`, `hevc_vit_tower/` (vision towers of one size, with their image processors) and
-`clip_fine_tower/` (CLIP with patches of half the side: four times the tokens).
+`clip_fine_tower/` (CLIP with patches of half the side: four times the tokens), and `qwen2_vl/`, a whole Qwen2-VL of
+that size, as stock folders are.
 """
 
 import argparse
@@ -35,6 +36,20 @@ IMAGE_STATISTICS = {
     "siglip": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
 }
 KINDS = ("clip", "siglip", "hevc_vit", "clip_fine")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN2_VL_VISION = {"depth": 4, "embed_dim": 96, "num_heads": 4, "mlp_ratio": 3}
+QWEN2_VL_PIXELS = (112 * 112, 224 * 224)  # the least makes 8 x 8 patches or more of any picture of the demo
+# Qwen2-VL's: the system's turn, then the turns as they come, an image between its two marks.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def demo_texts(folder: Path) -> list[str]:
@@ -134,14 +149,57 @@ def make_tower(folder: Path, kind: str) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
+def make_qwen2_vl(folder: Path, tokenizer) -> None:
+    """A random Qwen2-VL with the demo's tokenizer, to which its image tokens are added."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    tokenizer.add_special_tokens({"additional_special_tokens": list(VISION_TOKENS)}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+    third = LLM["hidden_size"] // LLM["num_attention_heads"] // 2 // 3  # of a head's rotary pairs: time, row, column
+    language = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MODEL_MAX_LENGTH,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [third] * 3},
+    }
+    config = Qwen2VLConfig(
+        text_config=language | LLM,
+        vision_config=QWEN2_VL_VISION | {"hidden_size": LLM["hidden_size"], "initializer_range": SPREAD},
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+        tie_word_embeddings=True,
+    )
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    mean, std = IMAGE_STATISTICS["clip"]
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "size": dict(zip(("shortest_edge", "longest_edge"), QWEN2_VL_PIXELS, strict=True)),
+        "patch_size": PATCH_SIZE,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
 def make(output: Path, seed: int) -> None:
-    """Write `llm/` and the towers under `output`, which holds the demo data."""
+    """Write `llm/`, the towers and `qwen2_vl/` under `output`, which holds the demo data."""
     import torch
 
     torch.manual_seed(seed)
-    make_llm(output / "llm", make_tokenizer(demo_texts(output)))
+    tokenizer = make_tokenizer(demo_texts(output))
+    make_llm(output / "llm", tokenizer)
     for kind in KINDS:
         make_tower(output / f"{kind}_tower", kind)
+    make_qwen2_vl(output / "qwen2_vl", tokenizer)
 
 
 def main() -> None:
@@ -153,7 +211,7 @@ def main() -> None:
     if missing:
         parser.error(f"{args.output} lacks {' and '.join(missing)}: run playground/make_demo_data.py first")
     make(args.output, args.seed)
-    print(f"{args.output}: llm, {', '.join(f'{kind}_tower' for kind in KINDS)}")
+    print(f"{args.output}: llm, {', '.join(f'{kind}_tower' for kind in KINDS)}, qwen2_vl")
 
 
 if __name__ == "__main__":

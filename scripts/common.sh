@@ -96,11 +96,11 @@ cuda_devices() {
     fi
 }
 
-# launch [CONFIG] --key value ...: one training run. On CUDA: torchrun (or LAUNCHER=deepspeed) with NUM_GPUS processes on
-# each of NNODES nodes, this one being RANK, with ADDR and PORT to meet at. Without CUDA: one plain process, or
-# NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
+# launch [CONFIG] --key value ...: one training run of TRAIN_PROGRAM (llava/train/train_mem.py). On CUDA: torchrun (or
+# LAUNCHER=deepspeed) with NUM_GPUS processes on each of NNODES nodes, this one being RANK, with ADDR and PORT to meet at.
+# Without CUDA: one plain process, or NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
 launch() {
-    local devices processes
+    local devices processes program="$ROOT/${TRAIN_PROGRAM:-llava/train/train_mem.py}"
     devices="$(cuda_devices)"
     if [[ -n "${NUM_PROCS:-}" || "$devices" == 0 ]]; then
         if [[ -z "${NUM_PROCS:-}" && "${NUM_GPUS:-1}" != 1 ]]; then
@@ -111,7 +111,7 @@ launch() {
         # Threads that wait soon sleep: no slower on an idle machine, and much faster beside a busy process.
         export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
         if [[ "$processes" == 1 && "${NNODES:-1}" == 1 ]]; then
-            "$PYTHON" "$ROOT/llava/train/train_mem.py" "$@"
+            "$PYTHON" "$program" "$@"
             return
         fi
         local threads=$(($(nproc) / processes))
@@ -123,7 +123,7 @@ launch() {
     if [[ "${LAUNCHER:-torchrun}" == deepspeed ]]; then
         local hosts=(${HOSTFILE:+--hostfile "$HOSTFILE"} ${ADDR:+--master_addr "$ADDR"} ${PORT:+--master_port "$PORT"})
         "$PYTHON" -m deepspeed.launcher.runner --num_gpus "$processes" ${NNODES:+--num_nodes "$NNODES"} \
-            ${hosts[@]+"${hosts[@]}"} "$ROOT/llava/train/train_mem.py" "$@"
+            ${hosts[@]+"${hosts[@]}"} "$program" "$@"
         return
     fi
     [[ "${LAUNCHER:-torchrun}" == torchrun ]] || fail "LAUNCHER=$LAUNCHER, expected torchrun or deepspeed"
@@ -132,7 +132,7 @@ launch() {
         meet=(--nnodes "${NNODES:-1}" --node_rank "$NODE_RANK" --master_addr "${ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
     fi
     "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${meet[@]}" \
-        "$ROOT/llava/train/train_mem.py" "$@"
+        "$program" "$@"
 }
 
 # read_demo_flags FLAG...: split the demo's flags into OUTPUT, OVERWRITE, SEED and the OVERRIDES that both stages get.

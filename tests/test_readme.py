@@ -55,4 +55,7 @@ def test_every_train_config_resolves(config):
     shown = run(sys.executable, "-m", "llava.config", "show", f"configs/train/{config}", "--learning_rate", "2e-5")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"learning_rate +2e-05 +command line", shown.stdout)
-    assert re.search(r"vision_tower +\S+ +configs/towers/", shown.stdout)
+    tower = (
+        r"patch_selection_method +budget +configs/" if "qwen2_vl" in config else r"vision_tower +\S+ +configs/towers/"
+    )
+    assert re.search(tower, shown.stdout)

@@ -69,6 +69,21 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, s
     return str(folder)
 
 
+def qwen2_vl(folder: Path) -> str:
+    """Folder of a random Qwen2-VL with a chat template, as stock ones are; it sees 8 x 8 patches or more."""
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+    from playground.make_demo_model import CHAT_TEMPLATE
+    from tests.model.qwen2_vl.parts import make_folder
+
+    make_folder(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 112 * 112, "longest_edge": 224 * 224}).save_pretrained(folder)
+    return str(folder)
+
+
 def records(folder: Path, kinds: str) -> str:
     """Path of a JSON file; per letter of `kinds` a record: "i" one image, "m" two images, "t" text only."""
     rng = np.random.default_rng(0)

@@ -60,7 +60,7 @@ def _take_words(key: Key, rest: list[str]) -> list[str]:
     """The words that belong to `key`: up to the next --flag; more than one only for a list."""
     words = []
     while rest and not rest[0].startswith("--") and (not words or key.is_list):
-        if key.is_bool and _is_config(rest[0]):
+        if (key.is_bool or words) and _is_config(rest[0]):
             break
         words.append(rest.pop(0))
     return words

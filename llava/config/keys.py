@@ -178,10 +178,13 @@ class DataKeys(KeyGroup):
         refuse=_SPLIT_MODES,
     )
     min_pixels: int = key(
-        56 * 56, "native: smaller images are scaled up to this many pixels", tower=True, checkpoint=True
+        56 * 56, "native and Qwen2-VL: smaller images are scaled up to this many pixels", tower=True, checkpoint=True
     )
     max_pixels: int = key(
-        1280 * 28 * 28, "native: larger images are scaled down to this many pixels", tower=True, checkpoint=True
+        1280 * 28 * 28,
+        "native and Qwen2-VL: larger images are scaled down to this many pixels",
+        tower=True,
+        checkpoint=True,
     )
     image_grid_pinpoints: str | list[list[int]] | None = key(
         None,
@@ -191,6 +194,18 @@ class DataKeys(KeyGroup):
     )
     image_crop_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
     image_split_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
+    patch_selection_method: Literal["all", "v1", "v2", "budget"] | None = key(
+        None, "Qwen2-VL: which patches are kept; not given: as the model's image processor says, all in a stock one"
+    )
+    patch_alpha: float | list[float] | None = key(
+        None,
+        "Qwen2-VL: share of the patches that is kept (budget), or the threshold's factor (v2); two numbers: drawn anew "
+        "between them for every image",
+    )
+    patch_thresholds: list[float] | None = key(None, "Qwen2-VL: v1's thresholds for patches of 28 and 56 pixels")
+    patch_importance: Literal["entropy", "laplacian", "reconstruction"] | None = key(
+        None, "Qwen2-VL: what a patch is measured by; not given: as the model's image processor says, else entropy"
+    )
     video_fps: int = key(1, "frames taken per second of video")
     frames_upbound: int = key(0, "most frames taken from one video; 0: no limit")
     add_time_instruction: bool = key(False, "tell the model the length of the video and the times of its frames")

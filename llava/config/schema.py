@@ -47,7 +47,7 @@ class Key:
     @property
     def is_list(self) -> bool:
         """True if several words may follow the key on a command line."""
-        return any(kind == list[str] for kind in self.kinds)
+        return any(kind in (list[str], list[float]) for kind in self.kinds)
 
     @property
     def expected(self) -> str:
@@ -59,10 +59,9 @@ def _words(kind) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
     names = {int: "whole number", float: "number", bool: "true or false", str: "text", list[str]: "list of words"}
+    names |= {list[float]: "list of numbers", list[list[int]]: "list of pairs"}
     if kind in names:
         return names[kind]
-    if kind == list[list[int]]:
-        return "list of pairs"
     return "mapping" if (typing.get_origin(kind) or kind) is dict else str(kind)
 
 
@@ -145,8 +144,20 @@ def _prepare(key: Key, value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         return float(value)
     if isinstance(value, (list, tuple)):
+        if list[float] in kinds:
+            return [_number(item) for item in value]
         return [list(item) if isinstance(item, tuple) else item for item in value]
     return value
+
+
+def _number(item: Any) -> Any:
+    """A whole number or a word as a float, if it is one."""
+    if isinstance(item, bool) or not isinstance(item, (int, str)):
+        return item
+    try:
+        return float(item)
+    except ValueError:
+        return item
 
 
 def convert_word(key: Key, words: list[str], where: str) -> Any:
@@ -166,7 +177,9 @@ def convert_word(key: Key, words: list[str], where: str) -> Any:
             word = int(word)
         except ValueError:
             word = words[0]
-    if str not in key.kinds and key.is_list:
+    if list[float] in key.kinds and word.startswith("["):
+        return convert(key, word.strip("[]").replace(",", " ").split(), where)
+    if str not in key.kinds and float not in key.kinds and key.is_list:
         word = [word]
     if str not in key.kinds and isinstance(word, str) and word.startswith("{"):
         word = _mapping(key, word, where)

@@ -81,8 +81,65 @@ def truncate(ids: list[int], labels: list[int], visual: list[int], limit: int) -
     return ids, labels, images
 
 
-class LazySupervisedDataset(Dataset):
-    """Samples made on demand from records.
+class RecordDataset(Dataset):
+    """Samples made on demand from records; a subclass says in `_sample` how.
+
+    Args:
+        records: what to train on.
+        options: how images and videos are read.
+    """
+
+    def __init__(self, records: Records, options: MediaOptions):
+        self.records = records
+        self.options = options
+        # one row per worker process (and one for this), in shared memory, so that no count is lost
+        self._counts = torch.zeros(_MAX_WORKERS, len(_STATS), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict | BadRecord:
+        try:
+            return self._sample(index)
+        except LlavaError as error:
+            return BadRecord(self.records.record_id(index), str(error))
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """How many samples were made so far that were `truncated`, and that had `no_label` left, over all workers."""
+        return dict(zip(_STATS, self._counts.sum(dim=0).tolist(), strict=True))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words per record, plus 128 for one with an image, as LLaVA-NeXT estimates them."""
+        return [_words(record) + (128 if record.get("image") else 0) for record in self.records]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Words per record: positive with an image or video (or if text is mixed in early), else negative."""
+        signs = (1 if self.options.early_mix_text or media_of(record)[0] else -1 for record in self.records)
+        return [sign * _words(record) for sign, record in zip(signs, self.records, strict=True)]
+
+    def _sample(self, index: int) -> dict | BadRecord:
+        """Raises `LlavaError` for a record that cannot be read."""
+        raise NotImplementedError
+
+    def _without_label(self, index: int, labels: list[int], limit: int) -> BadRecord | None:
+        """Counts a sample that was cut to `limit` tokens; what it becomes if nothing is left to learn."""
+        self._count("truncated")
+        if any(label != IGNORE_INDEX for label in labels[1:]):  # the first token is nobody's prediction
+            return None
+        self._count("no_label")
+        reason = f"no label left after truncation to {limit} tokens"
+        return BadRecord(self.records.record_id(index), reason, "no_label")
+
+    def _count(self, name: str) -> None:
+        worker = get_worker_info()
+        self._counts[(worker.id + 1) % _MAX_WORKERS if worker else 0, _STATS.index(name)] += 1
+
+
+class LazySupervisedDataset(RecordDataset):
+    """Samples of LLaVA models.
 
     An item is a dictionary with `input_ids` and `labels` (LongTensors [L]; -200 marks an image), `id`, and, where the
     record has images, `images` (list of [3, H, W], or [n, 3, H, W] for crops and frames), `image_sizes` (list of
@@ -113,39 +170,11 @@ class LazySupervisedDataset(Dataset):
         model_max_length: int | None = None,
         count_visual_tokens: Callable[[tuple, tuple, str], int] | None = None,
     ):
-        self.records = records
-        self.options = options
+        super().__init__(records, options)
         self.image_processor = image_processor
         self.preprocessor = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end)
         self.model_max_length = model_max_length
         self.count_visual_tokens = count_visual_tokens
-        # one row per worker process (and one for this), in shared memory, so that no count is lost
-        self._counts = torch.zeros(_MAX_WORKERS, len(_STATS), dtype=torch.int64).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict | BadRecord:
-        try:
-            return self._sample(index)
-        except LlavaError as error:
-            return BadRecord(self.records.record_id(index), str(error))
-
-    @property
-    def stats(self) -> dict[str, int]:
-        """How many samples were made so far that were `truncated`, and that had `no_label` left, over all workers."""
-        return dict(zip(_STATS, self._counts.sum(dim=0).tolist(), strict=True))
-
-    @property
-    def lengths(self) -> list[int]:
-        """Words per record, plus 128 for one with an image, as LLaVA-NeXT estimates them."""
-        return [_words(record) + (128 if record.get("image") else 0) for record in self.records]
-
-    @property
-    def modality_lengths(self) -> list[int]:
-        """Words per record: positive with an image or video (or if text is mixed in early), else negative."""
-        signs = (1 if self.options.early_mix_text or media_of(record)[0] else -1 for record in self.records)
-        return [sign * _words(record) for sign, record in zip(signs, self.records, strict=True)]
 
     def _sample(self, index: int) -> dict | BadRecord:
         record = self.records[index]
@@ -166,11 +195,8 @@ class LazySupervisedDataset(Dataset):
             if len(ids) - len(images) + sum(visual) > self.model_max_length:
                 ids, labels, kept = truncate(ids, labels, visual, self.model_max_length)
                 images, sizes = images[:kept], sizes[:kept]
-                self._count("truncated")
-                if all(label == IGNORE_INDEX for label in labels[1:]):  # the first token is nobody's prediction
-                    self._count("no_label")
-                    reason = f"no label left after truncation to {self.model_max_length} tokens"
-                    return BadRecord(self.records.record_id(index), reason, "no_label")
+                if (nothing := self._without_label(index, labels, self.model_max_length)) is not None:
+                    return nothing
         sample = {
             "input_ids": torch.tensor(ids, dtype=torch.long),
             "labels": torch.tensor(labels, dtype=torch.long),
@@ -228,10 +254,6 @@ class LazySupervisedDataset(Dataset):
         if text + sum(found) > self.model_max_length and hasattr(count, "of_pixels"):
             return [count.of_pixels(image, size, modality) for image, size in zip(images, sizes, strict=True)]
         return found
-
-    def _count(self, name: str) -> None:
-        worker = get_worker_info()
-        self._counts[(worker.id + 1) % _MAX_WORKERS if worker else 0, _STATS.index(name)] += 1
 
 
 def _words(record: dict) -> int:

@@ -126,14 +126,14 @@ class Preprocessor:
                 spans.append((length + piece.answer_start, length + len(piece.text)))
             length += len(piece.text)
         text = "".join(piece.text for piece in pieces)
-        return _encode_spans(self.encoder, text, spans, has_image, bos=True)
+        return encode_spans(self.encoder, text, spans, has_image, bos=True)
 
 
 def _encode(encoder: TextEncoder, text: str, begin: int, end: int, images: bool, bos: bool = False):
-    return _encode_spans(encoder, text, [(begin, end)] if begin < end else [], images, bos)
+    return encode_spans(encoder, text, [(begin, end)] if begin < end else [], images, bos)
 
 
-def _encode_spans(encoder: TextEncoder, text: str, spans: list[tuple[int, int]], images: bool, bos: bool = False):
+def encode_spans(encoder: TextEncoder, text: str, spans: list[tuple[int, int]], images: bool, bos: bool = False):
     """Ids and labels of a text; every `<image>` in it becomes -200, and what is between them is tokenised by itself.
 
     Args:

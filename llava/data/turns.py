@@ -36,6 +36,13 @@ def read_turns(source: list) -> list[tuple[str, str]]:
     return turns
 
 
+def leading_system(source: list) -> str | None:
+    """The text of a conversation's first turn if it is the system's; `read_turns` leaves such a turn out."""
+    first = source[0] if source and isinstance(source[0], dict) else {}
+    is_system = first.get("from", first.get("role")) == "system"
+    return first.get("value", first.get("content")) if is_system else None
+
+
 def check_turns(turns: list[tuple[str, str]], template: Conversation) -> None:
     """Whether the turns fit the template.
 

@@ -15,7 +15,7 @@ import os
 from llava.data.records import read_file
 from llava.errors import LlavaError, report_errors
 from llava.eval.inference import Inference
-from llava.eval.questions import Question, build_prompt, chance, is_correct, read_questions, score
+from llava.eval.questions import Question, chance, is_correct, read_questions, score
 
 
 class Answerer:
@@ -37,7 +37,7 @@ class Answerer:
         """
         from tqdm import tqdm
 
-        prompts = [self.inference.tokens(build_prompt(q, self.inference.template)) for q in questions]
+        prompts = [self.inference.prompt(question) for question in questions]
         # alike lengths together, so that little padding is computed
         order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(prompts[i])))
         predictions = [""] * len(questions)

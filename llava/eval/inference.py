@@ -2,6 +2,7 @@
 
 from llava.conversation import Conversation, stop_strings
 from llava.errors import LlavaError
+from llava.eval.questions import Question, build_prompt
 
 
 class Inference:
@@ -62,6 +63,10 @@ class Inference:
 
     def _added_tokens(self) -> dict[str, int]:
         return getattr(self.tokenizer, "added_tokens_encoder", {})
+
+    def prompt(self, question: Question) -> list[int]:
+        """Token ids of a question, up to where its answer begins."""
+        return self.tokens(build_prompt(question, self.template))
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of a prompt, IMAGE_TOKEN_INDEX for every `<image>`."""

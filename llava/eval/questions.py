@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
 from llava.data.paths import media_of, resolve_path
-from llava.data.turns import place_image, read_turns
+from llava.data.turns import leading_system, place_image, read_turns
 from llava.data.validate import check_record
 from llava.errors import LlavaError
 
@@ -22,6 +22,7 @@ class Question:
     turns: list[tuple[str, str]]
     answer: str
     paths: list[str] = field(default_factory=list)  # `images` resolved in the image folder
+    system: str | None = None  # the record's own system text, for templates that take one
 
     @property
     def text(self) -> str:
@@ -72,7 +73,8 @@ def _record_questions(record, name, image_folder, template, allow_absolute_paths
         if speaker == "gpt":
             used = sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in turns[:index])
             kind = str(record.get("kind", "all"))
-            questions.append(Question(name, kind, images[:used], turns[:index], answer, paths[:used]))
+            system = leading_system(record["conversations"])
+            questions.append(Question(name, kind, images[:used], turns[:index], answer, paths[:used], system))
     return questions
 
 

@@ -176,7 +176,7 @@ def load_pretrained_model(
         kwargs["quantization_config"] = quantisation("load_8bit/load_4bit", 4 if load_4bit else 8)
     values = read_config(model_path)
     if is_lora(model_path):
-        model_base = _base_of_adapter(model_path, model_base)
+        model_base = base_of_adapter(model_path, model_base)
         values.pop("quantization_config", None)  # of the training run; the base's weights are not stored that way
     architecture = resolve_architecture(values, model_name, model_path, model_base)
     model_class, config_class = model_classes(architecture)
@@ -193,7 +193,7 @@ def load_pretrained_model(
         # transformers is about to write the base's name over the checkpoint's, in which this folder lies
         config.mm_vision_tower = os.path.join(model_path, config.mm_vision_tower)
     dtype = pick_dtype(torch_dtype, on_cpu)
-    model, missing = _load_weights(
+    model, missing = load_weights(
         model_class,
         model_base or model_path,
         with_projector=model_base is None,
@@ -238,7 +238,7 @@ def context_length(config) -> int:
     return 2048
 
 
-def _load_weights(model_class, source: str, with_projector: bool, **kwargs):
+def load_weights(model_class, source: str, with_projector: bool, **kwargs):
     """`from_pretrained` that refuses what it would fill with random numbers.
 
     Returns:
@@ -285,7 +285,7 @@ def _load_projector(model, folder: str):
     load_adapter(model.get_model(), path)
 
 
-def _base_of_adapter(folder: str, given: str | None) -> str:
+def base_of_adapter(folder: str, given: str | None) -> str:
     recorded = recorded_base(folder)
     if given is None:
         rank0_print(f"{folder}: a LoRA adapter, loaded over its base {recorded}")
@@ -304,7 +304,7 @@ def quantisation(asked: str, bits: int, compute_dtype=torch.float16, quant_type=
     if not is_bitsandbytes_available():
         raise LlavaError(f"{asked}: needs the bitsandbytes package and a device it supports")
     # the vision side stays as it is: it is small, and its layers are called in ways quantised ones do not allow
-    skip = ["model.vision_tower", "model.mm_projector", "lm_head"]
+    skip = ["model.vision_tower", "model.mm_projector", "model.visual", "lm_head"]
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(

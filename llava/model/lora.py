@@ -8,6 +8,7 @@ A folder of such a run holds peft's `adapter_config.json` and `adapter_model.saf
 import contextlib
 import json
 import os
+import re
 import warnings
 
 import torch
@@ -21,7 +22,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_WEIGHTS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 PREFIX = "base_model.model."  # peft's, before the model's own names
-VISION = r".*\b(vision_tower|mm_projector)\b.*"  # names of modules that get no adapters
+VISION = r".*\b(vision_tower|mm_projector|visual)\b.*"  # names of modules that get no adapters
 INSTALL = "pip install -e '.[train]'"
 
 
@@ -44,10 +45,10 @@ def recorded_base(folder: str) -> str | None:
 
 
 def add_lora(model, *, r: int, alpha: int, dropout: float, base: str):
-    """Wrap a LLaVA model: an adapter on every linear layer of its language model, the output layer excepted.
+    """Wrap a model: an adapter on every linear layer of its language model, the output layer excepted.
 
     Args:
-        model: LLaVA model, changed in place.
+        model: LLaVA model or Qwen2-VL, changed in place.
         r, alpha, dropout: rank, scale (adapters count alpha / r), dropout before the adapters.
         base: name of the model, for the adapter's config.
 
@@ -57,8 +58,10 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, base: str):
     peft = _peft()
     linear = {
         name.rsplit(".", 1)[-1]
-        for name, module in model.get_model().named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(("vision_tower.", "mm_projector."))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not re.fullmatch(VISION, name)
+        and module is not model.get_output_embeddings()
     }
     config = peft.LoraConfig(
         r=r,
@@ -125,7 +128,7 @@ def load_lora(model, folder: str, missing: list[str] = ()):
     """Adapter and other trained weights of a folder, in a base model for inference.
 
     Args:
-        model: plain LLaVA model, changed in place.
+        model: plain LLaVA model or Qwen2-VL, changed in place.
         folder: of a run with LoRA, this project's or LLaVA's.
         missing: weights that the base does not have, so the folder must.
 
@@ -158,7 +161,7 @@ def load_lora(model, folder: str, missing: list[str] = ()):
                 f"the adapter was trained on ({recorded_base(folder)})"
             )
     config = peft.PeftConfig.from_pretrained(folder)
-    if not any("vision_tower." in name for name in adapter):  # LLaVA's configs would put empty adapters there
+    if not any(re.fullmatch(VISION, name) for name in adapter):  # LLaVA's configs would put empty adapters there
         config.exclude_modules = VISION
     with _quiet():
         return peft.PeftModel.from_pretrained(model, folder, config=config)

@@ -32,6 +32,11 @@ class LLaVATrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
         self.bad_records: set[str] = set()  # "id: reason"
 
+    @property
+    def keeps_projector_alone(self) -> bool:
+        """The run leaves the projector in place of a whole model."""
+        return is_adapter_only(self.parts)
+
     # --- data ---
 
     def _get_train_sampler(self, train_dataset=None):
@@ -81,8 +86,10 @@ class LLaVATrainer(Trainer):
 
     def _prepare_inputs(self, inputs):
         """As `Trainer`'s; images stay in float32 where patches are chosen by them, not in DeepSpeed's bfloat16."""
+        if "images" not in inputs:
+            return super()._prepare_inputs(inputs)
         tower = self.accelerator.unwrap_model(self.model).get_vision_tower()
-        if tower is None or tower.patch_chooser is None or "images" not in inputs:
+        if tower is None or tower.patch_chooser is None:
             return super()._prepare_inputs(inputs)
         rest = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "images"})
         return {**rest, "images": [image.to(self.args.device) for image in inputs["images"]]}
@@ -148,7 +155,7 @@ class LLaVATrainer(Trainer):
         if self.bad_records and self.args.should_save:
             with open(os.path.join(folder, BAD_RECORDS_NAME), "w") as file:
                 json.dump(sorted(self.bad_records), file, indent=1)
-        if is_adapter_only(self.parts):
+        if self.keeps_projector_alone:
             self.save_adapter(folder)
 
     def read_bad_records(self, checkpoint: str) -> None:

@@ -10,11 +10,16 @@ from llava.utils import rank0_print
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to; the newline token goes with the language model, as in LLaVA-NeXT."""
+    """The part that a parameter belongs to, of a LLaVA model or of Qwen2-VL, whose projector is `visual.merger`.
+
+    The newline token goes with the language model, as in LLaVA-NeXT.
+    """
     if "token_compressor." in name:
         return "mm_token_compressor"
     if "vision_tower." in name:
         return "mm_vision_tower"
+    if "visual." in name:
+        return "mm_mlp_adapter" if "visual.merger." in name else "mm_vision_tower"
     return "mm_mlp_adapter" if "mm_projector." in name else "mm_language_model"
 
 
@@ -66,7 +71,7 @@ def set_trainable(model: nn.Module, parts: set[str], lora_bias: str = "none") ->
         part = part_of(name)
         whole = not adapted or part != "mm_language_model"
         parameter.requires_grad_(part in parts and (whole or trains_under_lora(name, lora_bias)))
-    tower = model.get_vision_tower()
+    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
     for module in tower.unused_modules() if tower is not None else ():
         module.requires_grad_(False)
     for name, parameter in model.named_parameters():

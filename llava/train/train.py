@@ -21,9 +21,32 @@ def train(argv=None):
     """Train as the arguments say, resume where a checkpoint lies in `output_dir`, save; see `llava.config`."""
     from llava.train.arguments import parse_args
 
-    model_args, data_args, training_args = parse_args(argv)
+    args = parse_args(argv)
+    check_llava_run(args[2].run_config)
+    run(*args, make=make_llava)
+
+
+def check_llava_run(settings):
+    """Refuse what only Qwen2-VL has."""
+    for name in ("patch_selection_method", "patch_alpha", "patch_thresholds", "patch_importance"):
+        if settings[name] is not None:
+            raise LlavaError(
+                f"{settings.source(name)}: {name} is {settings[name]!r}, which is for Qwen2-VL; expected none here, or "
+                "scripts/finetune_qwen2_vl.sh"
+            )
+
+
+def run(model_args, data_args, training_args, make, trainer_class=None):
+    """One run, of any kind of model.
+
+    Args:
+        model_args, data_args, training_args: of `parse_args`.
+        make: called with these three; gives the model, the tokenizer or processor, and the data set and collator by
+            the names that `Trainer` has for them.
+        trainer_class: a `LLaVATrainer` or a subclass of it.
+    """
     try:
-        _train(model_args, data_args, training_args)
+        _train(model_args, data_args, training_args, make, trainer_class)
     finally:
         leave_process_group()
 
@@ -40,7 +63,7 @@ def leave_process_group():
             time.sleep(0.5)
 
 
-def _train(model_args, data_args, training_args):
+def _train(model_args, data_args, training_args, make, trainer_class):
     from transformers import set_seed
 
     from llava.train.llava_trainer import LLaVATrainer
@@ -70,15 +93,15 @@ def _train(model_args, data_args, training_args):
     parts = tunable_parts(model_args, training_args)
     check_lora(training_args, parts)
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
-    model, tokenizer = load_model(model_args, data_args, training_args)
-    data = make_data(model, tokenizer, model_args, data_args, training_args)
+    model, processing_class, data = make(model_args, data_args, training_args)
     if training_args.lora_enable:
         model = adapt(model, model_args, training_args)
     set_trainable(model, parts, training_args.lora_bias)
     if training_args.lora_enable and not training_args.deepspeed:
         keep_trained_in_float32(model)
 
-    trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=training_args, parts=parts, **data)
+    trainer_class = trainer_class or LLaVATrainer
+    trainer = trainer_class(model=model, processing_class=processing_class, args=training_args, parts=parts, **data)
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, out)
     if checkpoint is not None:
         if training_args.deepspeed:
@@ -134,10 +157,25 @@ def finished_steps(out: str) -> int | None:
         return json.load(file)["global_step"]
 
 
-def load_model(model_args, data_args, training_args):
-    """(model with its vision half, tokenizer), config filled with all that inference needs to know."""
+def make_llava(model_args, data_args, training_args):
+    """(LLaVA model, tokenizer, data)."""
+    model, tokenizer = load_model(model_args, data_args, training_args)
+    return model, tokenizer, make_data(model, tokenizer, model_args, data_args, training_args)
+
+
+def weights_dtype(training_args):
+    """The dtype a run holds its model in.
+
+    DeepSpeed keeps float32 master weights beside bf16 ones, frozen weights need none; else autocast does the rest.
+    """
     import torch
 
+    low = training_args.bf16 and (training_args.deepspeed or training_args.lora_enable)
+    return torch.bfloat16 if low else torch.float32
+
+
+def load_model(model_args, data_args, training_args):
+    """(model with its vision half, tokenizer), config filled with all that inference needs to know."""
     from llava.conversation import get_template
     from llava.model import builder
     from llava.train.lora import check_no_adapter, quantisation_for
@@ -150,9 +188,7 @@ def load_model(model_args, data_args, training_args):
     architecture = architecture_for(model_args, values)
     model_class, config_class = builder.model_classes(architecture)
     config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
-    # DeepSpeed keeps float32 master weights beside bf16 ones, frozen weights need none; else autocast does the rest
-    low = training_args.bf16 and (training_args.deepspeed or training_args.lora_enable)
-    dtype = torch.bfloat16 if low else torch.float32
+    dtype = weights_dtype(training_args)
     with readable_weights(path):
         model = model_class.from_pretrained(
             path,
@@ -316,11 +352,9 @@ def make_data(model, tokenizer, model_args, data_args, training_args):
 
 def save(trainer, out: str):
     """Leave the trained model in `out`: all of it, or after LLaVA's stage 1 the projector alone."""
-    from llava.train.parts import is_adapter_only
-
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = True
-    if is_adapter_only(trainer.parts):
+    model.config.get_text_config().use_cache = True
+    if trainer.keeps_projector_alone:
         trainer.save_adapter(out)
         if is_rank0():
             trainer.save_description(out)

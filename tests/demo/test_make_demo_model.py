@@ -77,3 +77,32 @@ def test_needs_the_data_first(tmp_path):
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode != 0
     assert "make_demo_data.py" in done.stderr
+
+
+def test_qwen2_vl(demo):
+    """A stock folder, whose tokenizer is the demo's with four more tokens."""
+    import torch
+    from PIL import Image
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+    folder = demo / "qwen2_vl"
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    tokenizer, plain = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(demo / "llm")
+    text = "<|im_start|>user\nWhich digit is at the far left?<|im_end|>\n"
+    assert tokenizer(text).input_ids == plain(text).input_ids
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    found = tokenizer("".join(marks)).input_ids
+    assert found == tokenizer.convert_tokens_to_ids(marks) and len(tokenizer) == len(plain) + 4
+    config = model.config
+    named = [config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id]
+    assert named == found
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == (  # as Qwen2-VL's
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[Image.new("RGB", (56, 72))], return_tensors="pt")
+    assert images["image_grid_thw"].tolist() == [[1, 10, 8]]  # 56-pixel patches fit
+    features = model.model.visual(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
+    assert features.shape == (20, config.text_config.hidden_size) and torch.isfinite(features).all()

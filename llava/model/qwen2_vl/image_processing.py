@@ -47,6 +47,10 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
     valid_kwargs = AdaptiveQwen2VLImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw", "image_patch_levels"]  # noqa: RUF012
 
+    def to_dict(self) -> dict:
+        """What is saved; it names transformers' class, which reads the same file and keeps all patches."""
+        return super().to_dict() | {"image_processor_type": "Qwen2VLImageProcessor"}
+
     def _preprocess(
         self,
         images,

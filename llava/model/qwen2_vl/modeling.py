@@ -227,6 +227,17 @@ class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             **kwargs,
         )
 
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As transformers'; weights have the published names, and the folder names transformers' class for others.
+
+        Left to itself, transformers would prefix names twice where a model was loaded under ZeRO-3.
+        """
+        self._weight_conversions = get_checkpoint_conversion_mapping(type(self).__name__)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            self.config.architectures = [Qwen2VLForConditionalGeneration.__name__]
+            self.config.save_pretrained(save_directory)
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Rows several times, for beams and several answers; images too where transformers has not encoded them yet."""
         images = {name: model_kwargs.get(name) for name in ("pixel_values", "image_grid_thw", "image_patch_levels")}

@@ -31,6 +31,16 @@ class AdaptiveQwen2VLProcessor(Qwen2VLProcessor):
             return [image_processor, tokenizer]
         return [image_processor, tokenizer, AutoVideoProcessor.from_pretrained(pretrained_model_name_or_path, **rest)]
 
+    def to_dict(self, *args, **kwargs) -> dict:
+        """What is saved; it names transformers' class, so that a folder of ours is a stock one too."""
+        return super().to_dict(*args, **kwargs) | {"processor_class": "Qwen2VLProcessor"}
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As transformers', with `preprocessor_config.json`, where it looks for a video processor that is not here."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        self.image_processor.save_pretrained(save_directory)
+        return saved
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The image tokens that stand for one image in the prompt."""
         levels, grids = image_inputs.get("image_patch_levels"), image_inputs["image_grid_thw"]
