@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -131,17 +132,21 @@ class Person:
             try:
                 self.read_until(pattern, limit=5.0)
                 return
-            except AssertionError:
-                continue
-        raise AssertionError(f"no {pattern!r} after ten interrupts")
+            except AssertionError as error:
+                last = error
+        raise AssertionError(f"after ten interrupts (status {self.process.poll()}): {last}")
 
 
 def _own_terminal():
-    """Make the pseudo-terminal the process's own, so that Ctrl-C reaches it."""
+    """Make the pseudo-terminal the process's own, so that Ctrl-C reaches it, and is heeded.
+
+    A shell starts its background jobs, such as these tests may be one of, with Ctrl-C ignored.
+    """
     import fcntl
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_at_a_terminal(checkpoint, folder, expected):
