@@ -104,6 +104,14 @@ def test_predictions_and_counts(folder, capsys):
     assert "selection" in printed and printed.rstrip().splitlines()[-1].startswith("held-out exact match: ")
 
 
+def test_blank_pictures_are_not_counted(folder):
+    """They are one patch or a few where the selection looks at the content."""
+    plain, blank = run(folder, "--selections", "v1"), run(folder, "--selections", "v1", "--blank-images")
+    assert "blank_images" in blank and plain["selections"][0]["vision_tokens"] > 20
+    for key in ("vision_tokens", "llm_tokens"):
+        assert blank["selections"][0][key] == plain["selections"][0][key]
+
+
 def test_the_folders_own_selection(folder):
     from llava.model.qwen2_vl.loading import load_processor
 
