@@ -19,8 +19,7 @@ class PatchLayout:
     """
 
     centres: torch.Tensor  # [N, 2] float32: (row, col) of a patch's middle in base patches; a base patch has its own
-    cu_seqlens: torch.Tensor  # [images + 1] int32 on the CPU, vision tokens up to each image
-    max_seqlen: int
+    lengths: list[int]  # vision tokens of each image
     merge_index: torch.Tensor  # [4 M]: four vision tokens for each token of the language model, a large one four times
     cells: torch.Tensor  # [M, 2]: (row, col) of each of them, in cells
     tokens: list[int]  # tokens of the language model, for each image
@@ -48,14 +47,13 @@ class PatchLayout:
             kept_patches(part.view(1, h, w), order="cells")
             for part, (_, h, w) in zip(levels.cpu().split(sizes), grids, strict=True)
         ]
+        lengths = [len(part.levels) for part in parts]
         merged = [torch.where(part.levels == 1, 1, MERGE**2) for part in parts]
-        index = torch.arange(sum(len(part.levels) for part in parts)).repeat_interleave(torch.cat(merged))
+        index = torch.arange(sum(lengths)).repeat_interleave(torch.cat(merged))
         corners = torch.cat([torch.stack([part.rows, part.cols], 1) for part in parts])
-        lengths = torch.tensor([0] + [len(part.levels) for part in parts])
         return cls(
             centres=torch.cat([part.centres for part in parts]).to(device),
-            cu_seqlens=lengths.cumsum(0, dtype=torch.int32),
-            max_seqlen=int(lengths.max()),
+            lengths=lengths,
             merge_index=index.to(device),
             cells=(corners[index[:: MERGE**2]] // MERGE).to(device),
             tokens=[int(counts.sum()) // MERGE**2 for counts in merged],

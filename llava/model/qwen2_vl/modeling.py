@@ -15,16 +15,44 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLModel,
     Qwen2VLTextModel,
+    VisionAttention,
+    apply_rotary_pos_emb_vision,
 )
 
 from llava.errors import LlavaError
 from llava.model.qwen2_vl.layout import MERGE, PatchLayout
+from llavavit.varlen_attention import pack_lengths, varlen_attention
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 
 
+class PackedVisionAttention(VisionAttention):
+    """The vision encoder's attention, all images in one call; transformers' goes image by image without flash-attn.
+
+    For `attn_implementation` sdpa (the usual one) and varlen; with others it is transformers'.
+    """
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, max_seqlen=None, **kwargs):
+        """[N, D] -> [N, D], of all images one after the other."""
+        if self.config._attn_implementation not in ("sdpa", "varlen"):
+            return super().forward(
+                hidden_states, cu_seqlens, position_embeddings=position_embeddings, max_seqlen=max_seqlen, **kwargs
+            )
+        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)
+        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        mixed = varlen_attention(query, key, value, cu_seqlens, max_seqlen, scale=self.scaling)
+        return self.proj(mixed.flatten(1))
+
+
 class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
     """The vision encoder, for kept patches as well."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.attn.__class__ = PackedVisionAttention  # the same weights
 
     def forward(self, hidden_states, grid_thw=None, layout: PatchLayout | None = None, **kwargs):
         """As transformers'; with a layout `hidden_states` are the kept patches, [N, C * T * p * p].
@@ -36,17 +64,9 @@ class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
             return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
         hidden = self.patch_embed(hidden_states)
         rotary = self.rotary_pos_emb(hidden, layout.centres)
-        # flash attention wants them on the device; the others split by them, and would wait for it in every block
-        flash = "flash" in (self.config._attn_implementation or "")
-        cu_seqlens = layout.cu_seqlens.to(hidden.device) if flash else layout.cu_seqlens
+        cu_seqlens, longest = pack_lengths(layout.lengths, hidden.device)
         for block in self.blocks:
-            hidden = block(
-                hidden,
-                cu_seqlens=cu_seqlens,
-                max_seqlen=layout.max_seqlen,
-                position_embeddings=rotary,
-                **kwargs,
-            )
+            hidden = block(hidden, cu_seqlens=cu_seqlens, max_seqlen=longest, position_embeddings=rotary, **kwargs)
         merged = self.merger(hidden[layout.merge_index])
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
 
@@ -250,9 +270,9 @@ class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         rows = torch.searchsorted(per_row, per_image)  # the row that an image belongs to
         order = [i for row in range(len(input_ids)) for i in (rows == row).nonzero()[:, 0].tolist() * expand_size]
         expanded = {"image_grid_thw": grids[order]}
-        parts = {"pixel_values": (pixels, layout.cu_seqlens.diff()), "image_patch_levels": (levels, grids.prod(1))}
+        parts = {"pixel_values": (pixels, layout.lengths), "image_patch_levels": (levels, grids.prod(1).tolist())}
         for name, (values, lengths) in parts.items():
-            values = values.split(lengths.tolist())
+            values = values.split(lengths)
             expanded[name] = torch.cat([values[i] for i in order])
         rest = {name: value for name, value in model_kwargs.items() if name not in images}
         input_ids, rest = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **rest)

@@ -183,6 +183,35 @@ def test_vision_is_its_formula(model, processor):
     assert first == len(inputs["pixel_values"])
 
 
+@pytest.mark.parametrize("kwargs", [{}, BUDGET], ids=["all", "budget"])
+def test_vision_attention_is_transformers(model, processor, monkeypatch, kwargs):
+    """All images in one call, against transformers' image by image: features and gradients."""
+    inputs = batch(processor, **kwargs)
+    images = [inputs.get(key) for key in ("pixel_values", "image_grid_thw", "image_patch_levels")]
+    weight = model.model.visual.blocks[0].attn.qkv.weight
+    found = {}
+    for name in ("eager", "sdpa", "varlen"):
+        monkeypatch.setattr(model.model.visual.config, "_attn_implementation", name)
+        features = torch.cat(model.model.get_image_features(*images).pooler_output)
+        found[name] = features.detach(), torch.autograd.grad(features.square().sum(), weight)[0]
+    for name in ("sdpa", "varlen"):
+        for ours, theirs in zip(found[name], found["eager"], strict=True):
+            assert theirs.abs().max() > 0.1
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_images_of_one_size_are_one_call(model, processor, monkeypatch):
+    calls, stock = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *args, **kwargs: calls.append(len(query)) or stock(query, *args, **kwargs),
+    )
+    images = processor.image_processor([picture(112, 112, seed) for seed in range(5)], return_tensors="pt")
+    model.model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+    assert calls == [5] * len(model.model.visual.blocks)
+
+
 def test_positions(model, processor):
     """Image tokens at their cells; the text after an image where stock has it."""
     few, full = one(processor, **BUDGET), one(processor)
