@@ -42,6 +42,22 @@ def test_the_demo_cut_short(tmp_path):
     assert third.stdout.rstrip().splitlines()[-1] == last
 
 
+def test_the_qwen2_vl_demo_cut_short(tmp_path):
+    """`bash scripts/finetune_qwen2_vl.sh` likewise, with two choices of patches."""
+    command = ["bash", "scripts/finetune_qwen2_vl.sh", "--output_dir", str(tmp_path), "--max_steps", "2"]
+    done = run(*command, "--save_steps", "2", EVAL_LIMIT="24", SELECTIONS="none budget:0.5")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    result = json.loads((tmp_path / "qwen2_vl" / "eval.json").read_text())
+    assert (
+        done.stdout.rstrip().splitlines()[-1] == f"held-out exact match: {result['exact_match']:.3f} (n={result['n']})"
+    )
+    every, half = result["selections"]
+    assert (every["selection"], every["vision_tokens"], every["llm_tokens"]) == ("none", 64, 16)
+    assert half["selection"] == "budget:0.5" and 16 <= half["vision_tokens"] <= 32 and half["llm_tokens"] <= 16
+    assert "exact_match" in result["blank_images"]
+    assert Image.open(tmp_path / "qwen2_vl" / "report.png").width > 400
+
+
 PATHS = sorted(set(re.findall(r"\b(?:configs|scripts|llava|playground)/[\w./]+\.\w+", README)))
 
 
@@ -56,6 +72,8 @@ def test_every_train_config_resolves(config):
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"learning_rate +2e-05 +command line", shown.stdout)
     tower = (
-        r"patch_selection_method +budget +configs/" if "qwen2_vl" in config else r"vision_tower +\S+ +configs/towers/"
+        r"patch_selection_method +(budget|all) +configs/"
+        if "qwen2_vl" in config
+        else r"vision_tower +\S+ +configs/towers/"
     )
     assert re.search(tower, shown.stdout)
