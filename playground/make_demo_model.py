@@ -39,8 +39,8 @@ KINDS = ("clip", "siglip", "hevc_vit", "clip_fine")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN2_VL_VISION = {"depth": 4, "embed_dim": 96, "num_heads": 4, "mlp_ratio": 3}
 QWEN2_VL_LLM = LLM | {"num_attention_heads": 2, "num_key_value_heads": 2}
-# Shares of a head's 24 rotary pairs for time, row and column, the fastest first. In so small a grid a place shows in fast
-# ones alone: of equal shares, with a base of 1e4, a column turns the last by 0.002, and left and right stay one to it.
+# Shares of a head's 24 rotary pairs for time, row and column, the fastest first. In a grid this small only fast pairs
+# tell places apart: of equal shares, with a base of 1e4, the next column turns one by 0.002, and left looks like right.
 MROPE = {"rope_theta": 1e3, "mrope_section": [1, 2, 21]}
 QWEN2_VL_PIXELS = (84 * 112, 112 * 112)  # makes 8 x 8 patches of any picture of the demo
 # Qwen2-VL's: the system's turn, then the turns as they come, an image between its two marks.

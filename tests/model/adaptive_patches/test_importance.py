@@ -131,6 +131,15 @@ def test_number_types_and_repetition_do_not_matter(compute):
 
 
 @pytest.mark.parametrize("compute", ALL)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_images_stay_as_they_are(compute, channels):
+    images = noise(1, channels, 56, 84).float()
+    before = images.clone()
+    compute(images, 14)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("compute", ALL)
 def test_fractions_of_grey_levels_count(compute):
     pixels = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 255
     assert not torch.equal(compute(pixels, 14)[28], compute(pixels.round(), 14)[28])
