@@ -9,7 +9,7 @@ for word in "$@"; do
         cat <<'USAGE'
 usage: bash scripts/finetune_qwen2_vl.sh [--overwrite] [--key value ...]
            the demo: trains a small Qwen2-VL from random weights in two stages, with alpha drawn anew for every picture,
-           and evaluates it on held-out data with all patches and with fewer and fewer (0.70 exact match with all)
+           and evaluates it on held-out data with all patches and with fewer and fewer
        bash scripts/finetune_qwen2_vl.sh CONFIG.yaml [--key value ...]
            the training run of CONFIG.yaml, for example configs/train/finetune_qwen2_vl.yaml
 patch_selection_method, patch_alpha, patch_thresholds, patch_importance, min_pixels and max_pixels say which patches are
@@ -39,7 +39,7 @@ demo_stage qwen2_vl_pretrain configs/train/demo_qwen2_vl_pretrain.yaml
 demo_stage qwen2_vl configs/train/demo_qwen2_vl.yaml --model_name_or_path "$OUTPUT/qwen2_vl_pretrain"
 "$PYTHON" -m llava.eval.qwen2_vl --model-path "$OUTPUT/qwen2_vl" --data-path playground/demo/heldout.json \
     --image-folder playground/demo/images --blank-images ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} \
-    --selections ${SELECTIONS:-none budget:1.0 budget:0.7 budget:0.5 budget:0.3 budget:0.2 v1 v2}
+    --selections ${SELECTIONS:-none budget:1.0 budget:0.7 budget:0.5 budget:0.3 budget:0.2 v1 v2 v2:0.7}
 "$PYTHON" -m llava.eval.report --eval-json "$OUTPUT/qwen2_vl/eval.json" --image-folder playground/demo/images \
     --stage "$OUTPUT/qwen2_vl_pretrain/trainer_state.json" --stage "$OUTPUT/qwen2_vl/trainer_state.json" \
     --output "$OUTPUT/qwen2_vl/report.png"
