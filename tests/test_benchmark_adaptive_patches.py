@@ -203,19 +203,23 @@ def test_verdicts(bench, changes, expected):
     assert [holds for _, holds, _ in found] == expected
 
 
-def timed(ms, allowed, selection=0.0):
-    phases = {name: {"ms": ms} for name in ("model", "request")} | {"selection": {"ms": selection}}
-    return phases | {"flops": {"vision": 60.0 / allowed, "llm": 40.0 / allowed}}
+def rounds(*ms, selection=0.0):
+    return [{"model": each / 1000, "request": each / 1000, "selection": selection / 1000} for each in ms]
 
 
 def test_ratios_and_aims(bench):
+    """Each request against the one of its round: in the second the machine is half as fast, in the third busy once."""
     _, module, _ = bench
     found = {case: {"flops": {"vision": 60.0, "llm": 40.0}} for case in module.CASES}  # as if out of memory
-    found[None, None] = timed(100.0, 1.0)
-    found["budget", 0.5] = timed(60.0, 2.0, selection=2.0)
-    found["budget", 0.3] = timed(40.0, 2.5, selection=10.0)
-    found["budget", 0.2] = timed(39.0, 2.4)
-    module.add_ratios(found)
+    for case, allowed in ((("budget", 0.5), 2.0), (("budget", 0.3), 2.5), (("budget", 0.2), 2.4)):
+        found[case]["flops"] = {"vision": 60.0 / allowed, "llm": 40.0 / allowed}
+    seconds = {
+        (None, None): rounds(100, 200, 100),
+        ("budget", 0.5): rounds(60, 120, 500, selection=2),
+        ("budget", 0.3): rounds(40, 80, 40, selection=10),
+        ("budget", 0.2): rounds(39, 78, 39),
+    }
+    module.add_ratios(found, seconds)
     named = {module.case_name(*case): entry for case, entry in found.items()}
     entry = named["budget 0.3"]
     assert entry["model_faster_by"] == 2.5 and entry["faster_by"] == 2.0 and entry["of_allowed"] == 0.8
@@ -223,7 +227,7 @@ def test_ratios_and_aims(bench):
     assert "faster_by" not in named["v1"]
     on_cpu = {aim["aim"]: (aim["expected"], aim["found"], aim["reached"]) for aim in module.aims(named, "cpu")}
     assert on_cpu == {  # at 0.2 the operations do not allow what is published
-        "budget 0.5, request faster by": (1.3, 1.667, True),
+        "budget 0.5, request faster by": (1.3, 1.6667, True),
         "budget 0.3, request faster by": (2.0, 2.5, True),
         "selection's largest share of the request": (0.03, 0.25, False),
     }

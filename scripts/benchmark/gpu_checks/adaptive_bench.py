@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import statistics
 import time
 
 import numpy as np
@@ -215,7 +216,7 @@ class Bench:
                 times.append(self.request(picture, case, rows))
         for case, times in seconds.items():
             found[case] |= {name: spread([each[name] for each in times]) for name in PHASES}
-        add_ratios(found)
+        add_ratios(found, seconds)
         return {case_name(*case): entry for case, entry in found.items()}
 
     def flops(self, entry: dict, rows: int) -> dict[str, float]:
@@ -226,19 +227,30 @@ class Bench:
         }
 
 
-def add_ratios(found: dict[tuple, dict]) -> None:
-    """How many times faster than none by medians, what the operations allow, and the selection's share."""
+def add_ratios(found: dict[tuple, dict], seconds: dict[tuple, list[dict]]) -> None:
+    """What the operations allow, how many times faster than none, and the selection's share of the request.
+
+    A request is held against none's of the same round, so that a machine that slows down meets both; then the median of
+    all rounds.
+
+    Args:
+        found: entries with "flops", which are added to.
+        seconds: of each case that was timed, each round's phases.
+    """
     plain = found[CASES[0]]
-    for entry in found.values():
+    for case, entry in found.items():
         entry["allowed"] = round(sum(plain["flops"].values()) / sum(entry["flops"].values()), 3)
-        if "model" not in plain or "model" not in entry:
+        rounds = list(zip(seconds.get(CASES[0], ()), seconds.get(case, ()), strict=False))
+        if not rounds:
             continue
-        selection = entry["selection"]["ms"]
-        entry["model_faster_by"] = round(plain["model"]["ms"] / entry["model"]["ms"], 3)
-        entry["faster_by"] = round(plain["model"]["ms"] / (entry["model"]["ms"] + selection), 3)
+        ratios = {
+            "model_faster_by": [none["model"] / own["model"] for none, own in rounds],
+            "faster_by": [none["model"] / (own["model"] + own["selection"]) for none, own in rounds],
+            "request_faster_by": [none["request"] / own["request"] for none, own in rounds],
+            "selection_share": [own["selection"] / own["request"] for _, own in rounds],
+        }
+        entry |= {name: round(statistics.median(values), 4) for name, values in ratios.items()}
         entry["of_allowed"] = round(entry["faster_by"] / entry["allowed"], 3)
-        entry["request_faster_by"] = round(plain["request"]["ms"] / entry["request"]["ms"], 3)
-        entry["selection_share"] = round(selection / entry["request"]["ms"], 4)
 
 
 def verdicts(found: dict[str, dict], dtype: torch.dtype) -> list[tuple[str, bool, str]]:
