@@ -69,14 +69,14 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, s
     return str(folder)
 
 
-def qwen2_vl(folder: Path) -> str:
-    """Folder of a random Qwen2-VL with a chat template, as stock ones are; it sees 8 x 8 patches or more."""
+def qwen2_vl(folder: Path, kind: str = "qwen2_vl") -> str:
+    """Folder of a random Qwen2-VL (qwen2_5_vl: Qwen2.5-VL) with a chat template; it sees 8 x 8 patches or more."""
     from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
     from playground.make_demo_model import CHAT_TEMPLATE
     from tests.model.qwen2_vl.parts import make_folder
 
-    make_folder(folder)
+    make_folder(folder, kind)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

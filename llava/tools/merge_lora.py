@@ -31,10 +31,9 @@ def load_merged(path: str, base: str, dtype):
     """The model with the adapter in it, and its tokenizer, or Qwen2-VL's processor."""
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model, read_config
+    from llava.model.qwen2_vl.loading import KINDS, load_qwen2_vl
 
-    if read_config(base).get("model_type") == "qwen2_vl":
-        from llava.model.qwen2_vl.loading import load_qwen2_vl
-
+    if read_config(base).get("model_type") in KINDS:
         return load_qwen2_vl(path, base, dtype=dtype)
     name = get_model_name_from_path(path)
     tokenizer, model, _, _ = load_pretrained_model(path, base, name, device_map="cpu", torch_dtype=dtype)

@@ -6,7 +6,6 @@ from llava.data.qwen2_vl import EpochSampler
 from llava.data.sampler import LengthGroupedSampler
 from llava.model.builder import load_weights
 from llava.model.lora import is_adapted
-from llava.model.qwen2_vl import AdaptiveQwen2VLForConditionalGeneration
 from llava.train.llava_trainer import LLaVATrainer
 
 
@@ -34,7 +33,7 @@ class Qwen2VLTrainer(LLaVATrainer):
         if is_adapted(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        kind = AdaptiveQwen2VLForConditionalGeneration
+        kind = type(self.accelerator.unwrap_model(self.model))
         saved, _ = load_weights(kind, resume_from_checkpoint, with_projector=True, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 

@@ -1,7 +1,7 @@
 """Fine-tune Qwen2-VL with adaptive patches: `python llava/train/train_qwen2_vl.py [CONFIG.yaml] [--key value ...]`.
 
-Keys, data, resumption, LoRA, DeepSpeed and launchers are those of `llava.train.train`. The parts are Qwen2-VL's vision
-encoder (mm_vision_tower), its merger (mm_mlp_adapter) and its language model; a run leaves a stock Qwen2-VL folder.
+Or Qwen2.5-VL. Keys, data, resumption, LoRA, DeepSpeed and launchers are those of `llava.train.train`. The parts are the
+vision encoder (mm_vision_tower), its merger (mm_mlp_adapter) and the language model; a run leaves a stock folder.
 """
 
 import os
@@ -74,19 +74,18 @@ def make_qwen2_vl(model_args, data_args, training_args):
     """(model, processor, data set and collator)."""
     from llava.data.qwen2_vl import check_chat_template
     from llava.model.builder import load_weights
-    from llava.model.qwen2_vl import AdaptiveQwen2VLForConditionalGeneration
-    from llava.model.qwen2_vl.loading import check_is_qwen2_vl
+    from llava.model.qwen2_vl.loading import kind_of
     from llava.train.lora import check_no_adapter, quantisation_for
     from llava.train.train import attention_for, weights_dtype
 
     path = model_args.model_name_or_path
     check_no_adapter(path)
-    check_is_qwen2_vl(path, "model_name_or_path")
+    model_class = kind_of(path, "model_name_or_path")[0]
     processor, alpha = make_processor(path, data_args, training_args)
     check_chat_template(processor, path)
     data = make_data(processor, alpha, data_args, training_args)  # before the weights, which take longer
     model = load_weights(
-        AdaptiveQwen2VLForConditionalGeneration,
+        model_class,
         path,
         with_projector=True,
         dtype=weights_dtype(training_args),

@@ -132,7 +132,10 @@ def test_selections():
 
 def test_refusals(folder, tmp_path, capsys):
     llm = tiny.llm(tmp_path / "llm")
-    for path, expected in [(llm, "found model_type 'qwen2', expected 'qwen2_vl'"), (tmp_path, "no config.json")]:
+    for path, expected in [
+        (llm, "found model_type 'qwen2', expected 'qwen2_vl' or 'qwen2_5_vl'"),
+        (tmp_path, "no config.json"),
+    ]:
         with pytest.raises(SystemExit):
             main(
                 [

@@ -25,8 +25,8 @@ LORA |= {"mm_tunable_parts": "mm_mlp_adapter,mm_language_model"}
 class Kit:
     """A random Qwen2-VL and records; `run` trains in this process."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.model = folder, tiny.qwen2_vl(folder / "qwen2_vl")
+    def __init__(self, folder: Path, kind: str = "qwen2_vl"):
+        self.folder, self.model = folder, tiny.qwen2_vl(folder / kind, kind)
 
     def flags(self, out: Path, kinds: str = "iimtiimt", **changes) -> list[str]:
         data = self.folder / kinds
@@ -244,6 +244,34 @@ def test_two_processes_under_zero3_equal_one(kit, tmp_path):
     assert all(torch.allclose(whole[key], other[key], atol=1e-4) for key in whole)
 
 
+def test_qwen2_5_vl(tmp_path, monkeypatch):
+    """Wholly, cut off and resumed; then LoRA over it, merged: stock folders of Qwen2.5-VL."""
+    from transformers import AutoModelForImageTextToText
+
+    from llava.tools.merge_lora import main
+
+    kit = Kit(tmp_path, "qwen2_5_vl")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = kit.run(tmp_path / "whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(patch, 3)
+        kit.run(tmp_path / "cut", **options)
+    again = kit.run(tmp_path / "cut", **options)
+    first, second, start = weights(whole), weights(again), weights(kit.model)
+    assert first.keys() == second.keys() == start.keys()
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    assert not any(torch.equal(first[key], start[key]) for key in first if "norm" not in key and "bias" not in key)
+    assert tiny.history(whole)[-1]["loss"] < tiny.history(whole)[0]["loss"]
+
+    adapter = kit.run(tmp_path / "adapter", **LORA | {"model_name_or_path": whole})
+    main(["--model-path", str(adapter), "--save-model-path", str(tmp_path / "merged")])
+    assert logits(tmp_path / "merged").equal(logits(adapter))
+    for folder in (whole, tmp_path / "merged"):
+        stock = AutoModelForImageTextToText.from_pretrained(folder)
+        assert type(stock).__name__ == "Qwen2_5_VLForConditionalGeneration"
+        assert json.loads((folder / "preprocessor_config.json").read_text())["alpha"] == 0.65
+
+
 def test_bad_pictures_are_counted(kit, tmp_path, capsys):
     kit.flags(tmp_path, "iiim")
     data = tmp_path / "data"
@@ -289,7 +317,7 @@ REFUSED = [
     ({"patch_selection_method": "v1", "patch_alpha": None, "patch_thresholds": "3"}, "thresholds"),
     ({"min_pixels": 50177}, "min_pixels and max_pixels: found 50177 and 50176"),
     ({"lora_enable": True, "mm_tunable_parts": "mm_mlp_adapter"}, "mm_mlp_adapter alone is to be trained"),
-    ({"model_name_or_path": "llm"}, "found model_type 'qwen2', expected 'qwen2_vl'"),
+    ({"model_name_or_path": "llm"}, "found model_type 'qwen2', expected 'qwen2_vl' or 'qwen2_5_vl'"),
     ({"data_path": None}, "data_path: missing"),
 ]
 

@@ -59,6 +59,17 @@ class PatchLayout:
             tokens=[int(counts.sum()) // MERGE**2 for counts in merged],
         )
 
+    def windows(self, side: int) -> tuple[torch.Tensor, list[int]]:
+        """For attention within windows of `side` x `side` base patches, in which a patch is by its middle.
+
+        Returns:
+            order [N] of the vision tokens, window by window and image by image; vision tokens of each window.
+        """
+        images = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        places = torch.cat([images[:, None], (self.centres.cpu() // side).long()], 1)
+        _, window, counts = places.unique(dim=0, return_inverse=True, return_counts=True)
+        return window.argsort(stable=True).to(self.centres.device), counts.tolist()
+
 
 def token_counts(levels, grid_thw) -> list[tuple[int, int]]:
     """(vision tokens, tokens of the language model) of each image, counted in its `image_patch_levels`.

@@ -1,31 +1,42 @@
-"""Loading a Qwen2-VL folder, stock or ours, or a LoRA adapter over one."""
+"""Loading a Qwen2-VL or Qwen2.5-VL folder, stock or ours, or a LoRA adapter over one."""
 
 import torch
 
 from llava.errors import LlavaError
 from llava.model.builder import base_of_adapter, best_attention, load_weights, read_config
 from llava.model.lora import is_lora, load_lora
-from llava.model.qwen2_vl.modeling import AdaptiveQwen2VLForConditionalGeneration
-from llava.model.qwen2_vl.processing import AdaptiveQwen2VLProcessor
+from llava.model.qwen2_vl.modeling import (
+    AdaptiveQwen2_5_VLForConditionalGeneration,
+    AdaptiveQwen2VLForConditionalGeneration,
+)
+from llava.model.qwen2_vl.processing import AdaptiveQwen2_5_VLProcessor, AdaptiveQwen2VLProcessor
 
-MODEL_TYPE = "qwen2_vl"
+KINDS = {  # model_type -> model and processor
+    "qwen2_vl": (AdaptiveQwen2VLForConditionalGeneration, AdaptiveQwen2VLProcessor),
+    "qwen2_5_vl": (AdaptiveQwen2_5_VLForConditionalGeneration, AdaptiveQwen2_5_VLProcessor),
+}
 
 
-def check_is_qwen2_vl(path: str, where: str) -> None:
-    """Refuse another kind of model; `where` says in the message what named it."""
+def kind_of(path: str, where: str):
+    """(model class, processor class) of a folder or hub id; `where` says in the message what named it.
+
+    Raises:
+        LlavaError: another kind of model.
+    """
     found = read_config(path).get("model_type")
-    if found != MODEL_TYPE:
-        raise LlavaError(f"{where}: {path}: found model_type {found!r}, expected {MODEL_TYPE!r}")
+    if found not in KINDS:
+        raise LlavaError(f"{where}: {path}: found model_type {found!r}, expected {' or '.join(map(repr, KINDS))}")
+    return KINDS[found]
 
 
-def load_processor(path: str, **kwargs) -> AdaptiveQwen2VLProcessor:
+def load_processor(path: str, **kwargs):
     """The processor of a folder or hub id; `kwargs` as its `from_pretrained`.
 
     Raises:
         LlavaError: a file is missing, or the tokenizer lacks Qwen2-VL's image tokens.
     """
     try:
-        processor = AdaptiveQwen2VLProcessor.from_pretrained(path, **kwargs)
+        processor = kind_of(path, "model")[1].from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise LlavaError(f"{path}: no processor ({str(error).splitlines()[0][:160]})") from None
     tokenizer = processor.tokenizer
@@ -49,15 +60,15 @@ def load_qwen2_vl(model_path: str, model_base: str | None = None, device: str = 
     Raises:
         LlavaError: not a Qwen2-VL, or weights that are missing or do not fit.
     """
-    check_is_qwen2_vl(model_path, "model-path")
+    kind = kind_of(model_path, "model-path")
     adapted, base = is_lora(model_path), model_path
     if adapted:
         base = base_of_adapter(model_path, model_base)
-        check_is_qwen2_vl(base, "model-base")
+        kind = kind_of(base, "model-base")
     elif model_base is not None:
         raise LlavaError(f"model-base: {model_path} is no LoRA adapter, expected no base")
     model = load_weights(
-        AdaptiveQwen2VLForConditionalGeneration,
+        kind[0],
         base,
         with_projector=True,
         dtype=dtype,

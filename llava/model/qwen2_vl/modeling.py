@@ -1,15 +1,27 @@
-"""Qwen2-VL on the patches that were kept of an image.
+"""Qwen2-VL and Qwen2.5-VL on the patches that were kept of an image.
 
-The weights, and the numbers where all patches are base patches, are those of transformers' model. What differs is where
-tokens are: a vision token sits at the middle of its patch, attends to the kept patches of its image, and a large one
-stands in the merger for the four that it replaces; the language model sees the merged tokens at their places in the
-full grid.
+The weights, and the numbers where all patches are base patches, are those of transformers' models. What differs is
+where tokens are: a vision token sits at the middle of its patch, attends to the kept patches of its image (in most
+layers of Qwen2.5-VL: of the window that its middle is in), and a large one stands in the merger for the four that it
+replaces; the language model sees the merged tokens at their places in the full grid.
+
+What both have in common is in the classes whose names begin with an underscore, before transformers' own.
 """
+
+import itertools
 
 import torch
 import torch.nn as nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLTextModel,
+    Qwen2_5_VLVisionAttention,
+)
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
     Qwen2VLForConditionalGeneration,
@@ -26,8 +38,8 @@ from llavavit.varlen_attention import pack_lengths, varlen_attention
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 
 
-class PackedVisionAttention(VisionAttention):
-    """The vision encoder's attention, all images in one call; transformers' goes image by image without flash-attn.
+class _PackedAttention:
+    """The vision encoder's attention, all segments in one call; transformers' goes one by one without flash-attn.
 
     For `attn_implementation` sdpa (the usual one) and varlen; with others it is transformers'.
     """
@@ -44,6 +56,14 @@ class PackedVisionAttention(VisionAttention):
             max_seqlen = int(cu_seqlens.diff().max())
         mixed = varlen_attention(query, key, value, cu_seqlens, max_seqlen, scale=self.scaling)
         return self.proj(mixed.flatten(1))
+
+
+class PackedVisionAttention(_PackedAttention, VisionAttention):
+    """Qwen2-VL's."""
+
+
+class PackedVisionAttention2_5(_PackedAttention, Qwen2_5_VLVisionAttention):
+    """Qwen2.5-VL's."""
 
 
 class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
@@ -64,22 +84,54 @@ class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
             return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
         hidden = self.patch_embed(hidden_states)
         rotary = self.rotary_pos_emb(hidden, layout.centres)
-        cu_seqlens, longest = pack_lengths(layout.lengths, hidden.device)
+        segments = pack_lengths(layout.lengths, hidden.device)
         for block in self.blocks:
-            hidden = block(hidden, cu_seqlens=cu_seqlens, max_seqlen=longest, position_embeddings=rotary, **kwargs)
+            hidden = _through(block, hidden, segments, rotary, kwargs)
         merged = self.merger(hidden[layout.merge_index])
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
 
 
-class AdaptiveQwen2VLModel(Qwen2VLModel):
+class AdaptiveQwen2_5_VisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
+    """Qwen2.5-VL's vision encoder, for kept patches as well: most of its blocks attend within windows."""
+
+    def __init__(self, config, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        for block in self.blocks:
+            block.attn.__class__ = PackedVisionAttention2_5
+
+    def forward(self, hidden_states, grid_thw=None, layout: PatchLayout | None = None, **kwargs):
+        """As `AdaptiveQwen2VisionTransformer`'s."""
+        if layout is None:
+            return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
+        order, window_lengths = layout.windows(self.window_size // self.patch_size)
+        hidden = self.patch_embed(hidden_states)[order]
+        rotary = self.rotary_pos_emb(hidden, layout.centres[order])
+        images, windows = (pack_lengths(lengths, hidden.device) for lengths in (layout.lengths, window_lengths))
+        for number, block in enumerate(self.blocks):
+            segments = images if number in self.fullatt_block_indexes else windows
+            hidden = _through(block, hidden, segments, rotary, kwargs)
+        hidden = hidden[order.argsort()]
+        merged = self.merger(hidden[layout.merge_index])
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
+
+
+def _through(block, hidden, segments, rotary, kwargs):
+    """One block of a vision encoder; `segments` as `pack_lengths` gives them."""
+    cu_seqlens, longest = segments
+    return block(hidden, cu_seqlens=cu_seqlens, max_seqlen=longest, position_embeddings=rotary, **kwargs)
+
+
+class _AdaptiveModel:
     """Vision encoder and language model without the output layer."""
 
+    vision_class = text_class = None
+
     def __init__(self, config):
-        super(Qwen2VLModel, self).__init__(config)  # transformers' own would build the stock encoder first
+        PreTrainedModel.__init__(self, config)  # transformers' own would build the stock encoder first
         if config.vision_config.spatial_merge_size != MERGE:
             raise LlavaError(f"spatial_merge_size: found {config.vision_config.spatial_merge_size}, expected {MERGE}")
-        self.visual = AdaptiveQwen2VisionTransformer._from_config(config.vision_config)
-        self.language_model = Qwen2VLTextModel._from_config(config.text_config)
+        self.visual = self.vision_class._from_config(config.vision_config)
+        self.language_model = self.text_class._from_config(config.text_config)
         self.rope_deltas = None
         self.post_init()
 
@@ -102,6 +154,7 @@ class AdaptiveQwen2VLModel(Qwen2VLModel):
         video_grid_thw=None,
         attention_mask=None,
         image_patch_levels=None,
+        second_per_grid_ts=None,
         **kwargs,
     ):
         """Positions [3, B, L] over (time, row, column), and what later positions are ahead of their index, [B, 1].
@@ -110,12 +163,21 @@ class AdaptiveQwen2VLModel(Qwen2VLModel):
         an image starts where it starts with all patches kept.
         """
         if image_patch_levels is None:
+            if second_per_grid_ts is not None:
+                kwargs["second_per_grid_ts"] = second_per_grid_ts
             return super().get_rope_index(
-                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask, **kwargs
+                input_ids,
+                mm_token_type_ids,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                attention_mask=attention_mask,
+                **kwargs,
             )
         layout = PatchLayout.from_levels(image_patch_levels, image_grid_thw)
         images = zip(layout.cells.split(layout.tokens), image_grid_thw.tolist(), strict=True)
-        videos = iter([] if video_grid_thw is None else video_grid_thw)
+        videos = zip(
+            [] if video_grid_thw is None else video_grid_thw, self._intervals(second_per_grid_ts), strict=False
+        )
         positions = input_ids.new_zeros(3, *input_ids.shape)
         deltas = []
         for row, types in enumerate(mm_token_type_ids):
@@ -124,6 +186,14 @@ class AdaptiveQwen2VLModel(Qwen2VLModel):
             positions[:, row, keep] = found.to(positions)
             deltas.append(int(found.max()) + 1 - found.shape[1])
         return positions, input_ids.new_tensor(deltas)[:, None]
+
+    def _intervals(self, second_per_grid_ts):
+        """What the time moves on by from one frame to the next, for each video."""
+        per_second = getattr(self.config.vision_config, "tokens_per_second", None)
+        if per_second is None:  # Qwen2-VL counts frames
+            return itertools.repeat(1)
+        seconds = itertools.repeat(1) if second_per_grid_ts is None else second_per_grid_ts
+        return (per_second * second for second in seconds)
 
     def _row_positions(self, types, images, videos):
         """[3, L] of one row's tokens, of which `types` says what they are; takes its media from the two iterators."""
@@ -140,9 +210,11 @@ class AdaptiveQwen2VLModel(Qwen2VLModel):
                 parts.append(torch.cat([cells.new_zeros(1, count), cells.T]).to(device) + at)
                 at += max(height, width) // MERGE
             elif kind == VIDEO:
-                grid = next(videos)
-                parts.append(self.get_vision_position_ids(at, grid, 1, MERGE, device=device))
-                at += int(max(grid[1], grid[2])) // MERGE
+                (frames, height, width), interval = next(videos)
+                sides = [torch.arange(length, device=device) for length in (frames, height // MERGE, width // MERGE)]
+                sides[0] = (sides[0] * interval).long()
+                parts.append(torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1) + at)
+                at += max(height, width) // MERGE
             else:
                 parts.append(torch.arange(at, at + count, device=device).expand(3, -1))
                 at += count
@@ -178,6 +250,7 @@ class AdaptiveQwen2VLModel(Qwen2VLModel):
                     video_grid_thw,
                     attention_mask,
                     image_patch_levels,
+                    kwargs.get("second_per_grid_ts"),
                 )
             pixel_values = None
         return super().forward(
@@ -194,16 +267,26 @@ class AdaptiveQwen2VLModel(Qwen2VLModel):
         )
 
 
-class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
-    """Qwen2-VL that takes what `AdaptiveQwen2VLProcessor` makes; loads stock checkpoints, and saves such.
+class AdaptiveQwen2VLModel(_AdaptiveModel, Qwen2VLModel):
+    """Qwen2-VL without the output layer."""
 
-    Without `image_patch_levels` it is transformers' model. Vision tokens are the kept patches; the language model gets
-    one token for each kept 28- or 56-pixel patch and for each four base patches of a 28-pixel cell.
-    """
+    vision_class, text_class = AdaptiveQwen2VisionTransformer, Qwen2VLTextModel
+
+
+class AdaptiveQwen2_5_VLModel(_AdaptiveModel, Qwen2_5_VLModel):
+    """Qwen2.5-VL without the output layer."""
+
+    vision_class, text_class = AdaptiveQwen2_5_VisionTransformer, Qwen2_5_VLTextModel
+
+
+class _AdaptiveGeneration:
+    """A model with its output layer."""
+
+    model_class = stock_class = None
 
     def __init__(self, config):
-        super(Qwen2VLForConditionalGeneration, self).__init__(config)
-        self.model = AdaptiveQwen2VLModel(config)
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
@@ -222,6 +305,7 @@ class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         video_grid_thw=None,
         mm_token_type_ids=None,
         image_patch_levels=None,
+        second_per_grid_ts=None,
         logits_to_keep=0,
         mm_encoder_outputs=None,
         **kwargs,
@@ -229,6 +313,8 @@ class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         """As transformers', with `image_patch_levels` [sum of h * w] for images of which some patches are kept."""
         if mm_encoder_outputs is not None:  # unknown to older versions of transformers, which never pass it
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        if second_per_grid_ts is not None:  # Qwen2.5-VL's videos
+            kwargs["second_per_grid_ts"] = second_per_grid_ts
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -255,7 +341,7 @@ class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         self._weight_conversions = get_checkpoint_conversion_mapping(type(self).__name__)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            self.config.architectures = [Qwen2VLForConditionalGeneration.__name__]
+            self.config.architectures = [self.stock_class.__name__]
             self.config.save_pretrained(save_directory)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -279,10 +365,28 @@ class AdaptiveQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         return input_ids, rest | expanded
 
 
+class AdaptiveQwen2VLForConditionalGeneration(_AdaptiveGeneration, Qwen2VLForConditionalGeneration):
+    """Qwen2-VL that takes what `AdaptiveQwen2VLProcessor` makes; loads stock checkpoints, and saves such.
+
+    Without `image_patch_levels` it is transformers' model. Vision tokens are the kept patches; the language model gets
+    one token for each kept 28- or 56-pixel patch and for each four base patches of a 28-pixel cell.
+    """
+
+    model_class, stock_class = AdaptiveQwen2VLModel, Qwen2VLForConditionalGeneration
+
+
+class AdaptiveQwen2_5_VLForConditionalGeneration(_AdaptiveGeneration, Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL that takes what `AdaptiveQwen2_5_VLProcessor` makes, as `AdaptiveQwen2VLForConditionalGeneration`."""
+
+    model_class, stock_class = AdaptiveQwen2_5_VLModel, Qwen2_5_VLForConditionalGeneration
+
+
 # checkpoints have older names, which transformers translates by the class
 for stock, ours in (
     (Qwen2VLModel, AdaptiveQwen2VLModel),
     (Qwen2VLForConditionalGeneration, AdaptiveQwen2VLForConditionalGeneration),
+    (Qwen2_5_VLModel, AdaptiveQwen2_5_VLModel),
+    (Qwen2_5_VLForConditionalGeneration, AdaptiveQwen2_5_VLForConditionalGeneration),
 ):
     mapping = get_checkpoint_conversion_mapping(stock.__name__)
     register_checkpoint_conversion_mapping(ours.__name__, mapping, overwrite=True)

@@ -1,6 +1,7 @@
-"""Qwen2-VL's processor with as many image tokens in the prompt as an image really keeps."""
+"""Qwen2-VL's and Qwen2.5-VL's processors with as many image tokens in the prompt as an image really keeps."""
 
 from transformers import AutoTokenizer, AutoVideoProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils import is_torchvision_available
 
@@ -8,12 +9,10 @@ from llava.model.qwen2_vl.image_processing import AdaptiveQwen2VLImageProcessor
 from llava.model.qwen2_vl.layout import token_counts
 
 
-class AdaptiveQwen2VLProcessor(Qwen2VLProcessor):
-    """As transformers' processor of Qwen2-VL; its image processor is `AdaptiveQwen2VLImageProcessor`.
+class _AdaptiveProcessor:
+    """What both processors have in common."""
 
-    `from_pretrained` takes a stock Qwen2-VL folder too, and settings of the image processor beside it. Of a call they
-    are set in `images_kwargs`. Without torchvision, which transformers' video processor needs, it takes no videos.
-    """
+    stock_class = None
 
     @classmethod
     def get_attributes(cls):
@@ -33,7 +32,7 @@ class AdaptiveQwen2VLProcessor(Qwen2VLProcessor):
 
     def to_dict(self, *args, **kwargs) -> dict:
         """What is saved; it names transformers' class, so that a folder of ours is a stock one too."""
-        return super().to_dict(*args, **kwargs) | {"processor_class": "Qwen2VLProcessor"}
+        return super().to_dict(*args, **kwargs) | {"processor_class": self.stock_class.__name__}
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As transformers', with `preprocessor_config.json`, where it looks for a video processor that is not here."""
@@ -50,3 +49,19 @@ class AdaptiveQwen2VLProcessor(Qwen2VLProcessor):
         grid = grids[image_idx : image_idx + 1]
         end = start + sum(int(t * h * w) for t, h, w in grid)
         return self.image_token * token_counts(levels[start:end], grid)[0][1]
+
+
+class AdaptiveQwen2VLProcessor(_AdaptiveProcessor, Qwen2VLProcessor):
+    """As transformers' processor of Qwen2-VL; its image processor is `AdaptiveQwen2VLImageProcessor`.
+
+    `from_pretrained` takes a stock Qwen2-VL folder too, and settings of the image processor beside it. Of a call they
+    are set in `images_kwargs`. Without torchvision, which transformers' video processor needs, it takes no videos.
+    """
+
+    stock_class = Qwen2VLProcessor
+
+
+class AdaptiveQwen2_5_VLProcessor(_AdaptiveProcessor, Qwen2_5_VLProcessor):
+    """`AdaptiveQwen2VLProcessor` for Qwen2.5-VL, whose images are processed alike."""
+
+    stock_class = Qwen2_5_VLProcessor

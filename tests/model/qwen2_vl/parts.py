@@ -1,4 +1,4 @@
-"""A random Qwen2-VL of a few thousand weights, with tokenizer and image processor, as a stock folder."""
+"""A random Qwen2-VL or Qwen2.5-VL of a few thousand weights, with tokenizer and image processor, as a stock folder."""
 
 from pathlib import Path
 
@@ -10,17 +10,31 @@ from tests.tiny import TOKENIZER
 
 SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 PROMPT = "<|im_start|>user\n{images}what is it<|im_end|>\n<|im_start|>assistant\n"
+VISION = {
+    "qwen2_vl": dict(depth=2, embed_dim=32, num_heads=2, hidden_size=64, mlp_ratio=2),
+    "qwen2_5_vl": dict(
+        depth=3,
+        hidden_size=32,
+        num_heads=2,
+        intermediate_size=48,
+        out_hidden_size=64,
+        window_size=112,  # pixels, as in the released models: 8 x 8 base patches
+        fullatt_block_indexes=[1],
+        tokens_per_second=2,
+    ),
+}
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def make_folder(folder: Path) -> str:
-    """Folder that stock transformers loads: Qwen2VLForConditionalGeneration, tokenizer, image processor."""
-    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+def make_folder(folder: Path, kind: str = "qwen2_vl") -> str:
+    """Folder that stock transformers loads: model (`kind` is a key of `VISION`), tokenizer, image processor."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
-    config = Qwen2VLConfig(
+    config = AutoConfig.for_model(
+        kind,
         text_config=dict(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -34,14 +48,14 @@ def make_folder(folder: Path) -> str:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
-        vision_config=dict(depth=2, embed_dim=32, num_heads=2, hidden_size=64, mlp_ratio=2),
+        vision_config=VISION[kind],
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
     )
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():  # the usual start is so small that places and pixels hardly count
         for name, value in model.named_parameters():
             if value.ndim > 1:

@@ -1,48 +1,61 @@
-"""Qwen2-VL with adaptive patches against stock transformers and against direct formulas."""
+"""Qwen2-VL and Qwen2.5-VL with adaptive patches against stock transformers and against direct formulas."""
 
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+)
 
 from llava.errors import LlavaError
 from llava.model.adaptive_patches import patch_entropy, select_patches_by_budget
-from llava.model.qwen2_vl import (
-    AdaptiveQwen2VLForConditionalGeneration,
-    AdaptiveQwen2VLImageProcessor,
-    AdaptiveQwen2VLProcessor,
-)
+from llava.model.qwen2_vl import AdaptiveQwen2VLImageProcessor
+from llava.model.qwen2_vl.loading import KINDS
 from tests.model.qwen2_vl.parts import make_folder, picture, prompt
 
 SIZES = ((112, 112), (224, 140), (84, 196))
 BUDGET = {"patch_selection_method": "budget", "alpha": 0.3}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("qwen2_vl"))
+STOCK = {
+    "qwen2_vl": (Qwen2VLForConditionalGeneration, Qwen2VLProcessor),
+    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def processor(folder):
-    return AdaptiveQwen2VLProcessor.from_pretrained(folder)
+def folder(tmp_path_factory, kind):
+    return make_folder(tmp_path_factory.mktemp(kind), kind)
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return AdaptiveQwen2VLForConditionalGeneration.from_pretrained(folder).eval()
+def processor(folder, kind):
+    return KINDS[kind][1].from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def stock(folder):
-    return Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
+def model(folder, kind):
+    return KINDS[kind][0].from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="module")
-def stock_processor(folder, processor):
-    class StockProcessor(Qwen2VLProcessor):  # which without torchvision cannot be made
-        get_attributes = AdaptiveQwen2VLProcessor.get_attributes
+def stock(folder, kind):
+    return STOCK[kind][0].from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def stock_processor(folder, kind, processor):
+    class StockProcessor(STOCK[kind][1]):  # which without torchvision cannot be made
+        get_attributes = KINDS[kind][1].get_attributes
 
     return StockProcessor(Qwen2VLImageProcessorPil.from_pretrained(folder), processor.tokenizer)
 
@@ -151,7 +164,7 @@ def test_selection_and_pixels(processor):
     assert torch.allclose(inputs["pixel_values"], torch.stack(expected), atol=1e-6)
 
 
-def test_vision_is_its_formula(model, processor):
+def test_vision_is_its_formula(model, processor, kind):
     """Patches one image at a time, centres as positions, a large patch four times in the merger."""
     inputs = batch(processor, **BUDGET)
     visual = model.model.visual
@@ -177,8 +190,18 @@ def test_vision_is_its_formula(model, processor):
         hidden = visual.patch_embed(inputs["pixel_values"][first:last])
         first = last
         rotary = visual.rotary_pos_emb(hidden, torch.tensor(centres))
-        for block in visual.blocks:
-            hidden = block(hidden, cu_seqlens=torch.tensor([0, len(centres)]), position_embeddings=rotary)
+        # Qwen2.5-VL: most blocks see the windows of 8 x 8 base patches one by one
+        in_windows = {}
+        for number, (row, col) in enumerate(centres):
+            in_windows.setdefault((row // 8, col // 8), []).append(number)
+        everything = [list(range(len(centres)))]
+        for number, block in enumerate(visual.blocks):
+            windowed = kind == "qwen2_5_vl" and number not in visual.fullatt_block_indexes
+            out = torch.empty_like(hidden)
+            for own in in_windows.values() if windowed else everything:
+                here = tuple(part[own] for part in rotary)
+                out[own] = block(hidden[own], cu_seqlens=torch.tensor([0, len(own)]), position_embeddings=here)
+            hidden = out
         assert torch.allclose(found, visual.merger(hidden[torch.tensor(groups)].flatten(0, 1)), atol=1e-5)
     assert first == len(inputs["pixel_values"])
 
@@ -209,7 +232,7 @@ def test_images_of_one_size_are_one_call(model, processor, monkeypatch):
     )
     images = processor.image_processor([picture(112, 112, seed) for seed in range(5)], return_tensors="pt")
     model.model.get_image_features(images["pixel_values"], images["image_grid_thw"])
-    assert calls == [5] * len(model.model.visual.blocks)
+    assert calls == [5] * len(model.model.visual.blocks)  # of 112 pixels, one window each
 
 
 def test_positions(model, processor):
@@ -271,7 +294,7 @@ def test_beams_and_several_answers(model, processor):
 
 
 def test_training(model, processor, folder):
-    model = AdaptiveQwen2VLForConditionalGeneration.from_pretrained(folder).train()
+    model = type(model).from_pretrained(folder).train()
     model.gradient_checkpointing_enable()
     inputs = batch(processor, **BUDGET)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -289,20 +312,20 @@ def test_training(model, processor, folder):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_save_and_load(model, processor, folder, tmp_path):
+def test_save_and_load(model, processor, folder, kind, tmp_path):
     model.save_pretrained(tmp_path)
-    changed = AdaptiveQwen2VLProcessor.from_pretrained(folder, **BUDGET)
+    changed = type(processor).from_pretrained(folder, **BUDGET)
     changed.save_pretrained(tmp_path)
-    again = AdaptiveQwen2VLProcessor.from_pretrained(tmp_path)
+    again = type(processor).from_pretrained(tmp_path)
     assert (again.image_processor.patch_selection_method, again.image_processor.alpha) == ("budget", 0.3)
     assert type(again.image_processor) is AdaptiveQwen2VLImageProcessor
     inputs = again(images=picture(224, 140), text=prompt(1), return_tensors="pt")
     expected = one(processor, **BUDGET)
     assert all(torch.equal(inputs[key], value) for key, value in expected.items())
-    loaded = AdaptiveQwen2VLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    loaded = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**expected).logits)
-    stock = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)  # it stays a stock checkpoint
+    stock = STOCK[kind][0].from_pretrained(tmp_path)  # it stays a stock checkpoint
     assert all(torch.equal(value, stock.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
@@ -337,6 +360,32 @@ def test_videos_pass_through(model, stock, processor):
         ours = model(**only, pixel_values_videos=pixels, video_grid_thw=grid).logits
         theirs = stock(**only, pixel_values_videos=pixels, video_grid_thw=grid).logits
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_positions_of_videos_beside_images(model, stock, processor, kind):
+    """Of two videos behind an image whose base patches are all kept, against stock; Qwen2.5-VL's go by the clock."""
+    full = one(processor, patch_selection_method="budget", alpha=1.0)
+    grids = torch.tensor([[3, 4, 6], [2, 8, 4]])
+    kinds, ids = full["mm_token_type_ids"][0].tolist(), full["input_ids"][0].tolist()
+    for frames, height, width in grids.tolist():
+        kinds += [0] + [2] * (frames * height * width // 4) + [0]
+    ids = torch.tensor([ids + [5] * (len(kinds) - len(ids))])
+    common = {"input_ids": ids, "mm_token_type_ids": torch.tensor([kinds]), "video_grid_thw": grids}
+    common |= {"image_grid_thw": full["image_grid_thw"], "attention_mask": torch.ones_like(ids)}
+    # of whole seconds: older versions of transformers drop what is behind the point
+    for seconds in [None, torch.tensor([1.0, 3.0])] if kind == "qwen2_5_vl" else [None]:
+        timed = common if seconds is None else common | {"second_per_grid_ts": seconds}
+        ours, delta = model.model.get_rope_index(**timed, image_patch_levels=full["image_patch_levels"])
+        theirs, their_delta = stock.model.get_rope_index(**timed)
+        assert torch.equal(ours, theirs) and torch.equal(delta, their_delta)
+        assert torch.equal(model.model.get_rope_index(**timed)[0], theirs)  # without levels it is stock's own
+    if kind == "qwen2_5_vl":
+        half = model.model.get_rope_index(
+            **common, second_per_grid_ts=torch.tensor([0.5, 0.5]), image_patch_levels=full["image_patch_levels"]
+        )[0]
+        first = full["input_ids"].shape[1] + 1
+        times = half[0, 0, first : first + 18]
+        assert (times - times[0]).tolist() == [0] * 6 + [1] * 6 + [2] * 6  # 2 a second
 
 
 def test_refusals(model, processor, folder):
