@@ -75,8 +75,9 @@ def pooled_patches(images, kept: KeptPatches, patch_size: int):
     Raises:
         LlavaError: an image that ends inside a base patch.
     """
-    images = check_pixels(images, patch_size)
-    out = images.new_empty(len(kept.levels), images.shape[1], patch_size, patch_size)
+    check_pixels(images, patch_size)
+    dtype = images.dtype if images.is_floating_point() else torch.float32
+    out = images.new_empty(len(kept.levels), images.shape[1], patch_size, patch_size, dtype=dtype)
     for level in kept.levels.unique().tolist():
         of_level = kept.levels == level
         rows, cols = kept.rows[of_level] >> (level - 1), kept.cols[of_level] >> (level - 1)
@@ -86,8 +87,8 @@ def pooled_patches(images, kept: KeptPatches, patch_size: int):
     return out
 
 
-def check_pixels(images, patch_size: int):
-    """The images as floats; `LlavaError` unless whole base patches make them up."""
+def check_pixels(images, patch_size: int) -> None:
+    """`LlavaError` unless whole base patches make up the images."""
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
         found = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise LlavaError(f"images: found {found}, expected a tensor [B, C, H, W]")
@@ -97,7 +98,6 @@ def check_pixels(images, patch_size: int):
             f"images: found {height}x{width} pixels, expected multiples of the patch size {patch_size}: a patch that "
             "sticks out has no pixels there"
         )
-    return images if images.is_floating_point() else images.float()
 
 
 def patch_grid(images, size: int):
@@ -108,8 +108,9 @@ def patch_grid(images, size: int):
 
 
 def pooled(patches, level: int):
-    """Means over squares of 2^(level - 1) pixels a side, [N, C, P, P] -> [N, C, p, p]."""
+    """Means over squares of 2^(level - 1) pixels a side, [N, C, P, P] -> [N, C, p, p], of whole numbers in float32."""
     factor = 1 << (level - 1)
+    patches = patches if patches.is_floating_point() else patches.float()
     if factor == 1 or not patches.numel():
         return patches[:, :, ::factor, ::factor]
     return F.avg_pool2d(patches, factor)

@@ -130,7 +130,7 @@ class PatchTokenizer:
         Raises:
             LlavaError: images that end inside a base patch, masks of another grid.
         """
-        images = check_pixels(images, self.base_patch_size)
+        check_pixels(images, self.base_patch_size)
         groups = {}
         for level, size in enumerate(self._sizes(), start=1):
             grid = len(images), *(-(-side // size) for side in images.shape[2:])

@@ -105,7 +105,7 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
             if do_resize:
                 image = self.resize(image, size=size, resample=resample, factor=patch_size * merge_size)
             image = np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32)
-            pixels = torch.from_numpy(image)[None].to(device)
+            pixels = torch.from_numpy(image)[None].contiguous().to(device)  # channel by channel, which is read faster
             labels = select(pixels, selector, scale=1 / 255 if do_rescale else 1.0)
             # pooled before they are rescaled and normalised: both are then done for what is kept of the image alone
             patches = pooled_patches(pixels, kept_patches(labels, order="cells"), patch_size)
