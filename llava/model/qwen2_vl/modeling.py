@@ -210,7 +210,10 @@ class _AdaptiveModel:
                 parts.append(torch.cat([cells.new_zeros(1, count), cells.T]).to(device) + at)
                 at += max(height, width) // MERGE
             elif kind == VIDEO:
-                (frames, height, width), interval = next(videos)
+                video = next(videos, None)
+                if video is None:
+                    raise LlavaError("input_ids: found more videos than video_grid_thw or second_per_grid_ts has")
+                (frames, height, width), interval = video
                 sides = [torch.arange(length, device=device) for length in (frames, height // MERGE, width // MERGE)]
                 sides[0] = (sides[0] * interval).long()
                 parts.append(torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1) + at)

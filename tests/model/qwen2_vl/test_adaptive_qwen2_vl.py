@@ -379,6 +379,10 @@ def test_positions_of_videos_beside_images(model, stock, processor, kind):
         theirs, their_delta = stock.model.get_rope_index(**timed)
         assert torch.equal(ours, theirs) and torch.equal(delta, their_delta)
         assert torch.equal(model.model.get_rope_index(**timed)[0], theirs)  # without levels it is stock's own
+    with pytest.raises(LlavaError, match="more videos than video_grid_thw"):
+        model.model.get_rope_index(
+            **common | {"video_grid_thw": grids[:1]}, image_patch_levels=full["image_patch_levels"]
+        )
     if kind == "qwen2_5_vl":
         half = model.model.get_rope_index(
             **common, second_per_grid_ts=torch.tensor([0.5, 0.5]), image_patch_levels=full["image_patch_levels"]
