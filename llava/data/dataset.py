@@ -7,11 +7,12 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.images import load_image, load_video, resolve_path, time_instruction
-from llava.data.paths import media_of
+from llava.data.paths import media_of, resolve_path
 from llava.data.preprocess import Preprocessor
 from llava.data.records import Records
 from llava.errors import LlavaError
+from llava.images.processing import PixelOptions, process_pictures
+from llava.images.reading import load_image, load_video, time_instruction
 
 _STATS = ("truncated", "no_label")
 _MAX_WORKERS = 256
@@ -208,42 +209,26 @@ class LazySupervisedDataset(RecordDataset):
 
     def _images(self, index: int, names: list[str]) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
         """Pixels and (width, height) of a record's images; unless native, several are squared and get one crop each."""
-        from llava.mm_utils import process_image
+        folder = self.records.part(index).image_folder or self.options.image_folder
+        paths = [resolve_path(folder, name, self.options.allow_absolute_paths) for name in names]
+        pictures = [load_image(path) for path in paths]
+        pixels = process_pictures(pictures, self.image_processor, self._pixel_options(), paths)
+        return pixels, [picture.size for picture in pictures]
 
+    def _pixel_options(self) -> PixelOptions:
         options = self.options
-        folder = self.records.part(index).image_folder or options.image_folder
-        native = options.native_resolution
-        aspect_ratio = "pad" if len(names) > 1 and native is None else options.image_aspect_ratio
-        images, sizes = [], []
-        for name in names:
-            path = resolve_path(folder, name, options.allow_absolute_paths)
-            picture = load_image(path)
-            try:
-                grid = options.image_grid_pinpoints
-                pixels = process_image(picture, self.image_processor, aspect_ratio, grid, native)
-            except (ValueError, ZeroDivisionError) as error:  # sizes such as 2000 x 1 that no processor takes
-                reason = f"image {path}: found {picture.width}x{picture.height} pixels that cannot be processed"
-                raise LlavaError(f"{reason} ({error})") from None
-            images.append(pixels)
-            sizes.append(picture.size)
-        return images, sizes
+        return PixelOptions(options.image_aspect_ratio, options.image_grid_pinpoints, options.native_resolution)
 
     def _video(self, index: int, name: str, source: list) -> tuple[list[torch.Tensor], list[tuple[int, int]], list]:
         """Frames [T, 3, H, W] of a record's video, their (width, height), and the conversation to go with them."""
-        from llava.mm_utils import process_native_image
-
         options = self.options
         folder = self.records.part(index).video_folder or options.video_folder
         path = resolve_path(folder, name, options.allow_absolute_paths)
         video = load_video(path, options.video_fps, options.frames_upbound, options.force_sample)
         if options.add_time_instruction:
             source = _with_time(source, time_instruction(video))
-        if options.native_resolution is None:
-            frames = self.image_processor.preprocess(video.frames, return_tensors="pt")["pixel_values"]
-        else:
-            size = options.native_resolution(*video.frames[0].size)
-            frames = torch.stack([process_native_image(frame, self.image_processor, size) for frame in video.frames])
-        return [frames], [video.frames[0].size], source
+        frames = process_pictures([video.frames], self.image_processor, self._pixel_options(), [path])
+        return frames, [video.frames[0].size], source
 
     def _visual(self, images: list[torch.Tensor], sizes: list[tuple[int, int]], modality: str, text: int) -> list[int]:
         """Tokens of each image; where they depend on what it shows, the most they can be if that fits beside `text`."""

@@ -56,7 +56,7 @@ class Answerer:
     def _pictures(self, question: Question) -> list:
         from PIL import Image
 
-        from llava.data.images import load_image
+        from llava.images.reading import load_image
 
         pictures = []
         for path in question.paths:

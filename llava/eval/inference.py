@@ -81,37 +81,17 @@ class Inference:
         """
         import torch
 
-        from llava.mm_utils import NativeResolution, process_image
+        from llava.images.processing import process_pictures
+        from llava.model.visual_merge import pixel_options
 
         if pictures and self.image_processor is None:
             raise LlavaError("the model has no vision tower, expected a prompt without pictures")
         config = self.model.config
-        native = NativeResolution.from_config(config)
-        # as in training: several pictures are squared and get one crop each, but for native
-        squared = len(pictures) > 1 and native is None
-        aspect_ratio = "pad" if squared else getattr(config, "image_aspect_ratio", None)
-        grid = getattr(config, "image_grid_pinpoints", None)
-        made = (
-            self._frames(picture, native)
-            if isinstance(picture, list)
-            else process_image(picture, self.image_processor, aspect_ratio, grid, native)
-            for picture in pictures
-        )
+        made = process_pictures(pictures, self.image_processor, pixel_options(config))
         # patches are chosen by grey levels, of which bfloat16 cannot tell neighbours apart
         adaptive = getattr(config, "adaptive_patches", None) is not None
         dtype = torch.float32 if adaptive else self.model.dtype
         return [values.to(self.model.device, dtype) for values in made]
-
-    def _frames(self, frames: list, native):
-        """[T, C, H, W] of a clip, as in training."""
-        import torch
-
-        from llava.mm_utils import process_native_image
-
-        if native is None:
-            return self.image_processor.preprocess(frames, return_tensors="pt")["pixel_values"]
-        size = native(*frames[0].size)
-        return torch.stack([process_native_image(frame, self.image_processor, size) for frame in frames])
 
     def inputs(self, prompts: list[list[int]], pictures: list[list]) -> dict:
         """Keyword arguments of `model.generate` for a batch, padded on the left.

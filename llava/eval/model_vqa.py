@@ -180,7 +180,7 @@ class Asker:
 
 
 def _pictures(question: Asked) -> list:
-    from llava.data.images import load_image
+    from llava.images.reading import load_image
 
     return [load_image(path) for path in question.paths]
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from llava.errors import LlavaError
-from llava.mm_utils import get_anyres_image_grid_shape
+from llava.images.geometry import NativeResolution, get_anyres_image_grid_shape
+from llava.images.processing import PixelOptions
+from llava.model.multimodal_projector.builder import MERGERS
 
 VIDEO_POOL_STRIDE = 2  # LLaVA-NeXT pools video frames by two, whatever mm_spatial_pool_stride says
 NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
@@ -54,6 +56,20 @@ class MergeRules:
         """N of anyres_max_N."""
         match = re.match(r"anyres_max_(\d+)", self.image_aspect_ratio)
         return int(match.group(1)) if match else None
+
+
+def native_resolution(config) -> NativeResolution | None:
+    """The sizes that images of a model keep; None where `image_aspect_ratio` is not native."""
+    if getattr(config, "image_aspect_ratio", None) != "native":
+        return None
+    merge = 2 if getattr(config, "mm_projector_type", None) in MERGERS else 1
+    return NativeResolution(config.mm_vision_config["patch_size"] * merge, config.min_pixels, config.max_pixels)
+
+
+def pixel_options(config) -> PixelOptions:
+    """How a model's config wants pictures turned into pixels."""
+    aspect_ratio, grid = (getattr(config, key, None) for key in ("image_aspect_ratio", "image_grid_pinpoints"))
+    return PixelOptions(aspect_ratio, grid, native_resolution(config))
 
 
 def unpad_image(tensor, original_size):

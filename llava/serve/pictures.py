@@ -50,7 +50,7 @@ def open_picture(source: str, allow_remote: bool = False) -> Picture:
     Raises:
         LlavaError: an address that is not allowed or cannot be had, or something that is no picture.
     """
-    from llava.data.images import load_image
+    from llava.images.reading import load_image
 
     if not is_address(source):
         return Picture(source, load_image(os.path.expanduser(source)))

@@ -123,7 +123,7 @@ def read_prompt(args, run) -> Prompt:
 @report_errors
 def main(argv: list[str] | None = None) -> None:
     args, rest = build_parser().parse_known_args(argv)
-    from llava.data.images import load_image
+    from llava.images.reading import load_image
 
     photo = load_image(args.photo)
 

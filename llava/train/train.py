@@ -296,7 +296,9 @@ def check_new_tokens(model_args, training_args, tokenizer):
 
 def describe(model, model_args, data_args, training_args):
     """Write into the model's config what LLaVA-NeXT's inference reads from it, and the conversation template."""
-    from llava.mm_utils import NativeResolution, parse_grid_pinpoints, processor_sides
+    from llava.images.geometry import parse_grid_pinpoints
+    from llava.images.processing import processor_sides
+    from llava.model.visual_merge import native_resolution
 
     config = model.config
     config.architectures = [type(model).__name__]  # not the language model's, as it came
@@ -319,7 +321,7 @@ def describe(model, model_args, data_args, training_args):
                 f"image_aspect_ratio native: the tower {config.mm_vision_tower} takes images of one size; expected one "
                 "that takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
             )
-    data_args.native_resolution = NativeResolution.from_config(config)
+    data_args.native_resolution = native_resolution(config)
     if "anyres" in data_args.image_aspect_ratio:
         side = processor_sides(model.get_vision_tower().image_processor)[1]
         grid = parse_grid_pinpoints(data_args.image_grid_pinpoints, side)

@@ -29,7 +29,7 @@ def test_a_truncated_image_is_an_error(tmp_path, kind):
     assert load_image(str(path)).size == (80, 60)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(LlavaError, match=rf"image .*a\.{kind}: found one that cannot be read") as error:
+    with pytest.raises(LlavaError, match=rf"image .*a\.{kind}: cannot be read") as error:
         load_image(str(path))
     assert "\n" not in str(error.value)
 
@@ -140,5 +140,5 @@ def test_a_video_file(film):
 
 def test_a_broken_video_file(film):
     film.write_bytes(film.read_bytes()[:200])
-    with pytest.raises(LlavaError, match=r"video .*film\.mp4: found"):
+    with pytest.raises(LlavaError, match=r"video .*film\.mp4: cannot be read"):
         load_video(str(film))

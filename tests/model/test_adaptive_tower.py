@@ -432,12 +432,12 @@ def test_truncation_counts_what_is_kept(tmp_path, encoder, room):
 
     def samples(**options):
         from llava.data.records import load_records
-        from llava.mm_utils import NativeResolution
+        from llava.model.visual_merge import native_resolution
 
         media = data.MediaOptions(
             image_folder=str(tmp_path),
             image_aspect_ratio="native",
-            native_resolution=NativeResolution.from_config(model.config),
+            native_resolution=native_resolution(model.config),
         )
         return data.LazySupervisedDataset(
             load_records(str(tmp_path / "a.json"), 0),

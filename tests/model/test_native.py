@@ -6,8 +6,9 @@ from PIL import Image
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
-from llava.mm_utils import NativeResolution, process_images
-from llava.model.visual_merge import MergeRules, pool_frames
+from llava.images.geometry import NativeResolution
+from llava.mm_utils import process_images
+from llava.model.visual_merge import MergeRules, native_resolution, pool_frames
 from tests import tiny
 from tests.model import small
 
@@ -57,9 +58,9 @@ def test_units_follow_tower_and_projector(encoder):
     for projector, unit in (("mlp2x_gelu", 14), ("spatial_merge", 28), ("patch_merger", 28), ("pooler", 28)):
         model = make(encoder, mm_projector_type=projector)
         model.get_model().describe_vision()
-        assert NativeResolution.from_config(model.config).multiple == unit
+        assert native_resolution(model.config).multiple == unit
     model.config.image_aspect_ratio = "pad"
-    assert NativeResolution.from_config(model.config) is None
+    assert native_resolution(model.config) is None
 
 
 # --- tokens ---

@@ -103,7 +103,7 @@ def test_a_folder_with_a_broken_file(tmp_path, capsys):
     status, stats = run(tmp_path, "--alpha", 0.5, source=folder)
     assert status == 1
     assert [entry["file"] for entry in stats["failed"]] == ["broken.jpg", "thin.png"]
-    assert "broken.jpg: found one that cannot be read" in stats["failed"][0]["error"]
+    assert "broken.jpg: cannot be read" in stats["failed"][0]["error"]
     files = ["a_bmp.bmp", "a_jpg.jpg", "a_png.png", "a_tiff.tiff", "a_webp.webp", "palette.PNG", "rgba.png"]
     assert [entry["file"] for entry in stats["pictures"]] == [*files, "same.jpg", "same.png"]
     # two of one name but for the ending do not write over each other

@@ -2,10 +2,8 @@
 
 import os
 
-from llava.data.images import load_image, load_video
 from llava.errors import LlavaError
-
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from llava.images.reading import PICTURE_SUFFIXES, load_image, load_video
 
 
 def read_visual(visual, max_frames: int):
@@ -22,7 +20,7 @@ def read_visual(visual, max_frames: int):
     from PIL import Image
 
     visual = _content(visual)
-    is_picture = isinstance(visual, str) and visual.lower().endswith(_PICTURES) and not os.path.isdir(visual)
+    is_picture = isinstance(visual, str) and visual.lower().endswith(PICTURE_SUFFIXES) and not os.path.isdir(visual)
     return read_image(visual) if is_picture or isinstance(visual, Image.Image) else read_video(visual, max_frames)
 
 

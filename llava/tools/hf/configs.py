@@ -55,7 +55,7 @@ def feature_choice(tower) -> tuple[int, str]:
 
 def grid_hw(grid_pinpoints, side: int) -> list[list[int]]:
     """LLaVA's candidate resolutions, (width, height), in transformers' order: [height, width]."""
-    from llava.mm_utils import parse_grid_pinpoints
+    from llava.images.geometry import parse_grid_pinpoints
 
     return [[height, width] for width, height in parse_grid_pinpoints(grid_pinpoints, side)]
 

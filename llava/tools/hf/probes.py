@@ -23,7 +23,7 @@ def rounding_agrees(size: tuple[int, int], grid, side: int, patches: int) -> boo
         side: of a crop in pixels.
         patches: tokens of a crop's side.
     """
-    from llava.mm_utils import select_best_resolution
+    from llava.images.geometry import select_best_resolution
 
     width, height = size
     best = select_best_resolution(size, grid)
@@ -37,7 +37,7 @@ def rounding_agrees(size: tuple[int, int], grid, side: int, patches: int) -> boo
 
 def probes(config, tower) -> list[Probe]:
     """A wide and a tall picture, of sizes that both sides round alike, and a question without one."""
-    from llava.mm_utils import parse_grid_pinpoints
+    from llava.images.geometry import parse_grid_pinpoints
 
     side = tower.config.image_size
     sizes = (round(side * 1.55), round(side * 0.95)), (round(side * 0.7), round(side * 1.7))

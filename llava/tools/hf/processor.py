@@ -18,7 +18,7 @@ def image_processor(path: str, config, tower, form: Format):
     Raises:
         LlavaError: the tower's own processor does something that transformers' cannot.
     """
-    from llava.mm_utils import processor_sides
+    from llava.images.processing import processor_sides
     from llava.tools.hf.configs import grid_hw
 
     own = tower.image_processor

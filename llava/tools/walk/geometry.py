@@ -57,7 +57,7 @@ def plain_geometry(
     """A CLIP-like tower of `crop` pixels in patches of `patch`, with `grid` as its candidate resolutions."""
     from transformers import CLIPImageProcessorPil
 
-    from llava.mm_utils import parse_grid_pinpoints
+    from llava.images.geometry import parse_grid_pinpoints
     from llava.model.multimodal_encoder.base import FixedGrid
     from llava.model.visual_merge import MergeRules
 
@@ -123,11 +123,12 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
     Args:
         crop, patch: pixels, for a tower whose own config is out of reach.
     """
-    from llava.mm_utils import NativeResolution, parse_grid_pinpoints, processor_sides
+    from llava.images.geometry import parse_grid_pinpoints
+    from llava.images.processing import processor_sides
     from llava.model.multimodal_encoder.builder import tower_type
     from llava.model.multimodal_encoder.patch_choice import check_combination
     from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
-    from llava.model.visual_merge import MergeRules
+    from llava.model.visual_merge import MergeRules, native_resolution
 
     rules = MergeRules.from_config(cfg)
     check_options(rules.mm_patch_merge_type, rules.image_aspect_ratio)
@@ -158,7 +159,7 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
         processor=tower.image_processor,
         rules=rules,
         token_grid=ProjectedGrid(tower.token_grid, projector),
-        native=NativeResolution.from_config(cfg),
+        native=native_resolution(cfg),
         patch=tower.config.patch_size,
         layout="; ".join(parts),
         stock=kind in ("clip", "siglip") and compressor is None and projector not in MERGERS,

@@ -12,16 +12,15 @@ import torch
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.mm_utils import (
+from llava.images.geometry import (
     expand2square,
     get_anyres_image_grid_shape,
     parse_grid_pinpoints,
-    process_image,
-    processor_sides,
     resize_and_pad_image,
     resolution_fit,
     select_best_resolution,
 )
+from llava.images.processing import process_image, processor_sides
 from llava.model.multimodal_encoder.patch_choice import count_tokens
 from llava.model.visual_merge import merge_visual_tokens, unpad_image
 

@@ -2,7 +2,8 @@
 
 from types import SimpleNamespace
 
-from llava.mm_utils import parse_grid_pinpoints, processor_sides
+from llava.images.geometry import parse_grid_pinpoints
+from llava.images.processing import processor_sides
 
 
 def stock_count(geometry, image_size: tuple[int, int]) -> tuple[str, int] | None:

@@ -1,0 +1,130 @@
+"""Pictures to pixels: the tower's image processor, with LLaVA-NeXT's padding and crops around it."""
+
+from dataclasses import dataclass, replace
+
+from llava.errors import LlavaError
+from llava.images.geometry import (
+    NativeResolution,
+    divide_to_patches,
+    expand2square,
+    parse_grid_pinpoints,
+    resize_and_pad_image,
+    select_best_resolution,
+)
+
+
+def processor_sides(processor) -> tuple[int, int]:
+    """(side of a crop, side the whole image is resized to) of an image processor, in pixels."""
+    size, crop = processor.size, getattr(processor, "crop_size", None)
+    if hasattr(size, "get") or hasattr(size, "shortest_edge"):  # dict, or transformers' SizeDict
+        edge = size["shortest_edge"] if size.get("shortest_edge") else min(size["height"], size["width"])
+    else:
+        edge = min(size)
+    return (crop["height"] if crop else edge), edge
+
+
+def process_anyres_image(image, processor, grid_pinpoints):
+    """The whole image resized to one crop, then the crops of its best resolution: Tensor [1 + crops, 3, side, side]."""
+    crop_side, base_side = processor_sides(processor)
+    best = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints, base_side))
+    crops = divide_to_patches(resize_and_pad_image(image, best), crop_side)
+    # one call for all crops: a processor call costs more than the work on a crop
+    return processor.preprocess([image.resize((base_side, base_side)), *crops], return_tensors="pt")["pixel_values"]
+
+
+def process_native_image(image, processor, size):
+    """Resize `image` to (width, height), rescale and normalise it: Tensor [3, height, width]."""
+    size = {"height": size[1], "width": size[0]}
+    return processor.preprocess(image, size=size, do_resize=True, do_center_crop=False, return_tensors="pt")[
+        "pixel_values"
+    ][0]
+
+
+def process_image(image, processor, image_aspect_ratio, image_grid_pinpoints=None, native=None):
+    """Preprocess one image as `image_aspect_ratio` says.
+
+    Args:
+        image: PIL image of any mode and size.
+        processor: the tower's image processor.
+        image_aspect_ratio: "anyres" or "anyres_max_N" (crops), "pad" (squared with the mean colour), "native" (its own
+            size), anything else (None, "square", ...): the processor alone.
+        image_grid_pinpoints: candidate resolutions, needed for anyres.
+        native: the model's `NativeResolution`, needed for native.
+
+    Returns:
+        Tensor [3, H, W], or [n, 3, H, W] for anyres.
+    """
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if image_aspect_ratio is not None and "anyres" in image_aspect_ratio:
+        return process_anyres_image(image, processor, image_grid_pinpoints)
+    if image_aspect_ratio in ("highres", "crop_split"):
+        raise LlavaError(
+            f"image_aspect_ratio: found {image_aspect_ratio!r}, which is not offered here; expected square, pad, "
+            "anyres or anyres_max_N"
+        )
+    if image_aspect_ratio == "native":
+        return process_native_image(image, processor, native(*image.size))
+    if image_aspect_ratio == "pad":
+        image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
+    return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+
+
+@dataclass(frozen=True)
+class PixelOptions:
+    """How the pictures of a sample become pixels; `image_aspect_ratio` and the rest as `process_image` takes them."""
+
+    image_aspect_ratio: str | None = None
+    image_grid_pinpoints: object = None
+    native: NativeResolution | None = None
+
+    def among(self, count: int) -> "PixelOptions":
+        """For a sample of `count` pictures: several are squared and get one crop each, unless they keep their size."""
+        several = count > 1 and self.native is None
+        return replace(self, image_aspect_ratio="pad") if several else self
+
+
+def process_pictures(pictures, processor, options: PixelOptions, names=None) -> list:
+    """The pixels of all pictures of one sample, for training and inference alike.
+
+    Args:
+        pictures: PIL images; a clip is the list of its frames, all of one size.
+        processor: the tower's image processor.
+        names: what the messages call the pictures.
+
+    Returns:
+        A tensor for each: [3, H, W], [n, 3, H, W] of an image with crops, [T, 3, H, W] of a clip.
+
+    Raises:
+        LlavaError: a shape that the processor cannot take, such as 2000 x 1 pixels.
+    """
+    options, found = options.among(len(pictures)), []
+    for number, picture in enumerate(pictures):
+        try:
+            found.append(_process_picture(picture, processor, options))
+        except LlavaError:
+            raise
+        except (ValueError, ZeroDivisionError) as error:
+            size = picture_size(picture)
+            which = "" if names is None else f" {names[number]}"
+            raise LlavaError(
+                f"image{which}: found {size[0]}x{size[1]} pixels that cannot be processed ({error})"
+            ) from None
+    return found
+
+
+def _process_picture(picture, processor, options: PixelOptions):
+    if not isinstance(picture, list):
+        return process_image(
+            picture, processor, options.image_aspect_ratio, options.image_grid_pinpoints, options.native
+        )
+    if options.native is None:  # frames have no crops
+        return processor.preprocess(picture, return_tensors="pt")["pixel_values"]
+    import torch
+
+    size = options.native(*picture[0].size)
+    return torch.stack([process_native_image(frame, processor, size) for frame in picture])
+
+
+def picture_size(picture) -> tuple[int, int]:
+    """(width, height) of a PIL image, or of a clip's frames."""
+    return picture[0].size if isinstance(picture, list) else picture.size

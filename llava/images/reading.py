@@ -1,0 +1,153 @@
+"""Reading pictures and videos from disk."""
+
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from llava.errors import LlavaError
+
+# endings of picture files, wherever a folder is looked through or a path must tell by itself what it is
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_FOLDER_FPS = 2.0  # LLaVA-NeXT takes a folder of frames for two frames a second ...
+_FOLDER_FRAMES = 10  # ... and gives the model ten of them unless told otherwise
+_MAX_SIDE, _MAX_RATIO = 25_000, 200
+
+
+class Video(NamedTuple):
+    """Sampled frames (PIL, RGB, all of one size), the clip's seconds, and the seconds of each frame."""
+
+    frames: list[Image.Image]
+    seconds: float
+    times: list[float]
+
+
+def load_image(path: str) -> Image.Image:
+    """The whole picture as RGB.
+
+    Raises:
+        LlavaError: missing, not a picture, cut short, or of a shape that would fill the memory when it is squared or
+            scaled up (a side over 25,000 pixels, or one over 200 times the other).
+    """
+    try:
+        with Image.open(path) as image:
+            long, short = max(image.size), min(image.size)
+            if long > _MAX_SIDE or long > _MAX_RATIO * short:
+                raise LlavaError(f"image {path}: found {image.width}x{image.height} pixels, which is too long a shape")
+            return image.convert("RGB")
+    except LlavaError:
+        raise
+    except FileNotFoundError:
+        raise LlavaError(f"image {path}: found no such file") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise nearly anything for broken data
+        reason = str(error) or type(error).__name__
+        raise LlavaError(f"image {path}: cannot be read ({reason})") from None
+
+
+def load_video(path: str, video_fps=1, frames_upbound: int = 0, force_sample: bool = False) -> Video:
+    """Frames of a video file, or of a folder of pictures in the order of their names.
+
+    A file is sampled as LLaVA-NeXT does: `video_fps` frames a second, but evenly spread `frames_upbound` frames if
+    that would be more (or always, with `force_sample`); 0 sets no bound. A folder counts as two frames a second and
+    gives all its frames, or evenly spread ones if there are more than the bound (10 if none is set).
+
+    Raises:
+        LlavaError: missing, without frames, broken, or a file without PyAV installed.
+    """
+    if not os.path.exists(path):
+        raise LlavaError(f"video {path}: found no such file or folder")
+    if os.path.isdir(path):
+        return _load_folder(path, frames_upbound, force_sample)
+    return _load_file(path, video_fps, frames_upbound, force_sample)
+
+
+def time_instruction(video: Video) -> str:
+    """What LLaVA-NeXT tells the model about a clip's length and frames (with `add_time_instruction`)."""
+    times = ",".join(f"{time:.2f}s" for time in video.times)
+    count = len(video.times)
+    return (
+        f"The video lasts for {video.seconds:.2f} seconds, and {count} frames are uniformly sampled from it. "
+        f"These frames are located at {times}.Please answer the following questions related to this video."
+    )
+
+
+def frame_indices(total: int, fps: float, video_fps, frames_upbound: int, force_sample: bool):
+    """Which of `total` frames are taken from a file of `fps` frames a second, and the second of each.
+
+    Without a bound the times are counted in sampling steps, as LLaVA-NeXT does: seconds only where video_fps is 1.
+    """
+    step = max(round(fps / video_fps), 1)
+    indices = list(range(0, total, step))
+    if frames_upbound > 0 and (len(indices) > frames_upbound or force_sample):
+        indices = _spread(total, frames_upbound)
+        return indices, [index / fps for index in indices]
+    return indices, [index / step for index in indices]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    return np.linspace(0, total - 1, count, dtype=int).tolist()
+
+
+def _load_folder(path: str, frames_upbound: int, force_sample: bool) -> Video:
+    names = sorted(name for name in os.listdir(path) if name.lower().endswith(PICTURE_SUFFIXES))
+    if not names:
+        raise LlavaError(f"video {path}: found no pictures in the folder, expected frames")
+    bound = frames_upbound if frames_upbound > 0 else _FOLDER_FRAMES
+    spread = len(names) > bound or (force_sample and frames_upbound > 0)
+    indices = _spread(len(names), bound) if spread else list(range(len(names)))
+    frames = [load_image(os.path.join(path, names[index])) for index in indices]
+    sizes = {frame.size for frame in frames}
+    if len(sizes) > 1:
+        raise LlavaError(f"video {path}: found frames of sizes {sorted(sizes)}, expected one size")
+    return Video(frames, len(names) / _FOLDER_FPS, [index / _FOLDER_FPS for index in indices])
+
+
+def _load_file(path: str, video_fps, frames_upbound: int, force_sample: bool) -> Video:
+    try:
+        import av
+    except ImportError:
+        raise LlavaError(f"video {path}: reading a video file needs PyAV; install it with: pip install av") from None
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise LlavaError(f"video {path}: found no video stream")
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+            total = stream.frames
+        if not total:
+            total = _count_frames(av, path)
+        if not fps or not math.isfinite(fps) or not total:
+            raise LlavaError(f"video {path}: found {total} frames at {fps} a second")
+        indices, times = frame_indices(total, fps, video_fps, frames_upbound, force_sample)
+        frames = _decode(av, path, set(indices))
+        if len(frames) < len(set(indices)):  # the header promised more frames than there are
+            total = _count_frames(av, path)
+            indices, times = frame_indices(total, fps, video_fps, frames_upbound, force_sample)
+            frames = _decode(av, path, set(indices))
+        if not indices or len(frames) < len(set(indices)):
+            raise LlavaError(f"video {path}: found {len(frames)} frames that decode")
+        return Video([frames[index] for index in indices], total / fps, times)
+    except (av.FFmpegError, OSError) as error:
+        raise LlavaError(f"video {path}: cannot be read ({error})") from None
+
+
+def _count_frames(av, path: str) -> int:
+    with av.open(path) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def _decode(av, path: str, wanted: set[int]) -> dict[int, Image.Image]:
+    """The wanted frames by number; decoding stops after the last of them."""
+    frames, last = {}, max(wanted, default=-1)
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in wanted:
+                frames[index] = frame.to_image()
+            if index >= last:
+                break
+    return frames
