@@ -4,6 +4,7 @@ import json
 import weakref
 from typing import NamedTuple
 
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 
 _ENCODERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -86,3 +87,34 @@ def text_encoder(tokenizer) -> TextEncoder:
     if encoder is None or backend is None or backend.get_vocab_size() != encoder.vocab_size:
         encoder = _ENCODERS[tokenizer] = TextEncoder(tokenizer)
     return encoder
+
+
+def _with_special_tokens(tokenizer, text):
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return tokenizer(text).input_ids
+    return text_encoder(tokenizer).encode(text, add_special_tokens=True).ids
+
+
+def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX, return_tensors=None):
+    """Token ids of `prompt` with every `<image>` replaced by `image_token_index`.
+
+    The text between images is tokenised piece by piece; a BOS token that the tokenizer puts before every piece is kept
+    once, at the front.
+
+    Returns:
+        list of int, or LongTensor [L] with `return_tensors="pt"`.
+    """
+    chunks = [_with_special_tokens(tokenizer, chunk) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    input_ids = list(chunks[0])
+    for chunk in chunks[1:]:
+        input_ids.append(image_token_index)
+        # llama3's template writes the BOS itself: then only a tokenizer that adds one put it before this piece, too
+        bos = bool(chunk) and chunk[0] == tokenizer.bos_token_id
+        input_ids.extend(chunk[1:] if bos else chunk)
+    if return_tensors is None:
+        return input_ids
+    if return_tensors == "pt":
+        import torch
+
+        return torch.tensor(input_ids, dtype=torch.long)
+    raise LlavaError(f'tokenizer_image_token: return_tensors is {return_tensors!r}, expected None or "pt"')

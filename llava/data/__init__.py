@@ -14,10 +14,10 @@ _HOMES = {
     "load_image": "images",
     "load_records": "records",
     "load_video": "images",
-    "make_supervised_data_module": "module",
+    "make_data": "module",
+    "read_records": "module",
     "resolve_path": "paths",
     "resolve_supervise": "preprocess",
-    "text_encoder": "encoding",
     "validate_records": "validate",
 }
 

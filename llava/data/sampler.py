@@ -126,3 +126,21 @@ class LengthGroupedSampler(Sampler):
 
 def _shuffled(items: list, generator: torch.Generator) -> list:
     return [items[at] for at in torch.randperm(len(items), generator=generator).tolist()]
+
+
+class EpochSampler(Sampler):
+    """Another sampler's indices as (epoch, index), so that a data set in any worker process knows the epoch."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.epoch = sampler, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self):
+        return ((self.epoch, index) for index in self.sampler)

@@ -1,20 +1,22 @@
-"""Exact match on a LLaVA-format file.
+"""Exact match on a LLaVA-format file, of a model of any family.
 
     python -m llava.eval.exact_match --model-path checkpoints/demo/finetune --data-path F.json --image-folder D
+    python -m llava.eval.exact_match ... --selections none budget:0.5 v1        # with several choices of patches
 
 Every answer of a record is a question, asked with the true earlier turns before it. Writes `eval.json`:
 `{exact_match, n, by_kind: {kind: {exact_match, n}}, questions: [{id, kind, image, question, answer, prediction,
-correct}], image_folder}` and, with `--blank-images`, `blank_images`: the same scores on pictures of one colour, beside
-chance.
+correct}], image_folder}`; with `--blank-images` also `blank_images`: the same scores on pictures of one colour, beside
+chance; with `--selections` also `selections`: for each of them `{exact_match, n, by_kind, vision_tokens, llm_tokens,
+seconds}`, tokens per picture on average, where the first one's answers are those kept in full.
 """
 
 import argparse
 import json
 import os
+import time
 
 from llava.data.records import read_file
 from llava.errors import LlavaError, report_errors
-from llava.eval.inference import Inference
 from llava.eval.questions import Question, chance, is_correct, read_questions, score
 
 
@@ -22,12 +24,16 @@ class Answerer:
     """Greedy, batched answers of one model.
 
     Args:
-        inference: the model.
+        inference: an `Inference`.
+
+    Attributes:
         blank: replace every picture by one colour (the processor's mean) of the same size.
+        counts: (vision tokens, tokens of the language model) of every picture that was shown; None: not counted.
     """
 
-    def __init__(self, inference: Inference, *, max_new_tokens=16, batch_size=64, blank=False):
-        self.inference, self.max_new_tokens, self.batch_size, self.blank = inference, max_new_tokens, batch_size, blank
+    def __init__(self, inference, *, max_new_tokens=16, batch_size=64):
+        self.inference, self.max_new_tokens, self.batch_size = inference, max_new_tokens, batch_size
+        self.blank, self.counts = False, None
 
     def answer(self, questions: list[Question], title: str = "questions") -> list[str]:
         """One prediction per question, in the order given.
@@ -37,17 +43,18 @@ class Answerer:
         """
         from tqdm import tqdm
 
-        prompts = [self.inference.prompt(question) for question in questions]
+        inference = self.inference
+        prompts = [inference.prompt(question.turns) for question in questions]
         # alike lengths together, so that little padding is computed
         order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(prompts[i])))
         predictions = [""] * len(questions)
         with tqdm(total=len(questions), desc=title, unit="question") as bar:
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
-                pictures = [self._pictures(questions[i]) for i in rows]
-                texts = self.inference.generate(
-                    [prompts[i] for i in rows], pictures, max_new_tokens=self.max_new_tokens
-                )
+                inputs = inference.inputs([prompts[i] for i in rows], [self._pictures(questions[i]) for i in rows])
+                if self.counts is not None:
+                    self.counts += inference.family.picture_tokens(inputs, inference.loaded)
+                texts = inference.answer(inputs, max_new_tokens=self.max_new_tokens)
                 for i, text in zip(rows, texts, strict=True):
                     predictions[i] = text
                 bar.update(len(rows))
@@ -98,14 +105,52 @@ def evaluate(answerer: Answerer, questions: list[Question], blank_images: bool =
     return result
 
 
+def evaluate_selections(
+    answerer: Answerer, questions: list[Question], selections: dict, blank_images: bool = False
+) -> dict:
+    """The content of `eval.json` with `selections`.
+
+    Args:
+        selections: name -> `PatchChoice`, or None for all patches; the first one's answers are kept in full.
+        blank_images: ask the first one's questions again with blank pictures.
+    """
+    inference, result, rows = answerer.inference, {}, {}
+    pictures = sum(len(question.images) for question in questions)
+    for name, choice in selections.items():
+        inference.family.choose_patches(inference.loaded, choice)
+        answerer.counts, start = [], time.monotonic()
+        found = evaluate(answerer, questions, blank_images and not rows)
+        counts = answerer.counts[:pictures]  # blank ones come after
+        row = {key: found[key] for key in ("exact_match", "n", "by_kind")}
+        for at, key in enumerate(("vision_tokens", "llm_tokens")):
+            row[key] = sum(count[at] for count in counts) / max(len(counts), 1)
+        rows[name] = row | {"seconds": round(time.monotonic() - start, 2)}
+        result = result or found
+    return result | {"selections": rows}
+
+
+def table(selections: dict) -> str:
+    """The selections in aligned columns."""
+    lines = [f"  {'selection':<12} {'exact match':>11} {'vision tokens':>14} {'LLM tokens':>11}   (tokens per picture)"]
+    for name, row in selections.items():
+        numbers = f"{row['exact_match']:>11.3f} {row['vision_tokens']:>14.1f} {row['llm_tokens']:>11.1f}"
+        lines.append(f"  {name:<12} {numbers}")
+    return "\n".join(lines)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Exact match of a checkpoint on a LLaVA-format file.")
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", help="language model under a projector-only checkpoint")
+    parser.add_argument("--model-base", help="model under a projector-only checkpoint or a LoRA adapter")
     parser.add_argument("--data-path", required=True, help="questions, .json or .jsonl; records may name their kind")
     parser.add_argument("--image-folder", help="where the records' image paths start")
     parser.add_argument("--output", help="file to write (default: eval.json in the checkpoint folder)")
     parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
+    parser.add_argument(
+        "--selections",
+        nargs="+",
+        help="choices of patches: none, v1, v2, v2:ALPHA, budget:ALPHA (default: the model's)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="questions asked at once")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, in tokens")
     parser.add_argument("--limit", type=int, help="ask only the first N questions")
@@ -132,13 +177,26 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = args.output or os.path.join(args.model_path, "eval.json")
     records = read_file(args.data_path)  # before the model, which takes longer to load
+    selections = {}
+    if args.selections:
+        from llava.model.adaptive_patches import PatchChoice
+
+        selections = {text: PatchChoice.parse(text) for text in args.selections}
+
+    from llava.inference.engine import Inference
+
     inference = Inference.load(
         args.model_path, args.model_base, version=args.conv_mode, device=args.device, dtype=args.dtype
     )
     template = inference.template
     questions = read_questions(records, args.data_path, args.image_folder, template, args.allow_absolute_paths)
+    questions = questions[: args.limit]
     answerer = Answerer(inference, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
-    result = evaluate(answerer, questions[: args.limit], args.blank_images)
+    if selections:
+        result = evaluate_selections(answerer, questions, selections, args.blank_images)
+        print(table(result["selections"]))
+    else:
+        result = evaluate(answerer, questions, args.blank_images)
     result["image_folder"] = args.image_folder
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     with open(output, "w", encoding="utf-8") as file:

@@ -25,7 +25,7 @@ from llava.data.paths import media_of, resolve_path
 from llava.data.records import read_file
 from llava.errors import LlavaError, report_errors
 from llava.eval import answer_file
-from llava.eval.questions import Question, add_images, build_prompt, read_questions
+from llava.eval.questions import Question, add_images, read_questions
 
 
 @dataclass
@@ -56,7 +56,7 @@ def read_question_file(path: str, image_folder, inference, allow_absolute_paths:
             prompts = [question.text for question in questions]
         else:
             try:
-                questions = [_question(row, image_folder, inference, allow_absolute_paths)]
+                questions = [_question(row, image_folder, allow_absolute_paths)]
             except LlavaError as error:
                 raise LlavaError(f"{path}: row {number} (question {question_id}): {error}") from None
             prompts = [row["text"]]
@@ -66,7 +66,7 @@ def read_question_file(path: str, image_folder, inference, allow_absolute_paths:
     return asked
 
 
-def _question(row: dict, image_folder, inference, allow_absolute_paths: bool) -> Question:
+def _question(row: dict, image_folder, allow_absolute_paths: bool) -> Question:
     text = row.get("text")
     if not isinstance(text, str):
         raise LlavaError(f"text: found {text!r}, expected the question")
@@ -74,7 +74,7 @@ def _question(row: dict, image_folder, inference, allow_absolute_paths: bool) ->
     if media == "video":
         raise LlavaError("video: found a video, expected images or text")
     paths = [resolve_path(image_folder, name, allow_absolute_paths) for name in names]
-    text = add_images(text, len(names), inference.template, inference.model.config)
+    text = add_images(text, len(names))
     return Question("", str(row.get("category", "all")), names, [("human", text)], "", paths)
 
 
@@ -150,7 +150,7 @@ class Asker:
     def _answers(self, batch: list[Asked]) -> list:
         """A text per question, or the error that kept it from one."""
         try:
-            prompts = [self.inference.tokens(build_prompt(question, self.inference.template)) for question in batch]
+            prompts = [self.inference.prompt(question.turns) for question in batch]
             return self.inference.generate(prompts, [_pictures(question) for question in batch], **self.options)
         except (ValueError, ZeroDivisionError):
             faults = [self._fault(question) for question in batch]
@@ -163,7 +163,7 @@ class Asker:
     def _fault(self, question: Asked) -> Exception | None:
         """What is wrong with a question's pictures: one is none, or of a size that no processor takes."""
         try:
-            self.inference.pixels(_pictures(question))
+            self.inference.inputs([self.inference.prompt(question.turns)], [_pictures(question)])
         except (ValueError, ZeroDivisionError) as error:
             return error
         return None
@@ -223,8 +223,8 @@ def run(args: argparse.Namespace) -> list[str]:
     """Ask what is not answered yet and put the file in order. Returns the names of questions without an answer."""
     import torch
 
-    from llava.eval.inference import Inference
-    from llava.mm_utils import get_model_name_from_path
+    from llava.inference.engine import Inference
+    from llava.utils import get_model_name_from_path
 
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not os.path.isfile(args.question_file):  # before the model, which takes longer to load

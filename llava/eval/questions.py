@@ -14,7 +14,8 @@ from llava.errors import LlavaError
 
 @dataclass
 class Question:
-    """One answer to be given: `turns` are the true (speaker, text) turns before it, its own question last."""
+    """One answer to be given: `turns` are the true (speaker, text) turns before it, its own question last; the record's
+    own system text, if any, first."""
 
     id: str
     kind: str
@@ -22,7 +23,6 @@ class Question:
     turns: list[tuple[str, str]]
     answer: str
     paths: list[str] = field(default_factory=list)  # `images` resolved in the image folder
-    system: str | None = None  # the record's own system text, for templates that take one
 
     @property
     def text(self) -> str:
@@ -74,42 +74,23 @@ def _record_questions(record, name, image_folder, template, allow_absolute_paths
             used = sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in turns[:index])
             kind = str(record.get("kind", "all"))
             system = leading_system(record["conversations"])
-            questions.append(Question(name, kind, images[:used], turns[:index], answer, paths[:used], system))
+            before = turns[:index] if system is None else [("system", system), *turns[:index]]
+            questions.append(Question(name, kind, images[:used], before, answer, paths[:used]))
     return questions
 
 
-def open_conversation(turns: list[tuple[str, str]], template: Conversation) -> Conversation:
-    """The (speaker, text) turns, and an answer that is still to be given."""
-    conversation = template.copy()
-    roles = dict(zip(("human", "gpt"), conversation.roles, strict=True))
-    for speaker, text in turns:
-        conversation.append_message(roles[speaker], text)
-    conversation.append_message(roles["gpt"], None)
-    return conversation
-
-
-def build_prompt(question: Question, template: Conversation) -> str:
-    """The prompt text up to where the answer begins."""
-    return open_conversation(question.turns, template).get_prompt()
-
-
-def add_images(text: str, count: int, template: Conversation, config) -> str:
+def add_images(text: str, count: int) -> str:
     """A question's text with an `<image>` for each of its pictures: those it has, or else all of them in front.
-
-    Args:
-        config: the model's; it may want `<im_start>` and `<im_end>` around an image.
 
     Raises:
         LlavaError: the text has another number of them.
     """
     found = text.count(DEFAULT_IMAGE_TOKEN)
     if not found and count:
-        text = " ".join([DEFAULT_IMAGE_TOKEN] * count) + "\n" + text
-    elif found != count:
+        return " ".join([DEFAULT_IMAGE_TOKEN] * count) + "\n" + text
+    if found != count:
         raise LlavaError(f"text: found {found} <image> for {count} images, expected as many, or none")
-    if not count:
-        return text
-    return place_image(text, "mmtag" in template.version, getattr(config, "mm_use_im_start_end", False))
+    return text
 
 
 def is_correct(prediction: str, answer: str) -> bool:

@@ -128,3 +128,15 @@ def _process_picture(picture, processor, options: PixelOptions):
 def picture_size(picture) -> tuple[int, int]:
     """(width, height) of a PIL image, or of a clip's frames."""
     return picture[0].size if isinstance(picture, list) else picture.size
+
+
+def pixel_shape(size, processor, options: PixelOptions) -> tuple[int, ...]:
+    """The shape of `process_pictures`'s result for one picture of (width, height); nothing is processed."""
+    crop, base = processor_sides(processor)
+    if options.image_aspect_ratio is not None and "anyres" in options.image_aspect_ratio:
+        width, height = select_best_resolution(size, parse_grid_pinpoints(options.image_grid_pinpoints, base))
+        return 1 + -(-width // crop) * -(-height // crop), 3, crop, crop
+    if options.native is not None:
+        width, height = options.native(*size)
+        return 3, height, width
+    return 3, crop, crop

@@ -238,6 +238,12 @@ def context_length(config) -> int:
     return 2048
 
 
+def context_limit(config) -> int:
+    """The longest sequence: what the language model was made for, and what merged sequences are cut to."""
+    cut = getattr(config, "tokenizer_model_max_length", None)
+    return min(context_length(config), cut or context_length(config))
+
+
 def load_weights(model_class, source: str, with_projector: bool, **kwargs):
     """`from_pretrained` that refuses what it would fill with random numbers.
 

@@ -67,8 +67,8 @@ class LlavaMetaForCausalLM:
 
     def visual_token_counter(self) -> VisualTokenCounter:
         """Function (pixel shape, (width, height), modality) -> tokens that one `<image>` becomes."""
-        grid = self._projected_grid()
-        return VisualTokenCounter(MergeRules.from_config(self.config), grid, grid.chosen_counter(self._chooser()))
+        rules, patch = MergeRules.from_config(self.config), self.get_vision_tower().config.patch_size
+        return VisualTokenCounter(rules, self._projected_grid(), patch, self._chooser())
 
     def _projected_grid(self):
         kind = getattr(self.config, "mm_projector_type", None) or "linear"

@@ -58,6 +58,20 @@ class MergeRules:
         return int(match.group(1)) if match else None
 
 
+def check_merge_options(merge_type: str, aspect_ratio: str):
+    """Refuse what LLaVA-NeXT would silently take for something else: its code looks for parts of these words."""
+    first, *more = merge_type.split("_")
+    known = first == "spatial" and set(more) <= {"unpad", "nobase", "maxpool2x2"}
+    if merge_type != "flat" and not known:
+        raise LlavaError(
+            f"mm_patch_merge_type: found {merge_type!r}, expected flat or spatial with _unpad, _nobase, _maxpool2x2"
+        )
+    if not re.fullmatch(r"square|pad|native|anyres(_max_[1-9]\d*)?", aspect_ratio):
+        raise LlavaError(
+            f"image_aspect_ratio: found {aspect_ratio!r}, expected square, pad, native, anyres or anyres_max_N"
+        )
+
+
 def native_resolution(config) -> NativeResolution | None:
     """The sizes that images of a model keep; None where `image_aspect_ratio` is not native."""
     if getattr(config, "image_aspect_ratio", None) != "native":
@@ -218,16 +232,18 @@ class VisualTokenCounter:
         rules: merge rules of the model.
         token_grid: (height, width) of a crop in pixels -> (tokens, grid) after tower and projector; grid is (h, w) or
             None.
-        tokens_of: pixels [3, H, W] of an image -> its tokens after tower and projector, where they depend on what it
-            shows; `token_grid` is then what they are at most.
+        patch: side of the encoder's patch in pixels.
+        chooser: the tower's `PatchChooser`, where an image's tokens depend on what it shows; `token_grid` is then what
+            they are at most.
     """
 
     rules: MergeRules
     token_grid: Callable[[int, int], tuple[int, tuple[int, int] | None]]
-    tokens_of: Callable[[torch.Tensor], int] | None = field(default=None, compare=False)
+    patch: int = 14
+    chooser: object = field(default=None, compare=False)
 
     def __call__(self, pixel_shape, image_size, modality="image") -> int:
-        """Of a shape: what an image becomes, or at most becomes where `tokens_of` is there.
+        """Of a shape: what an image becomes, or at most becomes where the tower chooses patches.
 
         Args: shape [3, H, W] or [K, 3, H, W] of the pixels, (width, height) of the image, "image" or "video".
         """
@@ -236,9 +252,16 @@ class VisualTokenCounter:
     def of_pixels(self, pixels, image_size, modality="image") -> int:
         """What an image really becomes; `pixels` in place of their shape."""
         chosen = None
-        if self.tokens_of is not None and modality != "video":
-            chosen = self.tokens_of(pixels if pixels.ndim == 3 else pixels[0])
+        if self.chooser is not None and modality != "video":
+            chosen = self.chooser.count(pixels if pixels.ndim == 3 else pixels[0], merging=self.token_grid.merges)
         return _count(self, tuple(pixels.shape), tuple(image_size), modality, chosen)
+
+    def patches(self, pixel_shape, pixels=None) -> int:
+        """Patches of the encoder for a shape as in a call; with the pixels of an image, those that it keeps of it."""
+        if pixels is not None and self.chooser is not None:
+            return self.chooser.count(pixels if pixels.ndim == 3 else pixels[0], merging=False)
+        crops = pixel_shape[0] if len(pixel_shape) == 4 else 1
+        return crops * (pixel_shape[-2] // self.patch) * (pixel_shape[-1] // self.patch)
 
 
 @lru_cache(maxsize=65536)

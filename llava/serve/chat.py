@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.turns import place_image
 from llava.errors import LlavaError
-from llava.eval.inference import Inference
+from llava.inference.engine import Inference
 from llava.serve.pictures import Picture, open_picture
 from llava.serve.stream import AnswerStream, noted_interrupts
 
@@ -65,15 +64,7 @@ class Chat:
 
     def prompt(self, turns: list[tuple[str, str]]) -> str:
         """The text of `turns` in the model's template, up to where the next answer begins."""
-        conversation = self.inference.template.copy()
-        roles = dict(zip(("human", "gpt"), conversation.roles, strict=True))
-        wrapped = bool(getattr(self.inference.model.config, "mm_use_im_start_end", False))
-        for speaker, text in turns:
-            if speaker == "human":
-                text = place_image(text, "mmtag" in conversation.version, wrapped)
-            conversation.append_message(roles[speaker], text)
-        conversation.append_message(roles["gpt"], None)
-        return conversation.get_prompt()
+        return self.inference.family.prompt_text(turns, self.inference.loaded)
 
     def ask(self, text: str, emit: Callable[[str], None] = lambda piece: None) -> str:
         """The answer to a message; `emit` gets it piece by piece while it comes.
@@ -109,17 +100,15 @@ class Chat:
     def _inputs(self, turns: list[tuple[str, str]], pictures: list[Picture]) -> dict:
         inference = self.inference
         try:
-            return inference.inputs([inference.tokens(self.prompt(turns))], [[picture.image for picture in pictures]])
-        except LlavaError:
-            raise
-        except (ValueError, ZeroDivisionError) as error:  # sizes such as 2000 x 10 that no processor takes
+            return inference.inputs([inference.prompt(turns)], [[picture.image for picture in pictures]])
+        except LlavaError as error:  # sizes such as 2000 x 10 that no processor takes
             names = ", ".join(picture.source for picture in pictures)
-            raise LlavaError(f"image {names}: cannot be processed ({error}); /clear removes it") from None
+            raise LlavaError(f"{names}: {error}; /clear removes it" if pictures else str(error)) from None
 
     def _room(self, inputs: dict) -> int:
         """Tokens left for an answer; LlavaError if there are none."""
-        limit = context_limit(self.inference.model.config)
-        text, visual = sequence_length(self.inference.model, inputs)
+        inference = self.inference
+        limit, (text, visual) = inference.loaded.context, inference.family.sequence_length(inputs, inference.loaded)
         if text + visual >= limit:
             raise LlavaError(
                 f"the conversation has {text + visual:,} tokens ({text:,} of text, {visual:,} of pictures), expected "
@@ -173,23 +162,3 @@ class Chat:
         name = f"{number}.png"
         picture.image.save(os.path.join(images, name))
         return os.path.join(os.path.basename(images), name)
-
-
-def context_limit(config) -> int:
-    """The longest sequence: what the language model was made for, and what merged sequences are cut to."""
-    from llava.model.builder import context_length
-
-    cut = getattr(config, "tokenizer_model_max_length", None)
-    return min(context_length(config), cut or context_length(config))
-
-
-def sequence_length(model, inputs: dict) -> tuple[int, int]:
-    """(text tokens, visual tokens) of one prepared prompt."""
-    from llava.constants import IMAGE_TOKEN_INDEX
-
-    text = int((inputs["input_ids"] != IMAGE_TOKEN_INDEX).sum())
-    images = inputs.get("images", ())
-    count = model.visual_token_counter() if images else None
-    return text, sum(
-        count.of_pixels(pixels, size) for pixels, size in zip(images, inputs.get("image_sizes", ()), strict=True)
-    )

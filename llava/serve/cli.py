@@ -98,7 +98,7 @@ def load_chat(args):
     pictures = [open_picture(source, args.allow_remote) for source in split_sources(args.image_file)]
     check_device(args.device)
 
-    from llava.eval.inference import Inference
+    from llava.inference.engine import Inference
     from llava.serve.chat import Chat
 
     quantised = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}

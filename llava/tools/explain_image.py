@@ -92,9 +92,8 @@ def read_prompt(args, run) -> Prompt:
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
     from llava.conversation import get_template
     from llava.data.turns import place_image
-    from llava.mm_utils import tokenizer_image_token
-    from llava.model.builder import DEFAULT_TEMPLATES, load_tokenizer, read_config, resolve_architecture
-    from llava.serve.chat import context_limit
+    from llava.model.builder import DEFAULT_TEMPLATES, context_limit, load_tokenizer, read_config, resolve_architecture
+    from llava.text_encoding import tokenizer_image_token
 
     source = args.model_path or (run and run["model_name_or_path"])
     if not source:

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model, so that what results is a plain LLaVA checkpoint, or a Qwen2-VL.
+"""Merge a LoRA adapter into its base model, so that what results is a plain checkpoint of its family.
 
 python -m llava.tools.merge_lora --model-path ADAPTER [--model-base BASE] --save-model-path OUT
 """
@@ -27,19 +27,6 @@ def stored_dtype(folder: str) -> str:
     return str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
-def load_merged(path: str, base: str, dtype):
-    """The model with the adapter in it, and its tokenizer, or Qwen2-VL's processor."""
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model, read_config
-    from llava.model.qwen2_vl.loading import KINDS, load_qwen2_vl
-
-    if read_config(base).get("model_type") in KINDS:
-        return load_qwen2_vl(path, base, dtype=dtype)
-    name = get_model_name_from_path(path)
-    tokenizer, model, _, _ = load_pretrained_model(path, base, name, device_map="cpu", torch_dtype=dtype)
-    return model, tokenizer
-
-
 @report_errors
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
@@ -54,13 +41,14 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from llava.families import family_of
     from llava.model.builder import pick_dtype
 
     dtype = pick_dtype(stored_dtype(base) if args.dtype == "auto" else args.dtype, device_is_cpu=False)
-    model, tokenizer = load_merged(args.model_path, base, dtype)
+    loaded = family_of(base).load(args.model_path, base=args.model_base, dtype=dtype, device="cpu")
     with torch.no_grad():
-        model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+        loaded.model.save_pretrained(out)
+    loaded.processor.save_pretrained(out)
     rank0_print(f"{args.model_path} merged into {base}: saved to {out}")
 
 

@@ -1,46 +1,59 @@
-"""`transformers.Trainer` with LLaVA's sampling, learning rates, loss normalisation, checkpoints and bad records."""
+"""transformers' `Trainer` with LLaVA-NeXT's sampling, learning rates, loss normalisation, checkpoints, bad records."""
 
 import json
 import os
 
 import torch
+from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.constants import IGNORE_INDEX
-from llava.data.sampler import LengthGroupedSampler
+from llava.data.sampler import EpochSampler, LengthGroupedSampler
 from llava.errors import LlavaError
+from llava.families import get_family
+from llava.families.training import is_adapter_only
 from llava.model.checkpoint import adapter_state, save_adapter
 from llava.model.lora import is_adapted, restore_lora, save_lora
-from llava.train.parts import is_adapter_only, split_by_learning_rate
 from llava.utils import rank0_print
 
 BAD_RECORDS_NAME = "bad_records.json"  # in a checkpoint: what was left out so far
 
 
 class LLaVATrainer(Trainer):
-    """Trainer for LLaVA models.
+    """Trainer of every family's models.
 
     Args:
-        parts: the parts that are trained (see `parts.tunable_parts`).
+        family: the model's; None: LLaVA.
+        parts: the parts that are trained (see `families.training.tunable_parts`).
         *args, **kwargs: as `transformers.Trainer`; the collator's batches may carry "bad_records".
     """
 
-    def __init__(self, *args, parts: set[str], **kwargs):
+    def __init__(self, *args, parts: set[str], family=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.parts = parts
+        self.parts, self.family = parts, family or get_family("llava")
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
         self.bad_records: set[str] = set()  # "id: reason"
 
     @property
     def keeps_projector_alone(self) -> bool:
         """The run leaves the projector in place of a whole model."""
-        return is_adapter_only(self.parts)
+        return self.family.keeps_projector_alone and is_adapter_only(self.parts)
 
     # --- data ---
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler, args = self._order(dataset), self.args
+        # accelerate seeds a RandomSampler itself, and does not find it inside another
+        if isinstance(sampler, RandomSampler) and (dataset.draws or self.family.order_by_seed):
+            sampler = LengthGroupedSampler(range(len(dataset)), args.train_batch_size, args.world_size, None, args.seed)
+        # transformers' own groupings are more than samplers; with them every epoch draws as the first
+        knows_epochs = isinstance(sampler, (LengthGroupedSampler, SequentialSampler))
+        return EpochSampler(sampler) if dataset.draws and knows_epochs else sampler
+
+    def _order(self, dataset):
+        """The sampler that the run's settings name."""
         args = self.args
         if args.group_by_modality_length or args.group_by_modality_length_auto:
             lengths = dataset.modality_lengths
@@ -85,14 +98,11 @@ class LLaVATrainer(Trainer):
             raise LlavaError(f"{len(self.bad_records)} bad records, more than the {limit} that are tolerated: {listed}")
 
     def _prepare_inputs(self, inputs):
-        """As `Trainer`'s; images stay in float32 where patches are chosen by them, not in DeepSpeed's bfloat16."""
-        if "images" not in inputs:
-            return super()._prepare_inputs(inputs)
-        tower = self.accelerator.unwrap_model(self.model).get_vision_tower()
-        if tower is None or tower.patch_chooser is None:
-            return super()._prepare_inputs(inputs)
-        rest = super()._prepare_inputs({key: value for key, value in inputs.items() if key != "images"})
-        return {**rest, "images": [image.to(self.args.device) for image in inputs["images"]]}
+        """As `Trainer`'s, but for what must not become DeepSpeed's bfloat16."""
+        names = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
+        apart = {name: [value.to(self.args.device) for value in inputs[name]] for name in names if name in inputs}
+        rest = {name: value for name, value in inputs.items() if name not in apart}
+        return super()._prepare_inputs(rest) | apart
 
     # --- step ---
 
@@ -113,13 +123,8 @@ class LLaVATrainer(Trainer):
     def create_optimizer(self, model=None):
         made = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        rates = {
-            "mm_vision_tower": self.args.mm_vision_tower_lr,
-            "mm_token_compressor": self.args.mm_token_compressor_lr,
-            "mm_mlp_adapter": self.args.mm_projector_lr,
-        }
-        if made and any(rate is not None for rate in rates.values()):
-            split_by_learning_rate(optimizer, self.model, rates)
+        if made:
+            optimizer.param_groups = self.family.parameter_groups(optimizer.param_groups, self.model, self.args)
         return optimizer
 
     # --- checkpoints ---
@@ -136,17 +141,13 @@ class LLaVATrainer(Trainer):
             self.save_description(folder)
 
     def save_description(self, folder: str) -> None:
-        """Config, tokenizer and image processor: what a folder without a whole model needs to be loaded."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.config.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
-        if model.get_vision_tower() is not None:
-            model.get_vision_tower().image_processor.save_pretrained(folder)
+        """What a folder without a whole model needs to be loaded."""
+        self.family.on_save(self.accelerator.unwrap_model(self.model), self.processing_class, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if is_adapted(self.model):
             restore_lora(self.model, resume_from_checkpoint)
-        else:
+        elif not self.family.restore(self.accelerator.unwrap_model(self.model), resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):

@@ -8,11 +8,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
-from llava.data import BadRecord, DataCollatorForSupervisedDataset, make_supervised_data_module
-from llava.data.dataset import truncate
+from llava.data import BadRecord, DataCollatorForSupervisedDataset, make_data, read_records
+from llava.data.dataset import NoLabel, fit
 from llava.errors import LlavaError
 from llava.mm_utils import process_image
-from tests.data.common import talk, tokenizer
+from tests.data.common import llava_parts, talk, tokenizer
 
 PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
 GRID = [[28, 56], [56, 28], [56, 56]]
@@ -45,18 +45,11 @@ def count(shape, size, modality):
 
 def module(folder, records=RECORDS, version="qwen_1_5", model_max_length=None, name="qwen", **options):
     (folder / "train.json").write_text(json.dumps(records))
-    data_args = SimpleNamespace(
-        data_path=str(folder / "train.json"), image_folder=str(folder), video_folder=str(folder), **options
-    )
-    return make_supervised_data_module(
-        tokenizer(name),
-        data_args,
-        image_processor=PROCESSOR,
-        version=version,
-        model_max_length=model_max_length,
-        count_visual_tokens=count,
-        seed=0,
-    )
+    folders = {"image_folder": str(folder), "video_folder": str(folder)}
+    data_args = SimpleNamespace(data_path=str(folder / "train.json"), **folders, **options)
+    options |= {"version": version, "model_max_length": model_max_length}
+    parts = llava_parts(tokenizer(name), PROCESSOR, count, **folders, **options)
+    return make_data(read_records(data_args, version=version, refused={}), *parts)
 
 
 def test_samples(folder):
@@ -83,7 +76,7 @@ def test_an_image_that_the_processor_refuses(folder, monkeypatch):
         def preprocess(self, images, return_tensors):
             raise ValueError("height must be positive")
 
-    monkeypatch.setattr(data, "image_processor", Processor())
+    monkeypatch.setattr(data.loaded, "image_processor", Processor())
     assert isinstance(data[0], BadRecord)
     assert "a.png: found 60x40 pixels that cannot be processed (height must be positive)" in data[0].reason
 
@@ -114,10 +107,14 @@ def test_truncation_is_that_of_the_merged_sequence(limit):
     ids, visual = [1, -200, 2, 3, -200, 4, 5], [4, 5]
     labels = list(range(10, 17))
     kept = sorted(set(merged(ids, visual)[:limit]))
-    found_ids, found_labels, images = truncate(ids, labels, visual, limit)
+    if limit == 1:  # the first token is nobody's prediction
+        with pytest.raises(NoLabel, match="no label left after truncation to 1 tokens"):
+            fit(ids, labels, lambda text: visual, limit, whole_images=False)
+        return
+    found_ids, found_labels, images, cut = fit(ids, labels, lambda text: visual, limit, whole_images=False)
     assert found_ids == [ids[at] for at in kept]
     assert found_labels == [labels[at] for at in kept]
-    assert images == found_ids.count(-200)
+    assert images == found_ids.count(-200) and cut == (limit < 14)
 
 
 def test_long_samples_are_cut_and_counted(folder):
@@ -207,8 +204,6 @@ def test_worker_processes_give_the_same_and_count(folder):
 def test_faults_are_found_before_training(folder):
     with pytest.raises(LlavaError, match=r"train\.json: record 1 \(id 'x'\): found no file .*none\.png"):
         module(folder, [{**RECORDS[0], "id": "x", "image": "none.png"}])
-    with pytest.raises(LlavaError, match="supervise: found 'all'"):
-        module(folder, supervise="all")
     outside = {**RECORDS[0], "image": str(folder / "a.png")}
     with pytest.raises(LlavaError, match="leaves the folder"):
         module(folder, [outside])

@@ -11,8 +11,10 @@ from PIL import Image
 from llava.conversation import conv_templates
 from llava.errors import LlavaError
 from llava.eval.exact_match import Answerer, evaluate, main
-from llava.eval.inference import Inference
-from llava.eval.questions import build_prompt, chance, read_questions, score
+from llava.eval.questions import chance, read_questions, score
+from llava.families import get_family
+from llava.families.base import Loaded
+from llava.inference.engine import Inference
 
 TEMPLATE = conv_templates["qwen_1_5"]
 
@@ -67,6 +69,9 @@ class LightMeter:
         self.config = type("Config", (), {"image_aspect_ratio": "pad"})()
         self.batches = []
 
+    def get_vision_tower(self):
+        return None
+
     def generate(self, input_ids, attention_mask, images=(), image_sizes=(), modalities=(), **options):
         assert not options["do_sample"] and options["eos_token_id"] == [1]
         assert len(images) == len(image_sizes) == len(modalities) == int((input_ids == -200).sum())
@@ -94,7 +99,9 @@ class Processor:
 
 
 def answerer(**options) -> Answerer:
-    return Answerer(Inference(CharTokenizer(), LightMeter(), Processor(), TEMPLATE), **options)
+    tokenizer = CharTokenizer()
+    loaded = Loaded(LightMeter(), tokenizer, tokenizer, Processor(), 4096, "qwen_1_5")
+    return Answerer(Inference(get_family("llava"), loaded), **options)
 
 
 def test_every_answer_is_a_question_after_the_true_turns(folder):
@@ -106,7 +113,8 @@ def test_every_answer_is_a_question_after_the_true_turns(folder):
         ("pair", "pair", "no"),
         ("words", "all", "yes"),
     ]
-    prompt = build_prompt(questions[2], TEMPLATE)
+    inference = answerer().inference
+    prompt = inference.family.prompt_text(questions[2].turns, inference.loaded)
     assert prompt.endswith(
         "<|im_start|>user\n<image>\nIs it dark?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
         "<|im_start|>user\nIs it light?<|im_end|>\n<|im_start|>assistant\n"

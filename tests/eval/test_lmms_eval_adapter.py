@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.eval.inference import Inference
-from llava.eval.likelihood import continued_prompt, log_likelihoods, split_tokens
 from llava.eval.lmms_eval_adapter import manifest
 from llava.eval.lmms_eval_adapter.media import read_video, read_visual
-from llava.eval.questions import open_conversation
+from llava.inference.engine import Inference
+from llava.inference.likelihood import log_likelihoods, split_tokens
 from tests.eval import common
 
 ADAPTER = "llava.eval.lmms_eval_adapter.models"
@@ -234,8 +233,8 @@ def test_chat_messages_keep_pictures_where_they_stand(adapter, kit, docs, infere
     model = make(adapter, kit, messages, kind="LlavaTowersChat")
     requests = [request("", lambda doc: doc, {"max_new_tokens": 6}, doc_id=i) for i in range(len(messages))]
     for asked, (prompt, pictures) in zip(requests, expected, strict=True):
-        conversation, found = model._conversation(asked)
-        assert conversation.get_prompt() == prompt
+        turns, found = model._asked(asked)
+        assert inference.family.prompt_text(turns, inference.loaded) == prompt
         assert len(found) == len(pictures)
     alone = [inference.generate([inference.tokens(p)], [pictures], max_new_tokens=6)[0] for p, pictures in expected]
     assert model.generate_until(requests) == alone
@@ -289,37 +288,34 @@ def test_a_likelihood_survives_what_lmms_eval_does_to_results(adapter):
 
 @pytest.mark.parametrize("version", ["v1", "mistral_instruct", "llava_llama_3", "qwen_1_5", "plain", "gemma_instruct"])
 def test_a_continuation_is_cut_off_before_the_templates_own_end(version, inference):
-    from llava.conversation import conv_templates
-
-    template = conv_templates[version]
-    conversation = open_conversation([("human", "<image>\nm?")], template)
-    whole = continued_prompt(conversation, "m")  # a letter that template and question have too
-    prompt = conversation.get_prompt()
+    asked, turns = Inference(inference.family, inference.loaded, version), [("human", "<image>\nm?")]
+    prompt = asked.family.prompt_text(turns, asked.loaded)
+    whole = asked.family.prompt_text(turns, asked.loaded, answer="m")  # a letter that template and question have too
     assert whole.startswith(prompt.rstrip(" ")) and whole[len(prompt.rstrip(" ")) :].strip(" ") == "m"
-    assert conversation.messages[-1][1] is None
-    before, after = split_tokens(inference, conversation, " m ")
-    assert after and before + after == inference.tokens(whole)
+    before, after = split_tokens(asked, turns, " m ")
+    assert after and before + after == asked.tokens(whole)
 
 
-def test_a_token_over_the_seam_belongs_to_the_continuation():
+def test_a_token_over_the_seam_belongs_to_the_continuation(inference):
     class Pairs:
         """Two characters are a token."""
 
-        def tokens(self, text):
+        def prompt(self, turns, answer=None):
+            text = v1.family.prompt_text(turns, v1.loaded, answer=answer)
             return [text[i : i + 2] for i in range(0, len(text), 2)]
 
-    from llava.conversation import conv_templates
-
+    v1 = Inference(inference.family, inference.loaded, "v1")
     for question in ("m?", "mm?"):
-        conversation = open_conversation([("human", question)], conv_templates["v1"])
-        before, after = split_tokens(Pairs(), conversation, "yes")
-        prompt = conversation.get_prompt()
+        turns = [("human", question)]
+        before, after = split_tokens(Pairs(), turns, "yes")
+        prompt = v1.family.prompt_text(turns, v1.loaded)
         assert "".join(before + after) == f"{prompt} yes"
         assert "".join(after) == (" yes" if len(prompt) % 2 == 0 else ": yes")
 
 
 def test_an_answer_beyond_the_context_is_refused(inference, monkeypatch):
     monkeypatch.setattr(inference.model.config, "tokenizer_model_max_length", 6, raising=False)
+    monkeypatch.setattr(inference.loaded, "context", 6)
     with pytest.raises(LlavaError, match="context of 6 tokens"):
         log_likelihoods(inference, [[11] * 5], [[12] * 5], [[]])
 

@@ -11,8 +11,8 @@ import pytest
 
 from llava.errors import LlavaError
 from llava.eval import answer_file
-from llava.eval.inference import Inference
 from llava.eval.model_vqa import build_parser, chunk, main, read_question_file, run
+from llava.inference.engine import Inference
 from tests.eval import common
 
 QUESTIONS = [

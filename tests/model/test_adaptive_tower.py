@@ -25,6 +25,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llavavit import LlavaViTPackingModel
 from tests import tiny
+from tests.data.common import llava_parts
 from tests.model import small
 
 BUDGET = {"method": "budget", "alpha": 0.5}
@@ -396,8 +397,7 @@ def test_checkpoint_keeps_the_choice_and_another_can_be_asked_for(tmp_path, enco
 
 def test_evaluation_and_chat_in_bfloat16(tmp_path, encoder):
     """Pixels stay in float32 up to the choice, which is that of a float32 model; chat counts what is kept."""
-    from llava.eval.inference import Inference
-    from llava.serve.chat import sequence_length
+    from llava.inference.engine import Inference
 
     folder = saved(make(encoder, vocab_size=703, conversation_template="qwen_1_5", **NATIVE), tmp_path / "llava")
     made, chosen = pictures(SIZES[:2]), []
@@ -408,7 +408,8 @@ def test_evaluation_and_chat_in_bfloat16(tmp_path, encoder):
         inputs = inference.inputs([row, row], [[picture] for picture in made])
         assert all(image.dtype == torch.float32 for image in inputs["images"])
         chosen.append(inference.model.get_vision_tower().choose_patches(inputs["images"]).lengths)
-        assert sequence_length(inference.model, inputs) == (4, sum(chosen[-1]) + 2)  # a newline ends each image
+        length = inference.family.sequence_length(inputs, inference.loaded)
+        assert length == (4, sum(chosen[-1]) + 2)  # a newline ends each image
         answers = inference.answer(inputs, max_new_tokens=3)
         assert len(answers) == 2
     assert chosen[0] == chosen[1] and sum(chosen[0]) < 48 + 16
@@ -434,19 +435,16 @@ def test_truncation_counts_what_is_kept(tmp_path, encoder, room):
         from llava.data.records import load_records
         from llava.model.visual_merge import native_resolution
 
-        media = data.MediaOptions(
+        parts = llava_parts(
+            AutoTokenizer.from_pretrained(tiny.TOKENIZER),
+            tower.image_processor,
+            model.visual_token_counter(),
             image_folder=str(tmp_path),
             image_aspect_ratio="native",
             native_resolution=native_resolution(model.config),
-        )
-        return data.LazySupervisedDataset(
-            load_records(str(tmp_path / "a.json"), 0),
-            AutoTokenizer.from_pretrained(tiny.TOKENIZER),
-            media,
-            image_processor=tower.image_processor,
-            count_visual_tokens=model.visual_token_counter(),
             **options,
         )
+        return data.LazySupervisedDataset(load_records(str(tmp_path / "a.json"), 0), *parts)
 
     text = len(samples()[0]["input_ids"]) - 1
     cut = samples(model_max_length=text + room)

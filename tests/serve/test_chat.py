@@ -7,13 +7,14 @@ import torch
 from PIL import Image
 
 from llava.conversation import conv_templates
-from llava.data.dataset import LazySupervisedDataset, MediaOptions
+from llava.data.dataset import LazySupervisedDataset
 from llava.data.records import load_records
 from llava.data.validate import validate_records
 from llava.errors import LlavaError
-from llava.eval.inference import Inference
-from llava.serve.chat import Chat, context_limit
+from llava.inference.engine import Inference
+from llava.serve.chat import Chat
 from llava.serve.stream import AnswerStream
+from tests.data.common import llava_parts
 from tests.serve import checkpoints
 
 GREEDY = {"do_sample": False}
@@ -62,7 +63,7 @@ def test_a_conversation_is_what_the_template_renders(chat, inference, pictures):
 @pytest.mark.parametrize("name", list(conv_templates))
 def test_every_template(inference, name, pictures):
     """Prompts of any template, with a picture, a second round, and `<im_start>` around the picture."""
-    chat = Chat(Inference(inference.tokenizer, inference.model, inference.image_processor, conv_templates[name]))
+    chat = Chat(Inference(inference.family, inference.loaded, name))
     if name.endswith("plain"):
         assert chat.prompt([("human", "<image>\n")]).startswith("<image>")
         return
@@ -141,13 +142,13 @@ def test_nothing_is_shown_that_is_not_in_the_answer(text, stops, expected, size)
     assert len(pieces) > 1 or len(expected) < 9 or "\n" in stops
 
 
-def test_a_separator_that_is_text_ends_the_answer(inference):
+def test_a_separator_that_is_text_ends_the_answer(inference, monkeypatch):
     """As under v0, whose `###` is no token."""
     free = Chat(inference, max_new_tokens=40, **GREEDY).ask("Go on.")
     stop = free[8:11]
     assert free.index(stop) == 8
-    template = dataclasses.replace(conv_templates["qwen_1_5"], stop_str=stop)
-    stopping = Inference(inference.tokenizer, inference.model, inference.image_processor, template)
+    monkeypatch.setitem(conv_templates, "stopping", dataclasses.replace(conv_templates["qwen_1_5"], stop_str=stop))
+    stopping = Inference(inference.family, inference.loaded, "stopping")
     assert stopping.stop_texts == [stop]
     pieces, lengths = [], []
     hook = inference.model.lm_head.register_forward_hook(lambda *args: lengths.append(1))
@@ -165,7 +166,7 @@ def test_the_templates_separator_ends_an_answer_as_a_token(inference):
         assert inference.stop_ids == [700, 701] and inference.stop_texts == []
     finally:
         tokenizer.eos_token = end
-    plain = Inference(tokenizer, inference.model, inference.image_processor, conv_templates["v0"])
+    plain = Inference(inference.family, inference.loaded, "v0")
     assert plain.stop_texts == ["###"] and plain.stop_ids == [700]
 
 
@@ -176,14 +177,14 @@ def test_a_conversation_that_is_too_long_is_refused(chat, inference, pictures, m
     chat.add_picture(str(pictures / "a.png"))
     prompt = inference.tokens(chat.prompt([("human", chat.message("What?"))]))
     text = len(prompt) - 1
-    visual = inference.model.visual_token_counter()(tuple(inference.pixels([chat.waiting[0].image])[0].shape), (50, 30))
-    monkeypatch.setattr(inference.model.config, "tokenizer_model_max_length", text + visual, raising=False)
-    assert context_limit(inference.model.config) == text + visual
+    pixels = inference.inputs([prompt], [[chat.waiting[0].image]])["images"][0]
+    visual = inference.model.visual_token_counter()(tuple(pixels.shape), (50, 30))
+    monkeypatch.setattr(inference.loaded, "context", text + visual)
     counts = rf"{text + visual} tokens \({text} of text, {visual} of pictures\), expected fewer than the model's"
     with pytest.raises(LlavaError, match=counts):
         chat.ask("What?")
     assert not chat.turns and len(chat.waiting) == 1
-    monkeypatch.setattr(inference.model.config, "tokenizer_model_max_length", text + visual + 3)
+    monkeypatch.setattr(inference.loaded, "context", text + visual + 3)
     chat.ask("What?")  # room for three tokens
     assert len(inference.tokenizer(chat.turns[-1][1]).input_ids) <= 6 and len(chat.turns) == 2
 
@@ -232,7 +233,7 @@ def test_an_image_that_the_model_writes_is_no_picture(chat, monkeypatch):
 
 
 def test_no_vision_tower(inference, pictures):
-    blind = Chat(Inference(inference.tokenizer, inference.model, None, conv_templates["qwen_1_5"]))
+    blind = Chat(Inference(inference.family, dataclasses.replace(inference.loaded, image_processor=None)))
     with pytest.raises(LlavaError, match="no vision tower"):
         blind.add_picture(str(pictures / "a.png"))
 
@@ -252,13 +253,8 @@ def test_saved_conversations_are_training_data(chat, inference, pictures, tmp_pa
             records = load_records(str(folder / name))
             validate_records(records, version="qwen_1_5", image_folder=str(folder))
             assert [turn["value"] for turn in records[0]["conversations"]] == [text for _, text in chat.turns]
-            data = LazySupervisedDataset(
-                records,
-                inference.tokenizer,
-                MediaOptions(image_folder=str(folder)),
-                image_processor=inference.image_processor,
-            )
-            sample = data[0]
+            parts = llava_parts(inference.tokenizer, inference.image_processor, image_folder=str(folder))
+            sample = LazySupervisedDataset(records, *parts)[0]
             assert sample["image_sizes"] == [(50, 30), (20, 60)]
             asked = inference.tokens(chat.prompt(chat.turns[:3]))
             assert sample["input_ids"].tolist()[: len(asked)] == asked

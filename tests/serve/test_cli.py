@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava.data.records import load_records
 from llava.data.validate import validate_records
-from llava.eval.inference import Inference
+from llava.inference.engine import Inference
 from llava.serve.chat import Chat
 from llava.serve.cli import build_parser, main, sampling
 from tests.serve import checkpoints

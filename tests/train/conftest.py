@@ -58,7 +58,7 @@ def spy(monkeypatch):
         return {name for name, value in seen.before.items() if not value.equal(after[name].detach())}
 
     seen.moved = moved
-    seen.moved_parts = lambda: {parts.part_of(name) for name in moved()}
+    seen.moved_parts = lambda: {seen.trainer.family.part_of(name) for name in moved()}
     set_trainable, save = parts.set_trainable, train.save
 
     def watched_set_trainable(model, *rest):

@@ -6,7 +6,8 @@ import pytest
 
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
-from llava.train.parts import tunable_parts
+from llava.families import get_family
+from llava.families.training import tunable_parts
 
 TOWER, COMPRESSOR, PROJECTOR, LLM = TUNABLE_PARTS
 FLAGS = dict.fromkeys(
@@ -67,15 +68,13 @@ def test_only_the_chosen_parts_move(kit, tmp_path, spy, flags, parts):
     kit.run(tmp_path / "out", max_steps=1, save_strategy="no", **flags)
     assert spy.moved_parts() == parts
     trained = {part for part in TUNABLE_PARTS if part in parts}
-    from llava.train.parts import part_of
-
+    part_of = get_family("llava").part_of
     asked = {part_of(name) for name, value in spy.trainer.model.named_parameters() if value.requires_grad}
     assert asked == trained
 
 
 def test_learning_rate_of_each_part(kit, tmp_path, spy):
-    from llava.train.parts import part_of
-
+    part_of = get_family("llava").part_of
     rates = {"mm_vision_tower_lr": 2e-5, "mm_projector_lr": 3e-4, "mm_token_compressor_lr": 7e-4}
     grids = {"use_token_compression": True, "compression_input_size": 4, "compression_output_size": 2}
     kit.run(tmp_path / "out", vision_tower=kit.clip_fine, weight_decay=0.1, max_steps=1, **rates, **grids)

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
-from llava.eval.inference import Inference
-from llava.eval.likelihood import log_likelihoods, split_tokens
 from llava.eval.lmms_eval_adapter.media import read_image, read_video, read_visual
-from llava.eval.questions import add_images, open_conversation
+from llava.eval.questions import add_images
+from llava.inference.engine import Inference
+from llava.inference.likelihood import log_likelihoods, split_tokens
 
 # what tasks may ask of `generate`; the rest of their generation_kwargs (image_aspect_ratio, ...) is not generate's
 _OPTIONS = ("num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
@@ -142,13 +142,12 @@ class LlavaTowers(lmms):
     def _add_images(self, text: str, count: int) -> str:
         if text.count(DEFAULT_IMAGE_TOKEN) != count:  # it is written about, or stands for what the task left out
             text = text.replace(DEFAULT_IMAGE_TOKEN, "")
-        return add_images(text, count, self.inference.template, self.config)
+        return add_images(text, count)
 
-    def _conversation(self, request):
-        """A request's conversation, its answer open, and its pictures; faults name task and document."""
+    def _asked(self, request):
+        """A request's turns and pictures; faults name task and document."""
         try:
-            turns, pictures = self._read(request)
-            return open_conversation(turns, self.inference.template), pictures
+            return self._read(request)
         except LlavaError as error:
             raise LlavaError(f"task {request.task_name}, document {request.doc_id}: {error}") from None
 
@@ -171,7 +170,7 @@ class LlavaTowers(lmms):
         """The answer to each request; requests with the same generation_kwargs share batches."""
         import torch
 
-        from llava.mm_utils import KeywordsStoppingCriteria
+        from llava.inference.stopping import KeywordsStoppingCriteria
 
         def settings(request) -> str:
             return json.dumps(self._generation_kwargs(request), sort_keys=True, default=str)
@@ -183,8 +182,8 @@ class LlavaTowers(lmms):
             if until:
                 none = torch.empty(1, 0, dtype=torch.long)
                 options["stopping_criteria"] = [KeywordsStoppingCriteria(until, self.tokenizer, none)]
-            asked = [self._conversation(requests[place]) for place in batch]
-            prompts = [self.inference.tokens(conversation.get_prompt()) for conversation, _ in asked]
+            asked = [self._asked(requests[place]) for place in batch]
+            prompts = [self.inference.prompt(turns) for turns, _ in asked]
             texts = self.inference.generate(prompts, [pictures for _, pictures in asked], **options)
             for place, text in zip(batch, texts, strict=True):
                 answers[place] = cut(text, until)
@@ -199,10 +198,10 @@ class LlavaTowers(lmms):
         """
         values = [Score((0.0, False))] * len(requests)
         for batch in self._batches(requests, lambda request: None, "loglikelihood"):
-            asked = [self._conversation(requests[place]) for place in batch]
+            asked = [self._asked(requests[place]) for place in batch]
             split = [
-                split_tokens(self.inference, conversation, self._continuation(requests[place]))
-                for place, (conversation, _) in zip(batch, asked, strict=True)
+                split_tokens(self.inference, turns, self._continuation(requests[place]))
+                for place, (turns, _) in zip(batch, asked, strict=True)
             ]
             prompts, continuations = (list(part) for part in zip(*split, strict=True))
             pictures = [pictures for _, pictures in asked]

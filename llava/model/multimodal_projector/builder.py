@@ -5,7 +5,6 @@ Shapes: B images, T tokens on an h x w grid, D vision channels, E language model
 
 import re
 from dataclasses import dataclass
-from functools import partial
 
 import torch.nn as nn
 
@@ -68,10 +67,6 @@ class ProjectedGrid:
 
     tower: object
     kind: str
-
-    def chosen_counter(self, chooser):
-        """Picklable function: pixels [3, H, W] -> tokens, of a tower that chooses patches so; None for None."""
-        return chooser and partial(chooser.count, merging=self.merges)
 
     @property
     def merges(self) -> bool:

@@ -47,8 +47,7 @@ class Geometry:
     def counter(self):
         from llava.model.visual_merge import VisualTokenCounter
 
-        chosen = self.chooser and self.token_grid.chosen_counter(self.chooser)
-        return VisualTokenCounter(self.rules, self.token_grid, chosen)
+        return VisualTokenCounter(self.rules, self.token_grid, self.patch, self.chooser)
 
 
 def plain_geometry(
@@ -169,9 +168,9 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
 
 def check_options(kind: str, aspect_ratio: str) -> None:
     """Refuse an unknown merge kind or image handling, as training does."""
-    from llava.train.train import check_image_options
+    from llava.model.visual_merge import check_merge_options
 
-    check_image_options(kind, aspect_ratio)
+    check_merge_options(kind, aspect_ratio)
 
 
 def empty_tower(cfg, crop: int | None = None, patch: int | None = None):

@@ -1,0 +1,69 @@
+"""The model families: LLaVA, Qwen2-VL, ... differ in one file each, behind the contract in `base.py`.
+
+To add one, write its file and add its row to `FAMILIES`.
+"""
+
+import importlib
+import json
+import os
+
+from llava.errors import LlavaError
+
+# name -> module:class; a family but LLaVA's is called as the model_type of its checkpoints
+FAMILIES = {
+    "llava": "llava:Llava",
+    "qwen2_vl": "qwen2_vl:Qwen2VL",
+    "qwen2_5_vl": "qwen2_vl:Qwen2_5_VL",
+}
+
+
+def get_family(name: str):
+    """The family of a name in `FAMILIES`; made once."""
+    module, cls = FAMILIES[name].split(":")
+    return getattr(importlib.import_module(f"llava.families.{module}"), cls)()
+
+
+def family_of(path: str):
+    """The family of a checkpoint or language model: a folder, or a hub id. Reads config.json and no weights.
+
+    A LoRA adapter's folder without a config is of its base's family. What is out of reach (a hub id without network) is
+    told by its name; everything that is no other family's is LLaVA's, which says itself what it does not know.
+
+    Raises:
+        LlavaError: a config.json that is no JSON.
+    """
+    config = _read_config(path)
+    if config is None:
+        name = os.path.basename(os.path.normpath(path)).lower().replace("-", "_").replace(".", "_")
+        # the longest name first, so that a part of it does not win
+        found = next((family for family in sorted(FAMILIES, key=len, reverse=True) if name.startswith(family)), "llava")
+    else:
+        found = config.get("model_type")
+    return get_family(found if found in FAMILIES else "llava")
+
+
+def _read_config(path: str) -> dict | None:
+    """config.json of a folder, of the base of an adapter's folder, or of a hub repository; None out of reach."""
+    if os.path.isdir(path):
+        file = os.path.join(path, "config.json")
+        adapter = os.path.join(path, "adapter_config.json")
+        if not os.path.isfile(file) and os.path.isfile(adapter):
+            base = (_read_json(adapter) or {}).get("base_model_name_or_path")
+            return _read_config(base) if base and base != path else None
+        return _read_json(file) if os.path.isfile(file) else None
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return None if file is None else _read_json(file)
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise LlavaError(f"{path}: not valid JSON ({error})") from None
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,394 @@
+"""LLaVA: a vision tower and a projector in front of a language model, images merged into the text by the model."""
+
+from functools import lru_cache
+
+from llava.errors import LlavaError
+from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype
+
+_SAVED_MODEL_KEYS = (
+    *("mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_use_im_start_end"),
+    *("mm_use_im_patch_token", "mm_tunable_parts", "unfreeze_mm_vision_tower", "tune_mm_mlp_adapter"),
+)
+_SAVED_DATA_KEYS = ("image_aspect_ratio", "add_time_instruction", "force_sample")
+
+
+class Llava(Family):
+    name = "llava"
+    parts = {  # noqa: RUF012
+        "mm_token_compressor": ("model.vision_tower.token_compressor.",),
+        "mm_vision_tower": ("model.vision_tower.",),
+        "mm_mlp_adapter": ("model.mm_projector.",),
+        "mm_language_model": ("",),  # and the newline token, as in LLaVA-NeXT
+    }
+    keeps_projector_alone = chooses_template = True
+    returns_prompt = False  # it generates from embeddings
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        from llava.model.builder import MODEL_TYPES
+
+        return tuple(MODEL_TYPES)
+
+    # --- settings ---
+
+    def check(self, run) -> None:
+        from llava.conversation import get_template
+        from llava.model.visual_merge import check_merge_options
+
+        super().check(run)
+        get_template(run["version"])
+        check_merge_options(run["mm_patch_merge_type"], run["image_aspect_ratio"])
+
+    # --- models ---
+
+    def load(self, path, *, base=None, dtype=None, device=None, **overrides) -> Loaded:
+        """As the contract; `overrides` are `load_pretrained_model`'s."""
+        from llava.model.builder import context_limit, load_pretrained_model
+        from llava.utils import get_model_name_from_path
+
+        name, (device, dtype) = get_model_name_from_path(path), device_and_dtype(device, dtype)
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            path, base, name, device_map=str(device), torch_dtype=dtype, **overrides
+        )
+        template = model.config.conversation_template
+        return Loaded(model, tokenizer, tokenizer, image_processor, context_limit(model.config), template)
+
+    def prepare(self, model_args, data_args, training_args):
+        from llava.data.dataset import SampleArgs
+        from llava.data.preprocess import resolve_supervise
+        from llava.model.visual_merge import native_resolution
+
+        supervise = resolve_supervise(model_args.version, data_args.supervise)
+        model, tokenizer = load_model(model_args, data_args, training_args)
+        tower, limit = model.get_vision_tower(), training_args.model_max_length
+        args = SampleArgs.from_args(
+            data_args,
+            native_resolution=None if tower is None else native_resolution(model.config),
+            version=model_args.version,
+            supervise=supervise,
+            mm_use_im_start_end=model_args.mm_use_im_start_end,
+            model_max_length=limit,
+            seed=training_args.seed,
+        )
+        loaded = Loaded(model, tokenizer, tokenizer, tower and tower.image_processor, limit, model_args.version)
+        loaded.count_visual_tokens = tower and model.visual_token_counter()
+        return loaded, args
+
+    def answer_states(self, inputs, counts, loaded):
+        import torch
+
+        from llava.constants import IGNORE_INDEX
+
+        ids, mask, model = inputs["input_ids"], inputs["attention_mask"], loaded.model
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        for label, row, count in zip(labels, ids, counts, strict=True):  # the padding is on the left
+            label[len(label) - count :] = row[len(row) - count :]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        media = inputs.get("images", []), inputs.get("modalities", ()), inputs.get("image_sizes")
+        _, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
+            ids, positions, mask, None, labels, *media
+        )
+        text = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
+        hidden = model.get_model()(**text, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+        scored = labels[:, 1:] != IGNORE_INDEX
+        if scored.sum(dim=1).tolist() != counts:
+            raise LlavaError(f"found an answer that ends beyond the model's context of {loaded.context} tokens")
+        return hidden[:, :-1][scored]
+
+    # --- samples ---
+
+    def record_template(self, model_args):
+        return model_args.version
+
+    def refused_media(self, model_args):
+        blind = model_args.vision_tower is None
+        return {kind: f"found {kind}, but vision_tower is not set" for kind in ("image", "video") if blind}
+
+    def sample(self, record, loaded, args, at=(0, 0)):
+        """As the contract, with -200 for an image in `input_ids`; where the record has some, also `images` (list of
+        [3, H, W], or [n, 3, H, W] for crops and frames), `image_sizes` (list of (width, height)), `modalities` (list of
+        "image" or "video") and, where it is drawn, `patch_alphas`."""
+        import torch
+
+        from llava.data.dataset import check_image_count, fit, read_media
+        from llava.images.processing import picture_size, process_pictures
+
+        media = read_media(record, args)
+        images = process_pictures(media.pictures, loaded.image_processor, args.pixels, media.paths)
+        sizes = [picture_size(picture) for picture in media.pictures]
+        ids, labels = _preprocessor(loaded.tokenizer, args)(media.conversation, has_image=bool(images))
+        check_image_count(ids, len(images))
+
+        def visual(text: int) -> list[int]:
+            return _visual_tokens(images, sizes, media.kind, loaded.count_visual_tokens, args.model_max_length - text)
+
+        ids, labels, kept, cut = fit(ids, labels, visual, args.model_max_length, whole_images=False)
+        sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": cut}
+        if kept:
+            sample.update(images=images[:kept], image_sizes=sizes[:kept], modalities=[media.kind] * kept)
+            if args.patch_choice is not None:
+                sample["patch_alphas"] = [args.patch_choice.draw(args.seed, *at, number) for number in range(kept)]
+        return sample
+
+    def collate(self, samples, loaded, args):
+        from llava.data.collator import DataCollatorForSupervisedDataset
+
+        return DataCollatorForSupervisedDataset(loaded.tokenizer.pad_token_id or 0)(samples)
+
+    def length(self, record, sizes, loaded, args) -> Length:
+        from llava.data.paths import media_of
+        from llava.images.processing import pixel_shape
+
+        kind, names = media_of(record)
+        ids, _ = _preprocessor(loaded.tokenizer, args)(record["conversations"], has_image=bool(names))
+        count, how = loaded.count_visual_tokens, args.pixels.among(len(sizes))
+        shapes = [pixel_shape(size, loaded.image_processor, how) for size in sizes]
+        if kind == "video":  # as many frames as there may be; how many a file has shows when it is read
+            shapes = [(max(args.frames_upbound, 1), *shape[-3:]) for shape in shapes]
+        visual = [count(shape, size, kind) for shape, size in zip(shapes, sizes, strict=True)]
+        patches = sum(count.patches(shape) for shape in shapes)
+        exact = kind != "video" and count.chooser is None
+        return Length(len(ids) - len(sizes) + sum(visual), patches, exact)
+
+    # --- prompts and answers ---
+
+    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None) -> str:
+        from llava.conversation import get_template
+        from llava.data.turns import place_image
+
+        conversation = get_template(loaded.template)
+        human, gpt = conversation.roles
+        wrapped = bool(getattr(loaded.model.config, "mm_use_im_start_end", False))
+        for speaker, text in turns:
+            if speaker == "human":
+                text = place_image(text, "mmtag" in conversation.version, wrapped)
+            if speaker != "system":  # the templates have system texts of their own
+                conversation.append_message(human if speaker == "human" else gpt, text)
+        conversation.append_message(gpt, answer)
+        if answer is None:
+            return conversation.get_prompt()
+        *before, last = conversation.turns()
+        end = last.text.index(answer, last.answer_start) + len(answer)
+        return "".join(piece.text for piece in before) + last.text[:end]
+
+    def tokens(self, text, loaded):
+        from llava.text_encoding import tokenizer_image_token
+
+        return tokenizer_image_token(text, loaded.tokenizer)
+
+    def stops(self, loaded):
+        """The tokenizer's token and the template's; separators that are no token, such as v0's `###`, as text."""
+        from llava.conversation import get_template, stop_strings
+
+        template = get_template(loaded.template)
+        special = getattr(loaded.tokenizer, "added_tokens_encoder", {})
+        ids = {loaded.tokenizer.eos_token_id, *(template.stop_token_ids or ())}
+        ids |= {special[text] for text in stop_strings(template) if text in special}
+        return sorted(ids - {None}), [text for text in stop_strings(template) if text not in special]
+
+    def inputs(self, prompts, pictures, loaded):
+        import torch
+
+        from llava.images.processing import picture_size
+
+        width, pad = max(map(len, prompts)), loaded.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        device = loaded.model.device
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if flat := [picture for row in pictures for picture in row]:
+            inputs["images"] = [pixels for row in pictures for pixels in self._pixels(row, loaded)]
+            inputs["image_sizes"] = [picture_size(picture) for picture in flat]
+            inputs["modalities"] = ["video" if isinstance(picture, list) else "image" for picture in flat]
+        return inputs
+
+    def _pixels(self, pictures: list, loaded: Loaded) -> list:
+        """Of one prompt, in the dtype the model takes, on its device."""
+        import torch
+
+        from llava.images.processing import process_pictures
+        from llava.model.visual_merge import pixel_options
+
+        if pictures and loaded.image_processor is None:
+            raise LlavaError("the model has no vision tower, expected a prompt without pictures")
+        model = loaded.model
+        made = process_pictures(pictures, loaded.image_processor, pixel_options(model.config))
+        dtype = torch.float32 if self.float32_inputs(model) else model.dtype
+        return [values.to(model.device, dtype) for values in made]
+
+    def sequence_length(self, inputs, loaded):
+        from llava.constants import IMAGE_TOKEN_INDEX
+
+        text = int((inputs["input_ids"] != IMAGE_TOKEN_INDEX).sum())
+        return text, sum(tokens for _, tokens in self.picture_tokens(inputs, loaded))
+
+    def picture_tokens(self, inputs, loaded):
+        if not inputs.get("images"):
+            return []
+        count = loaded.model.visual_token_counter()
+        media = zip(inputs["images"], inputs["image_sizes"], inputs["modalities"], strict=True)
+        return [
+            (count.patches(pixels.shape, None if kind == "video" else pixels), count.of_pixels(pixels, size, kind))
+            for pixels, size, kind in media
+        ]
+
+    def choose_patches(self, loaded, choice):
+        config, tower = loaded.model.config, loaded.model.get_vision_tower()
+        if tower is None:
+            return super().choose_patches(loaded, choice)
+        config.adaptive_patches = None if choice is None else choice.to_mapping()
+        tower.set_patch_choice(config)
+
+    def patch_choice(self, loaded):
+        from llava.model.adaptive_patches import PatchChoice
+
+        mapping = getattr(loaded.model.config, "adaptive_patches", None)
+        return mapping and PatchChoice.from_mapping(mapping)
+
+    # --- hooks of the trainer ---
+
+    def unused_modules(self, model):
+        tower = model.get_vision_tower()
+        return () if tower is None else tower.unused_modules()
+
+    def float32_inputs(self, model):
+        """Patches are chosen by grey levels, of which bfloat16 cannot tell neighbours apart."""
+        tower = model.get_vision_tower()
+        return () if tower is None or tower.patch_chooser is None else ("images",)
+
+    def on_save(self, model, processor, folder):
+        super().on_save(model, processor, folder)
+        if model.get_vision_tower() is not None:
+            model.get_vision_tower().image_processor.save_pretrained(folder)
+
+
+@lru_cache(maxsize=8)
+def _cached_preprocessor(tokenizer, version, supervise, wrapped):
+    from llava.data.preprocess import Preprocessor
+
+    return Preprocessor(tokenizer, version, supervise, wrapped)
+
+
+def _preprocessor(tokenizer, args):
+    return _cached_preprocessor(tokenizer, args.version, args.supervise, bool(args.mm_use_im_start_end))
+
+
+def _visual_tokens(images: list, sizes: list, modality: str, count, room: int) -> list[int]:
+    """Tokens of each image; where they depend on what it shows, the most they can be if that fits into `room`."""
+    if count is None:
+        return [1] * len(images)
+    found = [count(tuple(image.shape), size, modality) for image, size in zip(images, sizes, strict=True)]
+    if sum(found) > room and hasattr(count, "of_pixels"):
+        return [count.of_pixels(image, size, modality) for image, size in zip(images, sizes, strict=True)]
+    return found
+
+
+def load_model(model_args, data_args, training_args):
+    """(model with its vision half, tokenizer), config filled with all that inference needs to know."""
+    from llava.families.training import (
+        attention_for,
+        check_no_adapter,
+        quantisation_for,
+        readable_weights,
+        weights_dtype,
+    )
+    from llava.model import builder
+
+    path = model_args.model_name_or_path
+    check_no_adapter(path)
+    values = builder.read_config(path)
+    architecture = architecture_for(model_args, values)
+    model_class, config_class = builder.model_classes(architecture)
+    config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
+    dtype = weights_dtype(training_args)
+    with readable_weights(path):
+        model = model_class.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_for(training_args),
+            cache_dir=training_args.cache_dir,
+            quantization_config=quantisation_for(training_args),
+        )
+    model.config.use_cache = False
+    tokenizer = builder.load_tokenizer(
+        path, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
+    )
+    if model_args.vision_tower is not None:
+        with readable_weights(model_args.vision_tower):
+            model.get_model().initialize_vision_modules(model_args)
+        model.get_vision_tower().to(dtype=dtype)
+        model.get_model().mm_projector.to(dtype=dtype)
+        check_new_tokens(model_args, training_args, tokenizer)
+        model.initialize_vision_tokenizer(model_args, tokenizer)
+    describe(model, model_args, data_args, training_args)
+    return model, tokenizer
+
+
+def architecture_for(model_args, values) -> str:
+    """The model class to train, from `model_class_name` or the checkpoint."""
+    from llava.model import builder
+
+    if model_args.model_class_name is None:
+        return builder.resolve_architecture(values, model_args.model_name_or_path)
+    name = f"{model_args.model_class_name}ForCausalLM"
+    if name not in builder.ARCHITECTURES:
+        expected = ", ".join(known.removesuffix("ForCausalLM") for known in builder.ARCHITECTURES)
+        raise LlavaError(f"model_class_name: found {model_args.model_class_name!r}, expected one of {expected}")
+    return name
+
+
+def rope_overrides(model_args, values) -> dict:
+    """Config changes for `rope_scaling_factor` and `rope_scaling_type`, both or neither."""
+    factor, kind = model_args.rope_scaling_factor, model_args.rope_scaling_type
+    if factor is None and kind is None:
+        return {}
+    if factor is None or kind is None:
+        raise LlavaError("rope_scaling_factor and rope_scaling_type: one is set without the other")
+    theta = values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    return {"rope_scaling": None, "rope_parameters": {"rope_type": kind, "factor": factor, "rope_theta": theta}}
+
+
+def check_new_tokens(model_args, training_args, tokenizer):
+    """Refuse to add <im_start> and <im_end> in a run that would neither train nor keep their embeddings."""
+    from llava.constants import DEFAULT_IM_START_TOKEN
+    from llava.families.training import is_adapter_only, tunable_parts
+
+    adapter_only = is_adapter_only(tunable_parts(model_args, training_args))
+    if not model_args.mm_use_im_start_end or not (adapter_only or training_args.lora_enable):
+        return
+    if DEFAULT_IM_START_TOKEN not in tokenizer.get_vocab():
+        raise LlavaError(
+            "mm_use_im_start_end: adds tokens whose embeddings a run of the projector alone, or of LoRA adapters, "
+            "would leave untrained and lose; train mm_language_model whole or leave it out in this stage"
+        )
+
+
+def describe(model, model_args, data_args, training_args):
+    """Write into the model's config what LLaVA-NeXT's inference reads from it, and the conversation template."""
+    from llava.images.geometry import parse_grid_pinpoints
+    from llava.images.processing import processor_sides
+
+    config = model.config
+    config.architectures = [type(model).__name__]  # not the language model's, as it came
+    config.conversation_template = model_args.version
+    config.tokenizer_padding_side = "right"
+    config.tokenizer_model_max_length = training_args.model_max_length
+    if model_args.vision_tower is None:
+        return
+    for args, keys in ((model_args, _SAVED_MODEL_KEYS), (data_args, _SAVED_DATA_KEYS)):
+        for key in keys:
+            setattr(config, key, getattr(args, key))
+    config.image_grid_pinpoints = None
+    if data_args.image_aspect_ratio == "native":
+        config.min_pixels, config.max_pixels = data_args.min_pixels, data_args.max_pixels
+        if not model.get_vision_tower().any_size:
+            raise LlavaError(
+                f"image_aspect_ratio native: the tower {config.mm_vision_tower} takes images of one size; expected one "
+                "that takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
+            )
+    if "anyres" in data_args.image_aspect_ratio:
+        side = processor_sides(model.get_vision_tower().image_processor)[1]
+        grid = parse_grid_pinpoints(data_args.image_grid_pinpoints, side)
+        config.image_grid_pinpoints = data_args.image_grid_pinpoints = [list(pair) for pair in grid]
+    config.mm_projector_lr, config.mm_vision_tower_lr = training_args.mm_projector_lr, training_args.mm_vision_tower_lr

@@ -1,0 +1,419 @@
+"""Qwen2-VL and Qwen2.5-VL, with adaptive patches: a vision encoder of their own, one token for each 2x2 patches.
+
+Their prompts have `<|vision_start|>`, a `<|image_pad|>` for each token of the image and `<|vision_end|>` where LLaVA
+has `<image>`; here too that is IMAGE_TOKEN_INDEX until the images are known.
+"""
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Turn
+from llava.errors import LlavaError
+from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype
+
+SYSTEM = "You are a helpful assistant."  # where a record has no system text of its own
+START, PAD, END = IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_OPEN = "<|im_start|>assistant\n"
+_MODEL_KEYS = {
+    *("model_name_or_path", "mm_tunable_parts", "freeze_backbone", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
+    *("unfreeze_language_model", "delay_load"),
+}
+_DATA_KEYS = {
+    *("data_path", "image_folder", "allow_absolute_paths", "lazy_preprocess", "is_multimodal", "early_mix_text"),
+    *("min_pixels", "max_pixels", "supervise", "adaptive_patches"),
+    *("patch_selection_method", "patch_alpha", "patch_thresholds", "patch_importance"),
+}
+_IMAGE_KEYS = ("pixel_values", "image_grid_thw", "image_patch_levels")
+_SIZES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # pixels, whatever the names say
+
+
+class Qwen2VL(Family):
+    name, title = "qwen2_vl", "Qwen2-VL"
+    model_types = ("qwen2_vl",)
+    parts = {  # noqa: RUF012
+        "mm_mlp_adapter": ("model.visual.merger.",),
+        "mm_vision_tower": ("model.visual.",),
+        "mm_language_model": ("",),
+    }
+    keys = frozenset(_MODEL_KEYS | _DATA_KEYS)
+    refused = {"mm_token_compressor_lr": "there is no token compressor"}  # noqa: RUF012
+    no_such_key = "Qwen2-VL has a vision encoder, projector, chat template and image sizes of its own"
+    order_by_seed = True
+    system = SYSTEM
+    adaptive = True  # whether it can keep large patches where an image holds little
+
+    def model_class(self):
+        from llava.model.qwen2_vl import AdaptiveQwen2VLForConditionalGeneration
+
+        return AdaptiveQwen2VLForConditionalGeneration
+
+    def processor_class(self):
+        from llava.model.qwen2_vl import AdaptiveQwen2VLProcessor
+
+        return AdaptiveQwen2VLProcessor
+
+    # --- settings ---
+
+    def check(self, run) -> None:
+        super().check(run)
+        if run.tower is not None:
+            raise LlavaError(
+                f"tower {run.tower}: {self.title} has a vision encoder of its own, expected no tower config"
+            )
+        if run["supervise"] == "llava_next":
+            raise LlavaError(
+                f"supervise: found llava_next, expected answers_only: {self.title}'s template has no other here"
+            )
+        if "mm_token_compressor" in (run["mm_tunable_parts"] or ""):
+            raise LlavaError(f"mm_tunable_parts: names mm_token_compressor, which {self.title} does not have")
+
+    # --- models ---
+
+    def load(self, path, *, base=None, dtype=None, device=None, load_8bit=False, load_4bit=False, **overrides):
+        """As the contract; `overrides` are `from_pretrained`'s."""
+        from llava.model.builder import base_of_adapter, best_attention, load_weights, pick_dtype, quantisation
+        from llava.model.lora import is_lora, load_lora
+
+        adapted = is_lora(path)
+        if not adapted and base is not None:
+            raise LlavaError(f"model-base: {path} is no LoRA adapter, expected no base")
+        source = base_of_adapter(path, base) if adapted else path
+        self._check_type(source)
+        device, dtype = device_and_dtype(device, dtype)
+        on_cpu = device.type == "cpu"
+        dtype = pick_dtype(dtype, on_cpu)
+        if load_8bit or load_4bit:
+            overrides["quantization_config"] = quantisation("load_8bit/load_4bit", 4 if load_4bit else 8)
+            overrides["device_map"] = device
+        attention = overrides.pop("attn_implementation", None) or best_attention(dtype, on_cpu)
+        model = load_weights(
+            self.model_class(), source, with_projector=True, dtype=dtype, attn_implementation=attention, **overrides
+        )[0]
+        if adapted:
+            model = load_lora(model, path)
+            model = model if load_8bit or load_4bit else model.merge_and_unload()
+        if "device_map" not in overrides:
+            model = model.to(device)
+        return self._loaded(model.eval(), self.load_processor(path))
+
+    def load_processor(self, path: str, **kwargs):
+        """The processor of a folder or hub id; `kwargs` as its `from_pretrained`.
+
+        Raises:
+            LlavaError: a file is missing, or the tokenizer lacks the image tokens.
+        """
+        self._check_type(path)
+        try:
+            processor = self.processor_class().from_pretrained(path, **kwargs)
+        except (OSError, ValueError) as error:
+            raise LlavaError(f"{path}: no processor ({str(error).splitlines()[0][:160]})") from None
+        tokenizer = processor.tokenizer
+        lacking = [token for token in IMAGE_TOKENS if token not in tokenizer.get_vocab()]
+        if lacking:
+            raise LlavaError(f"{path}: its tokenizer lacks {', '.join(lacking)}, expected {self.title}'s")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return processor
+
+    def _check_type(self, path: str) -> None:
+        from llava.model.builder import read_config
+
+        found = read_config(path).get("model_type")
+        if found not in self.model_types:
+            raise LlavaError(f"{path}: found model_type {found!r}, expected {' or '.join(map(repr, self.model_types))}")
+
+    def _loaded(self, model, processor, limit: int | None = None) -> Loaded:
+        from llava.model.builder import context_length
+
+        limit = limit or context_length(model.config.get_text_config())
+        return Loaded(model, processor, processor.tokenizer, processor.image_processor, limit, "qwen_1_5")
+
+    def prepare(self, model_args, data_args, training_args):
+        from llava.data.dataset import SampleArgs
+        from llava.families.training import attention_for, check_no_adapter, quantisation_for, weights_dtype
+        from llava.model.builder import load_weights
+
+        path, limit = model_args.model_name_or_path, training_args.model_max_length
+        check_no_adapter(path)
+        processor, choice = self.make_processor(path, data_args, training_args)
+        self.check_chat_template(processor, path)
+        model = load_weights(
+            self.model_class(),
+            path,
+            with_projector=True,
+            dtype=weights_dtype(training_args),
+            attn_implementation=attention_for(training_args),
+            cache_dir=training_args.cache_dir,
+            quantization_config=quantisation_for(training_args),
+        )[0]
+        model.config.get_text_config().use_cache = False
+        args = SampleArgs.from_args(data_args, model_max_length=limit, patch_choice=choice, seed=training_args.seed)
+        return self._loaded(model, processor, limit), args
+
+    def make_processor(self, path: str, data_args, training_args):
+        """The model's processor with the run's sizes and selection, and what alpha is drawn from, or None.
+
+        The image processor, which is saved with the model, has the middle of such a range.
+        """
+        processor = self.load_processor(path, cache_dir=training_args.cache_dir)
+        processor.tokenizer.model_max_length = training_args.model_max_length
+        processor.tokenizer.padding_side = "right"
+        images, settings = processor.image_processor, training_args.run_config
+        given = {side: settings[key] for side, key in _SIZES if settings.source(key) != "default"}
+        images.size = {**dict(images.size), **given}
+        if images.size["shortest_edge"] > images.size["longest_edge"]:
+            raise LlavaError(
+                f"min_pixels and max_pixels: found {images.size['shortest_edge']} and {images.size['longest_edge']} "
+                f"(keys, or the image processor of {path}), expected the first not above the second"
+            )
+        return processor, self.set_run_choice(images, data_args, training_args.seed)
+
+    def set_run_choice(self, images, data_args, seed):
+        from llava.train.train_qwen2_vl import set_run_choice
+
+        return set_run_choice(images, data_args, seed)
+
+    def answer_states(self, inputs, counts, loaded):
+        import torch
+
+        if inputs["input_ids"].shape[1] > loaded.context:
+            raise LlavaError(f"found an answer that ends beyond the model's context of {loaded.context} tokens")
+        hidden = loaded.model.model(**inputs, use_cache=False)[0]
+        length = hidden.shape[1]  # rows are padded on the left
+        return torch.cat([row[length - 1 - count : length - 1] for row, count in zip(hidden, counts, strict=True)])
+
+    # --- samples ---
+
+    def refused_media(self, model_args):
+        return {"video": f"found a video, expected images or text ({self.title}'s training)"}
+
+    def sample(self, record, loaded, args, at=(0, 0)):
+        """As the contract; where the record has images, also what the image processor makes of them: `pixel_values`,
+        `image_grid_thw` and, if patches are chosen, `image_patch_levels`."""
+        import torch
+
+        from llava.data.dataset import check_image_count, fit, read_media
+
+        media = read_media(record, args)
+        ids, labels = self._encode(media.conversation, loaded, bool(media.pictures))
+        check_image_count(ids, len(media.pictures))
+        images = []
+        for number, (picture, path) in enumerate(zip(media.pictures, media.paths, strict=True)):
+            drawn = {} if args.patch_choice is None else {"alpha": args.patch_choice.draw(args.seed, *at, number)}
+            images.append(self._process(picture, loaded, f" {path}", **drawn))
+        counts = [self._counts(image)[1] for image in images]
+        # an image stands between two marks
+        sizes = [count + 2 for count in counts]
+        ids, labels, kept, cut = fit(ids, labels, lambda text: sizes, args.model_max_length, whole_images=True)
+        ids, labels = _expand(ids, labels, counts, loaded.tokenizer)
+        sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": cut}
+        return sample | _joined(images[:kept])
+
+    def _process(self, picture, loaded: Loaded, which: str = "", **settings) -> dict:
+        """What the image processor makes of one picture."""
+        try:
+            return dict(loaded.image_processor(images=[picture], return_tensors="pt", **settings))
+        except ValueError as error:  # sizes such as 2000 x 5 that no processor takes
+            reason = f"image{which}: found {picture.width}x{picture.height} pixels that cannot be processed"
+            raise LlavaError(f"{reason} ({error})") from None
+
+    def _counts(self, image: dict) -> tuple[int, int]:
+        """(vision tokens, tokens of the language model) of one processed image."""
+        from llava.model.qwen2_vl.layout import MERGE, token_counts
+
+        if "image_patch_levels" in image:
+            return token_counts(image["image_patch_levels"], image["image_grid_thw"])[0]
+        return len(image["pixel_values"]), len(image["pixel_values"]) // MERGE**2
+
+    def collate(self, samples, loaded, args):
+        """As the contract. A batch without images gets one of four patches, as a masked token behind the last row: it
+        has no influence, but each of several processes runs the vision encoder in each step, as ZeRO-3 and DDP need."""
+        import torch
+
+        from llava.data.collator import pad_rows
+
+        pad, image_token = loaded.tokenizer.pad_token_id, loaded.tokenizer.convert_tokens_to_ids(PAD)
+        batch, samples = pad_rows(samples, pad)
+        batch["attention_mask"] = batch["attention_mask"].long()
+        images = [sample for sample in samples if "pixel_values" in sample]
+        if not images:
+            rows = len(batch["input_ids"])
+            for key, fill in (("input_ids", pad), ("labels", IGNORE_INDEX), ("attention_mask", 0)):
+                batch[key] = torch.cat([batch[key], torch.full((rows, 1), fill)], dim=1)
+            batch["input_ids"][-1, -1] = image_token
+            images = [self._no_image(loaded.image_processor)]
+        keys = [key for key in _IMAGE_KEYS if key in images[0]]
+        batch |= {key: torch.cat([image[key] for image in images]) for key in keys}
+        batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
+        return batch
+
+    def _no_image(self, processor) -> dict:
+        import torch
+
+        values = 3 * processor.temporal_patch_size * processor.patch_size**2
+        image = {"pixel_values": torch.zeros(4, values), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+        if getattr(processor, "patch_selection_method", None) is not None:
+            image["image_patch_levels"] = torch.ones(4, dtype=torch.uint8)
+        return image
+
+    def length(self, record, sizes, loaded, args) -> Length:
+        images = loaded.image_processor
+        grids = [images.get_number_of_image_patches(height, width, {}) for width, height in sizes]
+        ids, _ = self._encode(record["conversations"], loaded, bool(sizes))
+        merge = images.merge_size**2
+        tokens = len(ids) - len(sizes) + sum(patches // merge + 2 for patches in grids)
+        return Length(tokens, sum(grids), self.patch_choice(loaded) is None and args.patch_choice is None)
+
+    # --- prompts and answers ---
+
+    def chat_turns(self, turns: Turns) -> list[Turn]:
+        """A conversation as the chat template writes it, piece by piece; the first piece is the system's.
+
+        An `<image>` stays `<image>`; a newline right behind one, as LLaVA's data has it, is left out, since the
+        template's own prompts have none there. A system turn at the front takes the place of the family's own text.
+        """
+        system = self.system
+        if turns and turns[0][0] == "system":
+            system, turns = turns[0][1], turns[1:]
+        pieces = [] if system is None else [Turn(f"<|im_start|>system\n{system}<|im_end|>\n")]
+        for speaker, text in turns:
+            header = f"<|im_start|>{_ROLES[speaker]}\n"
+            body = text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN) + "<|im_end|>"
+            pieces += [Turn(header + body, len(header) if speaker == "gpt" else None), Turn("\n")]
+        return pieces
+
+    def check_chat_template(self, processor, where: str) -> None:
+        """Refuse a model whose chat template writes something else than `chat_turns`; one without a template passes."""
+        render = processor if getattr(processor, "chat_template", None) is not None else processor.tokenizer
+        if render.chat_template is None:
+            return
+        turns = [("human", "<image>\nWhat?"), ("gpt", "A b."), ("human", "So?")]
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A b."}]},
+            {"role": "user", "content": [{"type": "text", "text": "So?"}]},
+        ]
+        for system in (None, "Be brief."):
+            first = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+            own = [] if system is None else [("system", system)]
+            theirs = render.apply_chat_template(first + messages, tokenize=False, add_generation_prompt=True)
+            ours = "".join(turn.text for turn in self.chat_turns(own + turns)) + _OPEN
+            if theirs != ours.replace(DEFAULT_IMAGE_TOKEN, "".join(IMAGE_TOKENS)):
+                raise LlavaError(f"{where}: its chat template writes {theirs!r}, expected {self.title}'s")
+
+    def _encode(self, source: list, loaded: Loaded, images: bool) -> tuple[list[int], list[int]]:
+        """Ids (-200 marks an image) and labels of one conversation: answers, with the token that ends them.
+
+        Raises:
+            LlavaError: not a conversation, or one that spells out image tokens.
+        """
+        from llava.data.preprocess import encode_spans
+        from llava.data.turns import leading_system, place_image, read_turns
+        from llava.text_encoding import text_encoder
+
+        encoder, system = text_encoder(loaded.tokenizer), leading_system(source)
+        turns = [(speaker, place_image(text) if images else text) for speaker, text in read_turns(source)]
+        ids: list[int] = []
+        labels: list[int] = []
+        for turn in self.chat_turns(turns if system is None else [("system", system), *turns]):
+            spans = [] if turn.answer_start is None else [(turn.answer_start, len(turn.text))]
+            more_ids, more_labels = encode_spans(encoder, turn.text, spans, images)
+            ids += more_ids
+            labels += more_labels
+        if loaded.tokenizer.convert_tokens_to_ids(PAD) in ids:
+            raise LlavaError(f"conversations: found {PAD} in a text, expected <image> for an image")
+        return ids, labels
+
+    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None) -> str:
+        from llava.data.turns import place_image
+
+        placed = [(speaker, place_image(text) if speaker == "human" else text) for speaker, text in turns]
+        return "".join(turn.text for turn in self.chat_turns(placed)) + _OPEN + (answer or "")
+
+    def tokens(self, text, loaded):
+        from llava.data.preprocess import encode_spans
+        from llava.text_encoding import text_encoder
+
+        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=True)[0]
+
+    def inputs(self, prompts, pictures, loaded):
+        import torch
+
+        flat = [picture for row in pictures for picture in row]
+        if any(isinstance(picture, list) for picture in flat):
+            raise LlavaError(f"video: found a clip, expected images or text ({self.title})")
+        images = [self._process(picture, loaded) for picture in flat]
+        left = iter([self._counts(image)[1] for image in images])
+        rows = []
+        for prompt in prompts:
+            check = prompt.count(IMAGE_TOKEN_INDEX)
+            rows.append(_expand(prompt, prompt, [next(left) for _ in range(check)], loaded.tokenizer)[0])
+        width, pad = max(map(len, rows)), loaded.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+            "mm_token_type_ids": (ids == loaded.tokenizer.convert_tokens_to_ids(PAD)).long(),
+            **_joined(images),
+        }
+        return {key: value.to(loaded.model.device) for key, value in inputs.items()}
+
+    def sequence_length(self, inputs, loaded):
+        visual = int(inputs["mm_token_type_ids"].sum())
+        return int(inputs["attention_mask"].sum()) - visual, visual
+
+    def picture_tokens(self, inputs, loaded):
+        from llava.model.qwen2_vl.layout import MERGE, token_counts
+
+        if "image_patch_levels" in inputs:
+            return token_counts(inputs["image_patch_levels"], inputs["image_grid_thw"])
+        sizes = [] if "image_grid_thw" not in inputs else inputs["image_grid_thw"].prod(1).tolist()
+        return [(size, size // MERGE**2) for size in sizes]
+
+    # --- hooks of the trainer ---
+
+    def restore(self, model, checkpoint):
+        """Its files have older names, which transformers' `Trainer` does not translate: it would go on with the weights
+        that the run began with."""
+        from llava.model.builder import load_weights
+
+        saved, _ = load_weights(type(model), checkpoint, with_projector=True, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+        return True
+
+
+class Qwen2_5_VL(Qwen2VL):
+    """As Qwen2-VL, with windows in its vision encoder."""
+
+    name, title = "qwen2_5_vl", "Qwen2.5-VL"
+    model_types = ("qwen2_5_vl",)
+    no_such_key = Qwen2VL.no_such_key.replace(Qwen2VL.title, title)
+
+    def model_class(self):
+        from llava.model.qwen2_vl import AdaptiveQwen2_5_VLForConditionalGeneration
+
+        return AdaptiveQwen2_5_VLForConditionalGeneration
+
+    def processor_class(self):
+        from llava.model.qwen2_vl import AdaptiveQwen2_5_VLProcessor
+
+        return AdaptiveQwen2_5_VLProcessor
+
+
+def _expand(ids: list[int], labels: list[int], counts: list[int], tokenizer) -> tuple[list[int], list[int]]:
+    """Every -200 as the tokens of its image, between the two marks."""
+    start, pad, end = tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
+    left = iter(counts)
+    new_ids: list[int] = []
+    new_labels: list[int] = []
+    for token, label in zip(ids, labels, strict=True):
+        image = [start, *[pad] * next(left), end] if token == IMAGE_TOKEN_INDEX else None
+        new_ids += image or [token]
+        new_labels += [IGNORE_INDEX] * len(image) if image else [label]
+    return new_ids, new_labels
+
+
+def _joined(images: list[dict]) -> dict:
+    """Several processed images in one; nothing of none."""
+    import torch
+
+    return {key: torch.cat([image[key] for image in images]) for key in images[0]} if images else {}

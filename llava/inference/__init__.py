@@ -1,0 +1,1 @@
+"""A model ready to answer: what evaluation, serving and tools share."""
