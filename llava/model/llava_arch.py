@@ -6,6 +6,7 @@ Shapes: B rows, L text tokens (an image is one of them), S tokens after the merg
 import torch
 import torch.nn as nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
@@ -18,7 +19,19 @@ __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
 
 
 class LlavaMetaForCausalLM:
-    """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`."""
+    """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`.
+
+    A subclass names its `model_class`, a `LlavaMetaModel`.
+    """
+
+    model_class = None
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)  # the language model's own would build the plain model first
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     def get_model(self):
         return self.model
