@@ -46,6 +46,8 @@ def log_likelihoods(
     """
     import torch
 
+    from llava.model.loss import output_logits
+
     model = inference.model
     rows = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
     inputs = inference.inputs(rows, pictures)
@@ -74,7 +76,7 @@ def log_likelihoods(
             limit = getattr(model.config, "tokenizer_model_max_length", None)
             raise LlavaError(f"continuation: found one that ends beyond the model's context of {limit} tokens")
         # the output layer runs on the continuations alone: a vocabulary's worth of numbers for every token is much
-        logits = model.lm_head(hidden[:, :-1][scored]).float()
+        logits = output_logits(model, hidden[:, :-1][scored]).float()
         tokens = targets[scored]
         chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
         greedy = logits.argmax(dim=-1) == tokens
