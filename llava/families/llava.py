@@ -25,9 +25,9 @@ class Llava(Family):
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        from llava.model.builder import MODEL_TYPES
+        from llava.model.families import LLAVA_TYPES, PLAIN_TYPES
 
-        return tuple(MODEL_TYPES)
+        return (*PLAIN_TYPES, *LLAVA_TYPES)
 
     # --- settings ---
 
@@ -293,12 +293,13 @@ def load_model(model_args, data_args, training_args):
         weights_dtype,
     )
     from llava.model import builder
+    from llava.model.families import model_classes
 
     path = model_args.model_name_or_path
     check_no_adapter(path)
     values = builder.read_config(path)
     architecture = architecture_for(model_args, values)
-    model_class, config_class = builder.model_classes(architecture)
+    model_class, config_class = model_classes(architecture)
     config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
     dtype = weights_dtype(training_args)
     with readable_weights(path):
@@ -327,13 +328,13 @@ def load_model(model_args, data_args, training_args):
 
 def architecture_for(model_args, values) -> str:
     """The model class to train, from `model_class_name` or the checkpoint."""
-    from llava.model import builder
+    from llava.model.families import LANGUAGE_MODELS, resolve_architecture
 
     if model_args.model_class_name is None:
-        return builder.resolve_architecture(values, model_args.model_name_or_path)
+        return resolve_architecture(values, model_args.model_name_or_path)
     name = f"{model_args.model_class_name}ForCausalLM"
-    if name not in builder.ARCHITECTURES:
-        expected = ", ".join(known.removesuffix("ForCausalLM") for known in builder.ARCHITECTURES)
+    if name not in LANGUAGE_MODELS:
+        expected = ", ".join(known.removesuffix("ForCausalLM") for known in LANGUAGE_MODELS)
         raise LlavaError(f"model_class_name: found {model_args.model_class_name!r}, expected one of {expected}")
     return name
 

@@ -2,18 +2,14 @@
 
 import importlib
 
-_MODULES = {"llava_llama": "Llama", "llava_mistral": "Mistral", "llava_qwen": "Qwen", "llava_qwen3": "Qwen3"}
-_CLASSES = {
-    f"Llava{name}{kind}": module
-    for module, name in _MODULES.items()
-    for kind in ("ForCausalLM", "Model", "Config")
-    if (name, kind) != ("Llama", "Config")
-} | {"LlavaConfig": "llava_llama"}
+from llava.model.families import LANGUAGE_MODELS
 
-__all__ = sorted(_CLASSES)
+_MODULES = {name: row.module for row in LANGUAGE_MODELS.values() for name in row.classes}
+
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):
-    if name not in _CLASSES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"llava.model.language_model.{_CLASSES[name]}"), name)
+    return getattr(importlib.import_module(f"llava.model.language_model.{_MODULES[name]}"), name)

@@ -1,6 +1,5 @@
 """`load_pretrained_model`: a LLaVA checkpoint from a folder or the hub, ready for inference."""
 
-import importlib
 import os
 from pickle import UnpicklingError
 
@@ -9,48 +8,10 @@ from safetensors import SafetensorError
 
 from llava.errors import LlavaError
 from llava.model.checkpoint import ADAPTER_KEYS, find_adapter, load_adapter, read_weights
+from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 from llava.model.lora import is_lora, load_lora, recorded_base
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.utils import rank0_print
-
-# architecture -> (module, config class); the class names are LLaVA-NeXT's
-ARCHITECTURES = {
-    "LlavaLlamaForCausalLM": ("llava_llama", "LlavaConfig"),
-    "LlavaMistralForCausalLM": ("llava_mistral", "LlavaMistralConfig"),
-    "LlavaQwenForCausalLM": ("llava_qwen", "LlavaQwenConfig"),
-    "LlavaQwen3ForCausalLM": ("llava_qwen3", "LlavaQwen3Config"),
-}
-# plain language models, and LLaVA's own types
-MODEL_TYPES = {
-    "llama": "LlavaLlamaForCausalLM",
-    "llava_llama": "LlavaLlamaForCausalLM",
-    "mistral": "LlavaMistralForCausalLM",
-    "llava_mistral": "LlavaMistralForCausalLM",
-    "qwen2": "LlavaQwenForCausalLM",
-    "llava_qwen": "LlavaQwenForCausalLM",
-    "qwen3": "LlavaQwen3ForCausalLM",
-    "llava_qwen3": "LlavaQwen3ForCausalLM",
-}
-# parts of a name, looked through in this order
-NAME_PARTS = (
-    ("qwen3", "LlavaQwen3ForCausalLM"),
-    ("qwen", "LlavaQwenForCausalLM"),
-    ("quyen", "LlavaQwenForCausalLM"),
-    ("mistral", "LlavaMistralForCausalLM"),
-    ("zephyr", "LlavaMistralForCausalLM"),
-    ("llama", "LlavaLlamaForCausalLM"),
-    ("vicuna", "LlavaLlamaForCausalLM"),
-    ("yi-", "LlavaLlamaForCausalLM"),
-    ("nous-hermes", "LlavaLlamaForCausalLM"),
-    ("llava-v1", "LlavaLlamaForCausalLM"),
-)
-# conversation template of checkpoints that do not say (LLaVA-NeXT's own do not)
-DEFAULT_TEMPLATES = {
-    "LlavaLlamaForCausalLM": "v1",
-    "LlavaMistralForCausalLM": "mistral_instruct",
-    "LlavaQwenForCausalLM": "qwen_1_5",
-    "LlavaQwen3ForCausalLM": "qwen_1_5",
-}
 
 
 def read_config(path: str) -> dict:
@@ -66,35 +27,6 @@ def read_config(path: str) -> dict:
     if not values:
         raise LlavaError(f"{path}: no config.json found; expected a checkpoint folder or a hub id")
     return values
-
-
-def resolve_architecture(config: dict, *names: str | None) -> str:
-    """The class of a checkpoint: from `architectures`, then `model_type`, then its names.
-
-    `model_type` "llava" (as published for serving) says nothing: transformers has a model of that type of its own.
-    """
-    for architecture in config.get("architectures") or ():
-        if architecture in ARCHITECTURES:
-            return architecture
-    model_type = config.get("model_type")
-    if model_type in MODEL_TYPES:
-        return MODEL_TYPES[model_type]
-    if model_type in (None, "llava"):
-        for name in (*names, config.get("_name_or_path")):
-            for part, architecture in NAME_PARTS:
-                if name and part in name.lower():
-                    return architecture
-    raise LlavaError(
-        f"cannot tell the language model: architectures {config.get('architectures')}, model_type {model_type!r}, name "
-        f"{next((n for n in names if n), None)!r}; expected architectures to name one of {', '.join(ARCHITECTURES)}"
-    )
-
-
-def model_classes(architecture: str):
-    """(model class, config class) of a name in `ARCHITECTURES`."""
-    module, config = ARCHITECTURES[architecture]
-    module = importlib.import_module(f"llava.model.language_model.{module}")
-    return getattr(module, architecture), getattr(module, config)
 
 
 def make_config(path: str, config_class, values: dict, overwrite: dict | None = None):
@@ -213,7 +145,7 @@ def load_pretrained_model(
     tokenizer = load_tokenizer(model_base or model_path)
     model.eval()
     if getattr(model.config, "conversation_template", None) is None:
-        model.config.conversation_template = DEFAULT_TEMPLATES[architecture]
+        model.config.conversation_template = LANGUAGE_MODELS[architecture].template
 
     tower = model.get_vision_tower()
     if tower is not None:

@@ -6,9 +6,11 @@ Shapes: B rows, L text tokens (an image is one of them), S tokens after the merg
 import torch
 import torch.nn as nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
+from llava.model.loss import supervised_loss
 from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
@@ -18,7 +20,19 @@ __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
 
 
 class LlavaMetaForCausalLM:
-    """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`."""
+    """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`.
+
+    A subclass names its `model_class`, a `LlavaMetaModel`.
+    """
+
+    model_class = None
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)  # the language model's own would build the plain model first
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     def get_model(self):
         return self.model
@@ -284,7 +298,9 @@ class LlavaMetaForCausalLM:
             inputs_embeds=inputs_embeds,
         )
         if self.training and labels is not None:
-            return self._training_loss(inputs, labels, **kwargs)
+            count = kwargs.pop("num_items_in_batch", None)
+            hidden = self.get_model()(**inputs, use_cache=False, **kwargs)[0]
+            return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count))
         out = super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         if labels is not None and not isinstance(out, tuple):  # a mean over nothing is NaN
             supervised = (labels[:, 1:] != IGNORE_INDEX).any()
@@ -295,15 +311,6 @@ class LlavaMetaForCausalLM:
         """Causal attention never looks at padding on the right, and without a mask SDPA takes its fast kernel."""
         right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"
         return right_padded and self.config._attn_implementation in ("sdpa", "eager")
-
-    def _training_loss(self, inputs, labels, num_items_in_batch=None, **kwargs):
-        hidden = self.get_model()(**inputs, use_cache=False, **kwargs)[0]
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        logits = self.lm_head(hidden[:, :-1][supervised]).float()
-        total = nn.functional.cross_entropy(logits, targets[supervised], reduction="sum")
-        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=total / torch.as_tensor(count, device=total.device).clamp(min=1))
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):

@@ -92,7 +92,8 @@ def read_prompt(args, run) -> Prompt:
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
     from llava.conversation import get_template
     from llava.data.turns import place_image
-    from llava.model.builder import DEFAULT_TEMPLATES, context_limit, load_tokenizer, read_config, resolve_architecture
+    from llava.model.builder import context_limit, load_tokenizer, read_config
+    from llava.model.families import LANGUAGE_MODELS, resolve_architecture
     from llava.text_encoding import tokenizer_image_token
 
     source = args.model_path or (run and run["model_name_or_path"])
@@ -104,7 +105,7 @@ def read_prompt(args, run) -> Prompt:
     config = read_config(args.model_path) if args.model_path else {}
     wrapped = run["mm_use_im_start_end"] if run else config.get("mm_use_im_start_end", False)
     name = args.conv_mode or (run and run["version"]) or config.get("conversation_template")
-    name = name or DEFAULT_TEMPLATES[resolve_architecture(config, source)]
+    name = name or LANGUAGE_MODELS[resolve_architecture(config, source)].template
     conversation = get_template(name)
     tokenizer = load_tokenizer(source)
     if wrapped:

@@ -113,9 +113,9 @@ def write_folder(path: str, folder: str, max_shard_size: str, dtype: str | None,
     """Write the LLaVA checkpoint; returns (template, ids that end an answer, notes, class name)."""
     import torch
 
-    from llava.model.builder import model_classes
+    from llava.model.families import model_classes
     from llava.tools.hf import configs, processor, source, streaming, tokens
-    from llava.tools.hf.layouts import EMBEDDING, LANGUAGE_MODELS, llava_name
+    from llava.tools.hf.layouts import EMBEDDING, llava_name
 
     hf, form = configs.read_hf(path)
     made = processor.load_processor(path)
@@ -128,7 +128,7 @@ def write_folder(path: str, folder: str, max_shard_size: str, dtype: str | None,
     hf.text_config.vocab_size = rows
     config = configs.to_llava(path, hf, form, made.image_processor, template)
     config.dtype = getattr(torch, dtype or embedding.dtype)
-    name = LANGUAGE_MODELS[hf.text_config.model_type]
+    name = config.architectures[0]
     expected, tower = source.expected_weights(model_classes(name)[0], config)
     settings, _ = tokens.generation_config(path, tokenizer, template)
     streaming.write_shards(folder, plan_weights(path, weights, expected, dtype), max_shard_size)

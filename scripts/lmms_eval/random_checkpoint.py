@@ -13,7 +13,8 @@ DEMO = Path("playground/demo")
 def make(output: str) -> None:
     import torch
 
-    from llava.model.builder import load_tokenizer, make_config, model_classes, read_config
+    from llava.model.builder import load_tokenizer, make_config, read_config
+    from llava.model.families import model_classes
 
     torch.manual_seed(0)
     model_class, config_class = model_classes("LlavaQwenForCausalLM")

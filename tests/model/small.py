@@ -1,18 +1,12 @@
 """LLaVA models of a few thousand random weights."""
 
-import importlib
-
 import torch
 
+from llava.model.families import LANGUAGE_MODELS
 from tests import tiny
 
 PAD, EOS, VOCAB = 0, 2, 120
-FAMILIES = {
-    "llama": ("LlavaConfig", "LlavaLlamaForCausalLM"),
-    "mistral": ("LlavaMistralConfig", "LlavaMistralForCausalLM"),
-    "qwen": ("LlavaQwenConfig", "LlavaQwenForCausalLM"),
-    "qwen3": ("LlavaQwen3Config", "LlavaQwen3ForCausalLM"),
-}
+FAMILIES = {row.module.removeprefix("llava_"): row for row in LANGUAGE_MODELS.values()}
 # what a run of LLaVA-NeXT writes into config.json; single tests change single values
 VISION = {
     "mm_vision_select_layer": -2,
@@ -26,9 +20,9 @@ VISION = {
 
 
 def classes(family):
-    """(config class, model class) of "llama", "mistral", "qwen" or "qwen3"."""
-    module = importlib.import_module(f"llava.model.language_model.llava_{family}")
-    return tuple(getattr(module, name) for name in FAMILIES[family])
+    """(config class, model class) of a key of `FAMILIES`: "llama", "mistral", "qwen", ..."""
+    model_class, config_class = FAMILIES[family].load()
+    return config_class, model_class
 
 
 def config(tower, family="qwen", **changes):

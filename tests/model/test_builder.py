@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
-from llava.model.builder import context_length, load_pretrained_model, make_config, read_config, resolve_architecture
+from llava.model.builder import context_length, load_pretrained_model, make_config, read_config
 from llava.model.checkpoint import adapter_state, save_adapter
+from llava.model.families import resolve_architecture
 from tests.model import golden
 
 SOURCE = golden.GOLDEN / "qwen_clip_anyres_unpad"

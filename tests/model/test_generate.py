@@ -166,7 +166,7 @@ def outputs(model):
 def test_saved_and_loaded_by_the_auto_classes(model, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family = next(key for key, names in small.FAMILIES.items() if names[1] == type(model).__name__)
+    family = next(key for key, row in small.FAMILIES.items() if row.architecture == type(model).__name__)
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == f"llava_{family}" and stored["architectures"] == [type(model).__name__]

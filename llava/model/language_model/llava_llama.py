@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from llava.model.language_model.common import init_causal_lm
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -16,9 +15,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
     config_class = LlavaConfig
-
-    def __init__(self, config):
-        init_causal_lm(self, LlamaForCausalLM, LlavaLlamaModel, config)
+    model_class = LlavaLlamaModel
 
 
 AutoConfig.register("llava_llama", LlavaConfig)

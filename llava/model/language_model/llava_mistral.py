@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
 
-from llava.model.language_model.common import init_causal_lm
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -16,9 +15,7 @@ class LlavaMistralModel(LlavaMetaModel, MistralModel):
 
 class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
     config_class = LlavaMistralConfig
-
-    def __init__(self, config):
-        init_causal_lm(self, MistralForCausalLM, LlavaMistralModel, config)
+    model_class = LlavaMistralModel
 
 
 AutoConfig.register("llava_mistral", LlavaMistralConfig)

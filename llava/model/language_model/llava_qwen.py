@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
-from llava.model.language_model.common import init_causal_lm
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -16,9 +15,7 @@ class LlavaQwenModel(LlavaMetaModel, Qwen2Model):
 
 class LlavaQwenForCausalLM(LlavaMetaForCausalLM, Qwen2ForCausalLM):
     config_class = LlavaQwenConfig
-
-    def __init__(self, config):
-        init_causal_lm(self, Qwen2ForCausalLM, LlavaQwenModel, config)
+    model_class = LlavaQwenModel
 
 
 AutoConfig.register("llava_qwen", LlavaQwenConfig)

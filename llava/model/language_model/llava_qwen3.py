@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-from llava.model.language_model.common import init_causal_lm
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
 
@@ -16,9 +15,7 @@ class LlavaQwen3Model(LlavaMetaModel, Qwen3Model):
 
 class LlavaQwen3ForCausalLM(LlavaMetaForCausalLM, Qwen3ForCausalLM):
     config_class = LlavaQwen3Config
-
-    def __init__(self, config):
-        init_causal_lm(self, Qwen3ForCausalLM, LlavaQwen3Model, config)
+    model_class = LlavaQwen3Model
 
 
 AutoConfig.register("llava_qwen3", LlavaQwen3Config)

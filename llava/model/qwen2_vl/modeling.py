@@ -32,6 +32,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from llava.errors import LlavaError
+from llava.model.loss import supervised_training
 from llava.model.qwen2_vl.layout import MERGE, PatchLayout
 from llavavit.varlen_attention import pack_lengths, varlen_attention
 
@@ -293,49 +294,6 @@ class _AdaptiveGeneration:
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(  # every name is said: generate and Trainer look at the signature
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        pixel_values=None,
-        pixel_values_videos=None,
-        image_grid_thw=None,
-        video_grid_thw=None,
-        mm_token_type_ids=None,
-        image_patch_levels=None,
-        second_per_grid_ts=None,
-        logits_to_keep=0,
-        mm_encoder_outputs=None,
-        **kwargs,
-    ):
-        """As transformers', with `image_patch_levels` [sum of h * w] for images of which some patches are kept."""
-        if mm_encoder_outputs is not None:  # unknown to older versions of transformers, which never pass it
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
-        if second_per_grid_ts is not None:  # Qwen2.5-VL's videos
-            kwargs["second_per_grid_ts"] = second_per_grid_ts
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            logits_to_keep=logits_to_keep,
-            image_patch_levels=image_patch_levels,
-            **kwargs,
-        )
-
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As transformers'; weights have the published names, and the folder names transformers' class for others.
 
@@ -368,16 +326,19 @@ class _AdaptiveGeneration:
         return input_ids, rest | expanded
 
 
+@supervised_training("image_patch_levels")
 class AdaptiveQwen2VLForConditionalGeneration(_AdaptiveGeneration, Qwen2VLForConditionalGeneration):
     """Qwen2-VL that takes what `AdaptiveQwen2VLProcessor` makes; loads stock checkpoints, and saves such.
 
-    Without `image_patch_levels` it is transformers' model. Vision tokens are the kept patches; the language model gets
-    one token for each kept 28- or 56-pixel patch and for each four base patches of a 28-pixel cell.
+    Without `image_patch_levels`, [sum of h * w] over the images, it is transformers' model. Vision tokens are the kept
+    patches; the language model gets one token for each kept 28- or 56-pixel patch and for each four base patches of a
+    28-pixel cell.
     """
 
     model_class, stock_class = AdaptiveQwen2VLModel, Qwen2VLForConditionalGeneration
 
 
+@supervised_training("image_patch_levels")
 class AdaptiveQwen2_5_VLForConditionalGeneration(_AdaptiveGeneration, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL that takes what `AdaptiveQwen2_5_VLProcessor` makes, as `AdaptiveQwen2VLForConditionalGeneration`."""
 

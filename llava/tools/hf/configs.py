@@ -3,7 +3,8 @@
 import os
 
 from llava.errors import LlavaError
-from llava.tools.hf.layouts import FORMATS, LANGUAGE_MODELS, Format
+from llava.model.families import PLAIN_TYPES
+from llava.tools.hf.layouts import FORMATS, Format
 
 OWN_KEY = "llava"  # in an exported config.json: what LLaVA's config says that transformers' has no place for
 TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
@@ -138,24 +139,22 @@ def to_llava(path: str, hf, form: Format, processor, template: str):
     Raises:
         LlavaError: a part that LLaVA does not have.
     """
-    from llava.model.builder import model_classes
-
     text, own = hf.text_config, dict(getattr(hf, OWN_KEY, None) or {})
-    if text.model_type not in LANGUAGE_MODELS:
+    language_model = PLAIN_TYPES.get(text.model_type)
+    if language_model is None:
         raise LlavaError(
-            f"{path}: text_config: found model_type {text.model_type!r}, expected one of {', '.join(LANGUAGE_MODELS)}"
+            f"{path}: text_config: found model_type {text.model_type!r}, expected one of {', '.join(PLAIN_TYPES)}"
         )
     expected = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
     for key, value in expected.items():
         if getattr(hf, key, value) != value:
             raise LlavaError(f"{path}: {key}: found {getattr(hf, key)!r}, expected {value!r} (mlp2x_gelu)")
-    config_class = model_classes(LANGUAGE_MODELS[text.model_type])[1]
     values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "_name_or_path")}
     values.update(own)
     values.update(
         vocab_size=text.vocab_size,
         tie_word_embeddings=bool(hf.tie_word_embeddings or text.tie_word_embeddings),
-        architectures=[LANGUAGE_MODELS[text.model_type]],
+        architectures=[language_model.architecture],
         mm_projector_type="mlp2x_gelu",
         mm_use_im_start_end=False,
         mm_use_im_patch_token=False,
@@ -165,7 +164,7 @@ def to_llava(path: str, hf, form: Format, processor, template: str):
         **_image_values(path, hf, form, processor, own),
     )
     values["mm_image_processor_config"] = tower_processor(path, hf, processor).to_dict()
-    return config_class.from_dict(values)
+    return language_model.load()[1].from_dict(values)
 
 
 def _vision_values(path: str, hf, own: dict) -> dict:

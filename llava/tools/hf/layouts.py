@@ -35,14 +35,6 @@ FORMATS = {
     "llava_onevision": Format("llava_onevision", "LlavaOnevision"),
 }
 
-# model type of the language model <-> LLaVA's class
-LANGUAGE_MODELS = {
-    "llama": "LlavaLlamaForCausalLM",
-    "mistral": "LlavaMistralForCausalLM",
-    "qwen2": "LlavaQwenForCausalLM",
-    "qwen3": "LlavaQwen3ForCausalLM",
-}
-
 
 def choose_format(path: str, config, tower) -> Format:
     """The transformers model that computes what a LLaVA model does.

@@ -46,14 +46,8 @@ def read_source(path: str, template: str | None = None) -> Source:
     """
     from llava.conversation import get_template
     from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import (
-        DEFAULT_TEMPLATES,
-        load_tokenizer,
-        make_config,
-        model_classes,
-        read_config,
-        resolve_architecture,
-    )
+    from llava.model.builder import load_tokenizer, make_config, read_config
+    from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 
     values = read_config(path)
     if not os.path.isdir(path):
@@ -65,7 +59,7 @@ def read_source(path: str, template: str | None = None) -> Source:
     config = make_config(path, config_class, values)
     expected, tower = expected_weights(model_class, config)
     form = choose_format(path, config, tower)
-    template = template or getattr(config, "conversation_template", None) or DEFAULT_TEMPLATES[architecture]
+    template = template or getattr(config, "conversation_template", None) or LANGUAGE_MODELS[architecture].template
     get_template(template)
     config.conversation_template = template
     tokenizer = load_tokenizer(path)

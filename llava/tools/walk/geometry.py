@@ -106,7 +106,8 @@ def _stored_tower(checkpoint: str | None, tower: str) -> dict:
 
 def checkpoint_geometry(path: str, crop: int | None = None, patch: int | None = None, changes=None) -> Geometry:
     """What a checkpoint does; folder or hub id. `changes`: config values to use in place of its own."""
-    from llava.model.builder import make_config, model_classes, read_config, resolve_architecture
+    from llava.model.builder import make_config, read_config
+    from llava.model.families import model_classes, resolve_architecture
 
     values = read_config(path)
     _, config_class = model_classes(resolve_architecture(values, path))

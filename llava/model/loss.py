@@ -1,0 +1,83 @@
+"""The training loss of every model: the output layer runs where there is something to predict, and nowhere else.
+
+Shapes: B rows, L tokens, D channels, N of the tokens, V words of the vocabulary.
+"""
+
+import functools
+import inspect
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.constants import IGNORE_INDEX
+
+
+def output_logits(model, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """[N, D] -> [N, V]: the model's output layer and what its family does behind it, in the model's dtype.
+
+    That is a scale (Cohere's `logit_scale`, Granite's `logits_scaling`) and a soft cap (`final_logit_softcapping` of
+    Gemma), as the text config says. Not covered: families that give these names another meaning (HyperCLOVA X
+    multiplies by `logits_scaling`) or change the hidden states first (MiniCPM3).
+    """
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden_ND)
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (scale := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def supervised_loss(model, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross entropy of each token with a label, from the hidden state before it: summed in float32, over a count.
+
+    Args:
+        hidden_BLD: what the model's output layer is given.
+        labels_BL: IGNORE_INDEX where nothing is learned.
+        num_items_in_batch: the count; None: this batch's labels, so that the loss is their mean.
+
+    Returns:
+        A scalar; without any label it is 0, and gradients through it are 0.
+    """
+    targets = labels_BL[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    logits = output_logits(model, hidden_BLD[:, :-1][supervised]).float()
+    total = F.cross_entropy(logits, targets[supervised], reduction="sum")
+    count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+
+def supervised_training(*inputs: str):
+    """Class decorator for a vision-language model of transformers: in training it computes the loss alone.
+
+    In training mode with labels its forward returns `supervised_loss` of its `self.model`, without logits; else it is
+    the forward that the class has. `inputs` are named in its signature besides those the class names itself, since
+    `Trainer` and `generate` look there for what a model takes.
+    """
+
+    def decorate(model_class):
+        own_forward = model_class.forward
+        signature = inspect.signature(own_forward)
+        *named, rest = signature.parameters.values()  # the last one is **kwargs
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in inputs]
+
+        @functools.wraps(own_forward)
+        def forward(self, *args, **kwargs):
+            if not self.training:
+                return own_forward(self, *args, **kwargs)
+            given = dict(zip((parameter.name for parameter in named[1:]), args, strict=False)) | kwargs
+            labels, count = given.pop("labels", None), given.pop("num_items_in_batch", None)
+            if labels is None:
+                return own_forward(self, *args, **kwargs)
+            given.pop("logits_to_keep", None)
+            hidden = self.model(**given | {"use_cache": False})[0]
+            return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count))
+
+        forward.__signature__ = signature.replace(parameters=[*named, *more, rest])
+        model_class.forward = forward
+        return model_class
+
+    return decorate
