@@ -1,6 +1,5 @@
 """Records to Qwen2-VL's training samples: its chat template with labels, images with adaptive patches, batches."""
 
-import random
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from llava.data.preprocess import encode_spans
 from llava.data.records import Records
 from llava.data.turns import leading_system, place_image, read_turns
 from llava.errors import LlavaError
+from llava.model.adaptive_patches import PatchChoice
 from llava.text_encoding import text_encoder
 
 SYSTEM = "You are a helpful assistant."  # where a record has no system text of its own
@@ -73,21 +73,18 @@ def check_chat_template(processor, where: str) -> None:
 
 @dataclass(frozen=True)
 class AlphaRange:
-    """Alpha drawn evenly between two numbers, anew for every image and epoch.
-
-    From (seed, epoch, record, image) alone: the same on any number of processes and workers, and after a resumption.
-    """
+    """`PatchChoice.draw` between two numbers, with the run's seed."""
 
     low: float
     high: float
     seed: int = 0
 
     def draw(self, epoch: int, record: int, image: int) -> float:
-        return random.Random(f"{self.seed}/{epoch}/{record}/{image}").uniform(self.low, self.high)
+        return PatchChoice("budget", (self.low, self.high)).draw(self.seed, epoch, record, image)
 
     @property
     def middle(self) -> float:
-        return round((self.low + self.high) / 2, 6)
+        return PatchChoice("budget", (self.low, self.high)).middle
 
 
 class EpochSampler(Sampler):

@@ -12,34 +12,22 @@ import os
 import time
 
 from llava.data.records import read_file
-from llava.errors import LlavaError, report_errors
+from llava.errors import report_errors
 from llava.eval.exact_match import Answerer, evaluate, print_summary
 from llava.eval.questions import Question, read_questions
-
-METHODS = ("none", "v1", "v2", "budget")
+from llava.model.adaptive_patches import PatchChoice
 
 
 def parse_selection(text: str) -> dict:
-    """`none`, `v1`, `v2`, `v2:ALPHA` or `budget:ALPHA` as the image processor's arguments."""
-    method, _, number = text.partition(":")
-    try:
-        alpha = float(number) if number else 1.0
-    except ValueError:
-        alpha = -1.0
-    if (
-        method not in METHODS
-        or alpha < 0
-        or (number and method in ("none", "v1"))
-        or (method == "budget") > bool(number)
-    ):
-        raise LlavaError(f"selections: found {text!r}, expected none, v1, v2, v2:ALPHA or budget:ALPHA")
-    return {"patch_selection_method": None if method == "none" else method, "alpha": alpha}
+    """`PatchChoice.parse` as the image processor's arguments; those that it does not say stay the processor's own."""
+    choice = PatchChoice.parse(text)
+    alpha = None if choice is None else choice.alpha
+    return {"patch_selection_method": choice and choice.method, "alpha": 1.0 if alpha is None else alpha}
 
 
 def selection_name(images) -> str:
     """An image processor's own selection, as `parse_selection` reads it."""
-    method = images.patch_selection_method
-    return "none" if method is None else method if method == "v1" else f"{method}:{images.alpha:g}"
+    return str(images.adaptive_patches or "none")
 
 
 class Qwen2VLInference:

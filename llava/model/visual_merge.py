@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from llava.errors import LlavaError
 from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.adaptive_patches import PatchChoice
 
 VIDEO_POOL_STRIDE = 2  # LLaVA-NeXT pools video frames by two, whatever mm_spatial_pool_stride says
 NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
@@ -47,7 +48,7 @@ class MergeRules:
     @property
     def keeps_rows(self) -> bool:
         """Whether a newline ends each row of an image that has no crops; kept patches of many sizes form no rows."""
-        return self.native and self.unpad and self.adaptive_patches is None
+        return self.native and self.unpad and PatchChoice.from_mapping(self.adaptive_patches) is None
 
     @property
     def max_crops(self) -> int | None:

@@ -18,6 +18,7 @@ MODEL_KEYS = {
     "unfreeze_mm_vision_tower",
     "unfreeze_language_model",
     "delay_load",
+    "adaptive_patches",
 }
 DATA_KEYS = {
     "data_path",
@@ -102,6 +103,7 @@ def make_processor(path: str, data_args, training_args):
 
     The image processor, which is saved with the model, has the middle of such a range.
     """
+    from llava.config.checks import patch_names
     from llava.data.qwen2_vl import AlphaRange
     from llava.model.qwen2_vl.loading import load_processor
 
@@ -116,51 +118,14 @@ def make_processor(path: str, data_args, training_args):
             f"min_pixels and max_pixels: found {images.size['shortest_edge']} and {images.size['longest_edge']} (keys, "
             f"or the image processor of {path}), expected the first not above the second"
         )
-    for name in ("patch_selection_method", "patch_thresholds", "patch_importance"):
-        value = getattr(data_args, name)
-        if value is not None:
-            setattr(images, name, None if value == "all" else value)
-    alpha = check_alpha(data_args.patch_alpha, images.patch_selection_method)
-    if isinstance(alpha, list):
-        alpha = AlphaRange(*alpha, seed=training_args.seed)
-        images.alpha = alpha.middle
-    elif alpha is not None:
-        images.alpha, alpha = alpha, None
-    check_selection(images)
-    drawn = f", alpha {alpha.low} to {alpha.high} (saved: {images.alpha})" if alpha else f", alpha {images.alpha}"
-    method = images.patch_selection_method
-    rank0_print(f"patches: {'all' if method is None else method + (drawn if method != 'v1' else '')}")
-    return processor, alpha
-
-
-def check_alpha(alpha, method: str | None):
-    """`patch_alpha` as it is, or as a list of two for a range; refused where nothing uses it."""
-    if alpha is None:
-        return None
-    if method in (None, "v1"):
-        used = "with patch_selection_method budget or v2" if method is None else "by budget and v2"
-        raise LlavaError(f"patch_alpha: found {alpha} with patch_selection_method {method}, but it is used {used}")
-    if isinstance(alpha, list) and (len(alpha) != 2 or not 0 <= alpha[0] <= alpha[1]):
-        raise LlavaError(f"patch_alpha: found {alpha}, expected a number, or two from the lower to the higher one")
-    return alpha
-
-
-def check_selection(images) -> None:
-    """Let the selection itself refuse its settings, before training rather than at the first image."""
-    from llava.model.adaptive_patches import PatchTokenizer
-
-    if images.patch_selection_method is None:
-        return
-    PatchTokenizer(
-        3,
-        images.patch_size,
-        images.patch_thresholds,
-        mean=[0.0] * 3,
-        std=[1.0] * 3,
-        method=images.patch_importance,
-        patch_selection_method=images.patch_selection_method,
-        alpha=images.alpha,
-    )
+    if settings.source("adaptive_patches") == "default":
+        choice = images.adaptive_patches
+    else:
+        choice = images.completed(settings["adaptive_patches"] or {"method": "all"}, patch_names(settings))
+    images.adaptive_patches = choice
+    saved = f" (saved: {choice.middle})" if choice and choice.draws else ""
+    rank0_print(f"patches: {choice.description + saved if choice else 'all'}")
+    return processor, AlphaRange(*choice.alpha, seed=training_args.seed) if choice and choice.draws else None
 
 
 def make_data(processor, alpha, data_args, training_args) -> dict:
@@ -191,7 +156,7 @@ def make_data(processor, alpha, data_args, training_args) -> dict:
         pad_token_id=tokenizer.pad_token_id,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         patch_values=3 * images.temporal_patch_size * images.patch_size**2,
-        levels=images.patch_selection_method is not None,
+        levels=images.adaptive_patches is not None,
     )
     return {"train_dataset": dataset, "data_collator": collator}
 
