@@ -2,12 +2,13 @@
 
 import ast
 import re
-from types import SimpleNamespace
 from typing import Any
 
+from llava.config.keys import PATCH_KEYS
 from llava.config.schema import Key
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
+from llava.model.adaptive_patches.choice import MEMBERS, THRESHOLDS, PatchChoice
 
 
 def check_value(key: Key, value: Any, where: str) -> None:
@@ -21,8 +22,8 @@ def check_value(key: Key, value: Any, where: str) -> None:
         raise LlavaError(f"{where}: {key.name} is {value!r}, but {key.refuse[value]} is not available in this version")
     if key.name == "mm_tunable_parts" and value is not None:
         _check_parts(value, where)
-    if key.name == "adaptive_patches" and value is not None:
-        _check_adaptive_patches(value, where)
+    if key.name == "adaptive_patches":
+        PatchChoice.from_mapping(value, f"{where}: adaptive_patches")
     if key.name == "image_grid_pinpoints" and value is not None:
         _check_pinpoints(value, where)
 
@@ -33,15 +34,6 @@ def _check_parts(value: str, where: str) -> None:
             raise LlavaError(f"{where}: mm_tunable_parts names {part}, which is not available in this version")
         if part not in TUNABLE_PARTS:
             raise LlavaError(f"{where}: mm_tunable_parts names {part!r}, expected some of {', '.join(TUNABLE_PARTS)}")
-
-
-def _check_adaptive_patches(value: dict, where: str) -> None:
-    from llava.model.multimodal_encoder.patch_choice import read_options  # torch comes with it: only where it is used
-
-    try:
-        read_options(value)
-    except LlavaError as error:
-        raise LlavaError(f"{where}: {error}") from None
 
 
 def _check_pinpoints(value: str | list, where: str) -> None:
@@ -74,11 +66,7 @@ def check_run(run) -> None:
     factor, kind = run["rope_scaling_factor"], run["rope_scaling_type"]
     if (factor is None) != (kind is None):
         raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, found one of them")
-    if run["adaptive_patches"] is not None:
-        from llava.model.multimodal_encoder.patch_choice import check_combination
-
-        names = ("adaptive_patches", "image_aspect_ratio", "mm_projector_type", "mm_vision_tower_type")
-        check_combination(SimpleNamespace(**{name: run[name] for name in (*names, "use_token_compression")}))
+    _check_patches(run)
     stride = run["mm_spatial_pool_stride"]
     # a LLaVA-NeXT checkpoint may carry any value: it had no effect there either
     if stride not in (None, 2) and run.source("mm_spatial_pool_stride") != "checkpoint config":
@@ -88,3 +76,20 @@ def check_run(run) -> None:
         )
     if run["label_smoothing_factor"]:
         raise LlavaError("label_smoothing_factor is set: the loss of supervised tokens has no smoothing, expected 0")
+
+
+def _check_patches(run) -> None:
+    """The choice of patches from all layers together, and what it does not go together with."""
+    members = run["adaptive_patches"]
+    if any(run[name] is not None for name in PATCH_KEYS):  # the model's own image processor has the others
+        own = {"method": "v1" if "thresholds" in members else "v2", "importance": "entropy"}
+        PatchChoice.completed(members, own | {"alpha": 1.0, "thresholds": THRESHOLDS}, patch_names(run))
+        return
+    PatchChoice.from_mapping(members, f"{run.source('adaptive_patches')}: adaptive_patches")
+
+
+def patch_names(run) -> dict[str, str]:
+    """What messages call the members of `adaptive_patches`: as the run gives them, with where it does."""
+    if all(run[name] is None for name in PATCH_KEYS):
+        return {member: f"{run.source('adaptive_patches')}: adaptive_patches: {member}" for member in MEMBERS}
+    return {m: name if run[name] is None else f"{run.source(name)}: {name}" for name, m in PATCH_KEYS.items()}

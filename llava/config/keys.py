@@ -104,8 +104,9 @@ class ModelKeys(KeyGroup):
     )
     adaptive_patches: dict[str, Any] | None = key(
         None,
-        "large patches where an image holds little (hevc_vit_packing): {method: budget, alpha: 0.3}; method v1, v2 or "
-        "budget, alpha a number or [lowest, highest] to draw from in training; also thresholds, importance, num_scales",
+        "large patches where an image holds little (hevc_vit_packing, Qwen2-VL): {method: budget, alpha: 0.3}; method "
+        "v1, v2, budget or all, alpha a number or [lowest, highest] to draw from in training; also thresholds, "
+        "importance, num_scales",
         tower_part=True,
         checkpoint=True,
     )
@@ -195,16 +196,14 @@ class DataKeys(KeyGroup):
     image_crop_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
     image_split_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
     patch_selection_method: Literal["all", "v1", "v2", "budget"] | None = key(
-        None, "Qwen2-VL: which patches are kept; not given: as the model's image processor says, all in a stock one"
-    )
-    patch_alpha: float | list[float] | None = key(
         None,
-        "Qwen2-VL: share of the patches that is kept (budget), or the threshold's factor (v2); two numbers: drawn anew "
-        "between them for every image",
+        "Qwen2-VL: published name of adaptive_patches' method; what these four leave out is as in the model's image "
+        "processor; all: every patch is kept",
     )
-    patch_thresholds: list[float] | None = key(None, "Qwen2-VL: v1's thresholds for patches of 28 and 56 pixels")
+    patch_alpha: float | list[float] | None = key(None, "Qwen2-VL: published name of adaptive_patches' alpha")
+    patch_thresholds: list[float] | None = key(None, "Qwen2-VL: published name of adaptive_patches' thresholds")
     patch_importance: Literal["entropy", "laplacian", "reconstruction"] | None = key(
-        None, "Qwen2-VL: what a patch is measured by; not given: as the model's image processor says, else entropy"
+        None, "Qwen2-VL: published name of adaptive_patches' importance"
     )
     video_fps: int = key(1, "frames taken per second of video")
     frames_upbound: int = key(0, "most frames taken from one video; 0: no limit")
@@ -260,3 +259,11 @@ class TrainKeys(KeyGroup):
 
 
 GROUPS: dict[str, type[KeyGroup]] = {"model": ModelKeys, "data": DataKeys, "train": TrainKeys}
+
+# published name -> member of adaptive_patches, with which it is one setting
+PATCH_KEYS = {
+    "patch_selection_method": "method",
+    "patch_alpha": "alpha",
+    "patch_thresholds": "thresholds",
+    "patch_importance": "importance",
+}

@@ -12,6 +12,7 @@ from typing import Any
 from llava.config.checks import check_run, check_value
 from llava.config.commandline import WHERE, CommandLine, parse_command_line
 from llava.config.files import find_file, read_yaml
+from llava.config.keys import PATCH_KEYS
 from llava.config.old_names import OLD_NAMES, translate
 from llava.config.schema import all_keys, convert, find_key, own_keys
 from llava.errors import LlavaError
@@ -76,8 +77,30 @@ def resolve(argv: list[str]) -> Run:
         for name, value in values.items():
             check_value(all_keys()[name], value, source)
             run.settings[name] = Setting(value, source)
+    _merge_patch_keys(run, layers)
     check_run(run)
     return run
+
+
+def _merge_patch_keys(run: Run, layers: list[tuple[str, dict]]) -> None:
+    """Put the published keys of adaptive patches into `adaptive_patches`, by precedence.
+
+    A mapping in one layer and single keys in a higher one make one mapping. Where there is no mapping, the keys keep
+    their values too, since what they leave out is for the model's own image processor to say.
+    """
+    members, whole = {}, False
+    for source, values in reversed(layers):
+        given = {name: values[name] for name in PATCH_KEYS if name in values}
+        if "adaptive_patches" in values:
+            if any(value is not None for value in given.values()):
+                raise LlavaError(f"{source}: adaptive_patches and {', '.join(given)} are both given, expected one form")
+            members, whole = dict(values["adaptive_patches"] or {"method": "all"}), True
+        elif given:
+            members |= {PATCH_KEYS[name]: value for name, value in given.items()}
+            members = {member: value for member, value in members.items() if value is not None}
+            run.settings["adaptive_patches"] = Setting(members or None, source if members else DEFAULT)
+    if whole:
+        run.settings |= {name: Setting(None, DEFAULT) for name in PATCH_KEYS}
 
 
 def _read_train_yaml(config: str, notices: list[str]) -> tuple[dict[str, Any], str | None]:

@@ -1,6 +1,7 @@
 """LLaVA: a vision tower and a projector in front of a language model, images merged into the text by the model."""
 
 from functools import lru_cache
+from types import SimpleNamespace
 
 from llava.errors import LlavaError
 from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype
@@ -33,11 +34,13 @@ class Llava(Family):
 
     def check(self, run) -> None:
         from llava.conversation import get_template
+        from llava.model.vision_settings import check_combination
         from llava.model.visual_merge import check_merge_options
 
         super().check(run)
         get_template(run["version"])
         check_merge_options(run["mm_patch_merge_type"], run["image_aspect_ratio"])
+        check_combination(SimpleNamespace(**{name: run[name] for name in run.settings}))
 
     # --- models ---
 
@@ -56,11 +59,13 @@ class Llava(Family):
     def prepare(self, model_args, data_args, training_args):
         from llava.data.dataset import SampleArgs
         from llava.data.preprocess import resolve_supervise
+        from llava.model.adaptive_patches import PatchChoice
         from llava.model.visual_merge import native_resolution
 
         supervise = resolve_supervise(model_args.version, data_args.supervise)
         model, tokenizer = load_model(model_args, data_args, training_args)
         tower, limit = model.get_vision_tower(), training_args.model_max_length
+        choice = PatchChoice.from_mapping(model_args.adaptive_patches)
         args = SampleArgs.from_args(
             data_args,
             native_resolution=None if tower is None else native_resolution(model.config),
@@ -68,6 +73,7 @@ class Llava(Family):
             supervise=supervise,
             mm_use_im_start_end=model_args.mm_use_im_start_end,
             model_max_length=limit,
+            patch_choice=choice if choice and choice.draws else None,
             seed=training_args.seed,
         )
         loaded = Loaded(model, tokenizer, tokenizer, tower and tower.image_processor, limit, model_args.version)
@@ -242,8 +248,7 @@ class Llava(Family):
     def patch_choice(self, loaded):
         from llava.model.adaptive_patches import PatchChoice
 
-        mapping = getattr(loaded.model.config, "adaptive_patches", None)
-        return mapping and PatchChoice.from_mapping(mapping)
+        return PatchChoice.from_mapping(getattr(loaded.model.config, "adaptive_patches", None))
 
     # --- hooks of the trainer ---
 

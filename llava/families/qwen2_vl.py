@@ -165,12 +165,20 @@ class Qwen2VL(Family):
                 f"min_pixels and max_pixels: found {images.size['shortest_edge']} and {images.size['longest_edge']} "
                 f"(keys, or the image processor of {path}), expected the first not above the second"
             )
-        return processor, self.set_run_choice(images, data_args, training_args.seed)
+        return processor, self.set_run_choice(images, settings)
 
-    def set_run_choice(self, images, data_args, seed):
-        from llava.train.train_qwen2_vl import set_run_choice
+    def set_run_choice(self, images, settings):
+        """Let the image processor choose patches as the run's settings say; the choice, if alpha is drawn, else None."""
+        from llava.config.checks import patch_names
 
-        return set_run_choice(images, data_args, seed)
+        if settings.source("adaptive_patches") == "default":
+            choice = images.adaptive_patches
+        else:
+            choice = images.completed(settings["adaptive_patches"] or {"method": "all"}, patch_names(settings))
+        images.adaptive_patches = choice
+        saved = f" (saved: {choice.middle})" if choice and choice.draws else ""
+        rank0_print(f"patches: {choice.description + saved if choice else 'all'}")
+        return choice if choice and choice.draws else None
 
     def answer_states(self, inputs, counts, loaded):
         import torch
@@ -251,7 +259,7 @@ class Qwen2VL(Family):
 
         values = 3 * processor.temporal_patch_size * processor.patch_size**2
         image = {"pixel_values": torch.zeros(4, values), "image_grid_thw": torch.tensor([[1, 2, 2]])}
-        if getattr(processor, "patch_selection_method", None) is not None:
+        if getattr(processor, "adaptive_patches", None) is not None:
             image["image_patch_levels"] = torch.ones(4, dtype=torch.uint8)
         return image
 
@@ -368,6 +376,12 @@ class Qwen2VL(Family):
             return token_counts(inputs["image_patch_levels"], inputs["image_grid_thw"])
         sizes = [] if "image_grid_thw" not in inputs else inputs["image_grid_thw"].prod(1).tolist()
         return [(size, size // MERGE**2) for size in sizes]
+
+    def choose_patches(self, loaded, choice):
+        loaded.image_processor.adaptive_patches = choice
+
+    def patch_choice(self, loaded):
+        return loaded.image_processor.adaptive_patches
 
     # --- hooks of the trainer ---
 

@@ -92,11 +92,12 @@ class LlavaMetaForCausalLM:
         """How the tower chooses patches, None where it keeps all."""
         return self.get_vision_tower().patch_chooser
 
-    def encode_images(self, images):
+    def encode_images(self, images, patch_alphas=None):
         """Tower and projector, in any dtype.
 
         Args:
             images: [N, C, H, W]; or a list of [C, H, W], and of clips [T, C, H, W] where the tower sees time.
+            patch_alphas: one for each image, where the tower chooses patches; None: its own.
 
         Returns:
             [N, n, D]; or a list of [n_i, D], a clip's frames one after the other; always a list with adaptive patches.
@@ -104,7 +105,9 @@ class LlavaMetaForCausalLM:
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
         if self._chooser() is not None:
-            return self._encode_chosen(images, kind)
+            return self._encode_chosen(images, kind, patch_alphas)
+        if patch_alphas is not None:
+            raise LlavaError(f"patch_alphas: found {len(patch_alphas)}, expected none: the tower keeps all patches")
         if isinstance(images, torch.Tensor):
             features = tower(images).to(self.dtype)
             grid = {"grid": tower.token_grid(*images.shape[-2:])[1]} if kind in MERGERS else {}
@@ -119,10 +122,10 @@ class LlavaMetaForCausalLM:
         count_of = self._projected_grid()
         return list(packed.split([count_of(*i.shape[-2:])[0] * n for i, n in zip(images, frames, strict=True)]))
 
-    def _encode_chosen(self, images, kind):
+    def _encode_chosen(self, images, kind, patch_alphas):
         """`encode_images` on the patches that the tower keeps; tower and projector are called once whatever comes."""
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
-        chosen = tower.choose_patches(images)
+        chosen = tower.choose_patches(images, patch_alphas)
         packed = tower(images, packed=True, chosen=chosen).to(self.dtype)
         if kind not in MERGERS:
             return list(projector(packed).split(chosen.lengths))
@@ -132,15 +135,15 @@ class LlavaMetaForCausalLM:
         order, tokens = chosen.merged()
         return list(projector(packed, order=order).split(tokens))
 
-    def _visual_tokens(self, images, modalities, image_sizes):
+    def _visual_tokens(self, images, modalities, image_sizes, patch_alphas=None):
         """The visual tokens of each image: list of [N_i, D], in order."""
         if isinstance(images, torch.Tensor) and images.ndim == 4:  # a plain batch skips merging
-            return list(self.encode_images(images))
+            return list(self.encode_images(images, patch_alphas))
         model, rules = self.get_model(), MergeRules.from_config(self.config)
         # fetched on every rank, whatever the batch holds: under ZeRO-3 this is a collective
         newline = model.image_newline if rules.unpad else None
         crops = [image if image.ndim == 4 else image[None] for image in images]
-        features = self._encode_crops(crops, modalities)
+        features = self._encode_crops(crops, modalities, patch_alphas)
         grid_of = self._projected_grid()
         merged = []
         for i, (feature, crop) in enumerate(zip(features, crops, strict=True)):
@@ -151,17 +154,17 @@ class LlavaMetaForCausalLM:
             merged[0] = merged[0] + newline * 0.0  # it has a gradient on every rank, whatever this batch merged
         return merged
 
-    def _encode_crops(self, crops, modalities):
+    def _encode_crops(self, crops, modalities, patch_alphas):
         """[K_i, C, H_i, W_i] of every image, its crops or frames -> its features [K_i, n_i, D], all in one call."""
         whole = [self.get_vision_tower().sees_time and kind == "video" for kind in modalities]
         chooses = self._chooser() is not None
         if chooses and any(len(c) > 1 and not clip for c, clip in zip(crops, whole, strict=True)):
             raise LlavaError(f"adaptive_patches: found an image of {max(map(len, crops))} crops, expected one")
         if not chooses and not any(whole) and len({c.shape[1:] for c in crops}) == 1:
-            return self.encode_images(torch.cat(crops)).split([len(c) for c in crops])
+            return self.encode_images(torch.cat(crops), patch_alphas).split([len(c) for c in crops])
         units = [part for c, clip in zip(crops, whole, strict=True) for part in ([c] if clip else c)]
         counts = [1 if clip else len(c) for c, clip in zip(crops, whole, strict=True)]
-        flat, at, features = self.encode_images(units), 0, []
+        flat, at, features = self.encode_images(units, patch_alphas), 0, []
         for c, count in zip(crops, counts, strict=True):
             features.append(torch.cat(flat[at : at + count]).unflatten(0, (len(c), -1)))
             at += count
@@ -189,6 +192,7 @@ class LlavaMetaForCausalLM:
         images,
         modalities=("image",),
         image_sizes=None,
+        patch_alphas=None,
     ):
         """Replace every image token by the visual tokens of its image.
 
@@ -203,6 +207,7 @@ class LlavaMetaForCausalLM:
                 tokens may bring one dummy image, of modality "text" or one per such row.
             modalities: "image", "video" or "text" per image; missing ones count as "image".
             image_sizes: (width, height) of each original image.
+            patch_alphas: a float for each image, where the tower chooses patches; None: its own alpha for all.
 
         Returns:
             (None, position_ids [B, S], attention_mask [B, S], past_key_values, inputs_embeds [B, S, D], labels [B, S]);
@@ -215,7 +220,7 @@ class LlavaMetaForCausalLM:
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         side = getattr(self.config, "tokenizer_padding_side", "right")
-        merged = self._merge(input_ids, attention_mask, labels, images, modalities, image_sizes, side)
+        merged = self._merge(input_ids, attention_mask, labels, images, modalities, image_sizes, side, patch_alphas)
         embeds, new_labels, mask, positions = merged
         return (
             None,
@@ -226,15 +231,17 @@ class LlavaMetaForCausalLM:
             None if labels is None else new_labels,
         )
 
-    def _merge(self, input_ids, attention_mask, labels, images, modalities, image_sizes, padding_side):
+    def _merge(
+        self, input_ids, attention_mask, labels, images, modalities, image_sizes, padding_side, patch_alphas=None
+    ):
         """(inputs_embeds [B, S, D], labels [B, S], attention_mask bool [B, S], position_ids [B, S])."""
         device = input_ids.device
         input_ids = input_ids.cpu()
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-        images, modalities, image_sizes = match_images(input_ids, keep, images, modalities, image_sizes)
+        images, *of_images = match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas)
         visual, anchor = [], None
         if len(images):
-            visual = self._visual_tokens(images, modalities, image_sizes)
+            visual = self._visual_tokens(images, *of_images)
         elif self.training and torch.distributed.is_initialized():
             anchor = self._anchor(device)
         plan = plan_merge(
@@ -269,6 +276,7 @@ class LlavaMetaForCausalLM:
         images=None,
         image_sizes=None,
         modalities=("image",),
+        patch_alphas=None,
         logits_to_keep=0,  # named here, since `generate` looks for it: a prefill needs the last position alone
         **kwargs,
     ):
@@ -283,7 +291,15 @@ class LlavaMetaForCausalLM:
         if inputs_embeds is None and images is not None:
             _, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities, image_sizes
+                    input_ids,
+                    position_ids,
+                    attention_mask,
+                    past_key_values,
+                    labels,
+                    images,
+                    modalities,
+                    image_sizes,
+                    patch_alphas,
                 )
             )
             if inputs_embeds is not None:

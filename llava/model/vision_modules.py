@@ -5,11 +5,12 @@ import os
 import torch
 import torch.nn as nn
 
+from llava.model.adaptive_patches import PatchChoice
 from llava.model.checkpoint import load_adapter
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.patch_choice import check_combination
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.vision_settings import check_combination
 from llava.model.visual_merge import MergeRules
 from llava.utils import rank0_print
 
@@ -84,7 +85,8 @@ class LlavaMetaModel:
             if getattr(model_args, key, None) is not None:
                 setattr(config, key, getattr(model_args, key))
         if hasattr(model_args, "adaptive_patches"):  # nothing is a value of its own: all patches are kept
-            config.adaptive_patches = model_args.adaptive_patches
+            given = model_args.adaptive_patches
+            config.adaptive_patches = given if PatchChoice.from_mapping(given) else None
         config.use_mm_proj = True
         changed = {key for key in VISION_KEYS if (getattr(config, key, None) or None) != before[key]}
         if same_folder(config.mm_vision_tower, before["mm_vision_tower"]):

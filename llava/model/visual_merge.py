@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from llava.errors import LlavaError
 from llava.images.geometry import NativeResolution, get_anyres_image_grid_shape
 from llava.images.processing import PixelOptions
+from llava.model.adaptive_patches import PatchChoice
 from llava.model.multimodal_projector.builder import MERGERS
 
 VIDEO_POOL_STRIDE = 2  # LLaVA-NeXT pools video frames by two, whatever mm_spatial_pool_stride says
@@ -49,7 +50,7 @@ class MergeRules:
     @property
     def keeps_rows(self) -> bool:
         """Whether a newline ends each row of an image that has no crops; kept patches of many sizes form no rows."""
-        return self.native and self.unpad and self.adaptive_patches is None
+        return self.native and self.unpad and PatchChoice.from_mapping(self.adaptive_patches) is None
 
     @property
     def max_crops(self) -> int | None:

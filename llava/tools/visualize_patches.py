@@ -17,11 +17,16 @@ import sys
 from pathlib import Path
 
 from llava.errors import LlavaError, report_errors
+from llava.model.adaptive_patches.choice import IMPORTANCES, METHODS, NUM_SCALES, PatchChoice
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-IMPORTANCES = ("entropy", "laplacian", "reconstruction")
-SELECTIONS = ("v1", "v2", "budget")
-ENTROPY_THRESHOLDS = (3.0, 2.0)  # published, for 28 and 56 pixels
+OPTIONS = {  # member of a `PatchChoice` -> the option that gives it
+    "method": "--patch-selection-method",
+    "alpha": "--alpha",
+    "thresholds": "--thresholds",
+    "importance": "--importance",
+    "num_scales": "--num-scales",
+}
 
 
 def find_pictures(path: str, output_dir: str) -> dict[str, Path]:
@@ -48,25 +53,9 @@ def make_tokenizer(args):
     """The `PatchTokenizer` that the options ask for, of pixels as 0..1."""
     from llava.model.adaptive_patches import PatchTokenizer
 
-    thresholds = args.thresholds
-    if args.patch_selection_method == "v1" and thresholds is None:
-        if args.importance != "entropy" or args.num_scales > len(ENTROPY_THRESHOLDS) + 1:
-            raise LlavaError(
-                f"--thresholds: missing; those known, {ENTROPY_THRESHOLDS}, are of entropy in bits and 3 scales"
-            )
-        thresholds = ENTROPY_THRESHOLDS[: args.num_scales - 1]
-    if args.patch_selection_method != "v1" and args.alpha is None:
-        raise LlavaError(f"--alpha: missing, which {args.patch_selection_method} needs")
-    return PatchTokenizer(
-        args.num_scales,
-        args.patch_size,
-        thresholds,
-        (0, 0, 0),
-        (1, 1, 1),
-        method=args.importance,
-        patch_selection_method=args.patch_selection_method,
-        alpha=1.0 if args.alpha is None else args.alpha,
-    )
+    given = args.patch_selection_method, args.alpha, args.thresholds, args.importance
+    choice = PatchChoice.from_published(*given, num_scales=args.num_scales, names=OPTIONS)
+    return PatchTokenizer.from_choice(choice, args.patch_size, (0, 0, 0), (1, 1, 1))
 
 
 def resized(image, patch_size: int, min_pixels: int, max_pixels: int):
@@ -82,17 +71,17 @@ def resized(image, patch_size: int, min_pixels: int, max_pixels: int):
 
 
 def select(tokenizer, image):
-    """(importance maps, masks, labels) of one picture, without the batch."""
+    """(importance maps, masks, levels) of one picture, without the batch."""
     import numpy as np
     import torch
 
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     maps = tokenizer.compute_importance_maps(pixels)
-    masks, labels, _ = tokenizer.construct_masks(maps)
-    return *({size: values[0] for size, values in part.items()} for part in (maps, masks)), labels[0]
+    masks, levels, _ = tokenizer.construct_masks(maps)
+    return *({size: values[0] for size, values in part.items()} for part in (maps, masks)), levels[0]
 
 
-def draw(image, maps, labels, found: dict, importance: str) -> dict:
+def draw(image, maps, levels, found: dict, importance: str) -> dict:
     """The three panels by the ending of their file's name; `found` is what `figures` tells."""
     from llava.model.adaptive_patches.importance import OUTSIDE
     from llava.tools.patches.drawing import heat_panel, patch_panel, side_by_side, zoom_of
@@ -107,7 +96,7 @@ def draw(image, maps, labels, found: dict, importance: str) -> dict:
     zoom = zoom_of(*image.size)
     title = f"{found['tokens']:,} of {found['all_tokens']:,} tokens ({found['retention']:.1%})"
     counts = {int(size): count for size, count in found["counts"].items()}
-    patches = patch_panel(image, labels.numpy(), counts, zoom, title)
+    patches = patch_panel(image, levels.numpy(), counts, zoom, title)
     heat = heat_panel(values, size, highest, zoom, *image.size, f"{importance} of {size} px patches{unit}")
     return {"patches": patches, "importance": heat, "side_by_side": side_by_side(patches, heat)}
 
@@ -157,9 +146,9 @@ def visualize(name: str, file: Path, tokenizer, args) -> dict:
         image = resized(original, args.patch_size, args.min_pixels, args.max_pixels)
     except LlavaError as error:
         raise LlavaError(f"image {file}: {error}") from None
-    maps, masks, labels = select(tokenizer, image)
+    maps, masks, levels = select(tokenizer, image)
     found = figures(original, image, masks, tokenizer)
-    for ending, panel in draw(image, maps, labels, found, args.importance).items():
+    for ending, panel in draw(image, maps, levels, found, args.importance).items():
         panel.save(os.path.join(args.output_dir, f"{name}_{ending}.png"))
     return {"file": file.name, **found}
 
@@ -173,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--input-image", required=True, metavar="P", help=f"a picture, or a folder of {', '.join(ENDINGS)}")
     add("--output-dir", required=True, metavar="D", help="folder for the results, made where it is missing")
-    add("--patch-selection-method", choices=SELECTIONS, default="budget", help="default: budget")
+    add("--patch-selection-method", choices=METHODS, default="budget", help="default: budget")
     add("--alpha", type=float, help="budget: share of the tokens to keep; v2: threshold over the mean importance")
     add(
         "--thresholds",
@@ -184,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--importance", choices=IMPORTANCES, default="entropy", help="default: entropy")
     add("--patch-size", type=int, default=14, help="smallest patch in pixels (default: 14)")
-    add("--num-scales", type=int, default=3, help="how many sizes, each twice the one before (default: 3)")
+    add("--num-scales", type=int, default=NUM_SCALES, help="how many sizes, each twice the one before (default: 3)")
     add("--min-pixels", type=int, default=56 * 56, help="smaller pictures are enlarged (default: 3136, as Qwen2-VL)")
     add("--max-pixels", type=int, default=28 * 28 * 1280, help="larger ones reduced (default: 1003520, as Qwen2-VL)")
     return parser

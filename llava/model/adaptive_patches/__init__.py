@@ -1,23 +1,28 @@
-"""Content-adaptive patch sizes (APT, arXiv 2510.18091): large patches where a picture holds little, small elsewhere."""
+"""Content-adaptive patch sizes (APT, arXiv 2510.18091): large patches where a picture holds little, small elsewhere.
 
-from llava.model.adaptive_patches.importance import patch_entropy, patch_laplacian, patch_reconstruction_error
-from llava.model.adaptive_patches.layout import KeptPatches, kept_patches, pooled_patches
-from llava.model.adaptive_patches.selection import (
-    select_patches_by_budget,
-    select_patches_by_threshold,
-    select_patches_by_threshold_v2,
-)
-from llava.model.adaptive_patches.tokenizer import PatchTokenizer
+The names below are loaded when they are first used: all but `PatchChoice` need torch.
+"""
 
-__all__ = [
-    "KeptPatches",
-    "PatchTokenizer",
-    "kept_patches",
-    "patch_entropy",
-    "patch_laplacian",
-    "patch_reconstruction_error",
-    "pooled_patches",
-    "select_patches_by_budget",
-    "select_patches_by_threshold",
-    "select_patches_by_threshold_v2",
-]
+from importlib import import_module
+
+_HOMES = {
+    "KeptPatches": "layout",
+    "PatchChoice": "choice",
+    "PatchTokenizer": "tokenizer",
+    "kept_patches": "layout",
+    "patch_entropy": "importance",
+    "patch_laplacian": "importance",
+    "patch_reconstruction_error": "importance",
+    "pooled_patches": "layout",
+    "select_patches_by_budget": "selection",
+    "select_patches_by_threshold": "selection",
+    "select_patches_by_threshold_v2": "selection",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,35 +30,35 @@ class KeptPatches(NamedTuple):
         return torch.stack([self.rows + middle, self.cols + middle], 1)
 
 
-def kept_patches(labels, order: str = "raster") -> KeptPatches:
+def kept_patches(levels, order: str = "raster") -> KeptPatches:
     """Where the patches of a cover are.
 
     Args:
-        labels: [B, H1, W1], the level of the patch that covers a base cell, as the selections return it.
+        levels: [B, H1, W1], the level of the patch that covers a base cell, as the selections return it.
         order: "raster" (image, row, column), or "cells": image, then blocks of 2x2 base cells row by row, then row and
             column in the block. In the second, which is Qwen2-VL's, the four patches that its merger joins follow each
             other; a block is either four patches of level 1, or one of level 2, or (part of) one of a higher level.
 
     Raises:
-        LlavaError: labels of another shape, an unknown order.
+        LlavaError: levels of another shape, an unknown order.
     """
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 3 or labels.is_floating_point():
-        raise LlavaError("labels: expected a tensor of whole numbers [B, H1, W1]")
+    if not isinstance(levels, torch.Tensor) or levels.ndim != 3 or levels.is_floating_point():
+        raise LlavaError("levels: expected a tensor of whole numbers [B, H1, W1]")
     if order not in ("raster", "cells"):
         raise LlavaError(f"order: found {order!r}, expected raster or cells")
-    _, height, width = labels.shape
-    labels = labels.long()
-    side = 1 << (labels - 1).clamp(min=0)
-    rows, cols = (torch.arange(length, device=labels.device) for length in (height, width))
+    _, height, width = levels.shape
+    levels = levels.long()
+    side = 1 << (levels - 1).clamp(min=0)
+    rows, cols = (torch.arange(length, device=levels.device) for length in (height, width))
     # a patch lies at multiples of its own side, so that one of its cells, the first, has both there
-    first = (((rows[:, None] | cols) & (side - 1)) == 0) & (labels > 0)
+    first = (((rows[:, None] | cols) & (side - 1)) == 0) & (levels > 0)
     if order == "raster":
         image, row, col = first.nonzero().unbind(1)
     else:
         blocks = F.pad(first, (0, width % 2, 0, height % 2)).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
         image, block_row, block_col, row, col = blocks.transpose(2, 3).nonzero().unbind(1)
         row, col = 2 * block_row + row, 2 * block_col + col
-    return KeptPatches(image, labels[image, row, col], row, col)
+    return KeptPatches(image, levels[image, row, col], row, col)
 
 
 def pooled_patches(images, kept: KeptPatches, patch_size: int):

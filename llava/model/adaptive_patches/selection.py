@@ -1,10 +1,10 @@
 """Which patches are kept: a cover of the grid by patches of several sizes, chosen from importance maps.
 
 A level is a patch size: 1 the base patch, 2 twice, 3 four times its side, ... All three selections take `maps`
-{size in pixels: [B, h, w]} as `importance` makes them, and return `(masks, labels)`:
+{size in pixels: [B, h, w]} as `importance` makes them, and return `(masks, levels)`:
 
 - masks: {size: bool [B, h, w]}, True where a patch of this size is kept; together they cover every base cell once
-- labels: uint8 [B, H1, W1], the level of the patch that covers a base cell
+- levels: uint8 [B, H1, W1], the level of the patch that covers a base cell
 
 A patch of a higher level that does not fit (it reaches over the end of the grid, or has or holds importance `OUTSIDE`)
 is always split; what of its children lies outside the grid does not exist. A base cell is never split, and so it stays
@@ -17,6 +17,7 @@ import math
 import torch
 
 from llava.errors import LlavaError
+from llava.model.adaptive_patches.choice import check_thresholds
 from llava.model.adaptive_patches.importance import OUTSIDE
 
 UNITS = 1e9  # of the whole numbers that importances are compared in
@@ -30,15 +31,15 @@ def select_patches_by_threshold(maps, thresholds):
         thresholds: one for each size above the base, the smaller size first: [3.0, 2.0] is for 28 and 56 pixels.
 
     Returns:
-        (masks, labels).
+        (masks, levels).
 
     Raises:
         LlavaError: maps that do not fit together or hold NaN, another number of thresholds, a threshold of NaN.
     """
-    levels = _levels(maps)
-    thresholds = check_thresholds(thresholds, len(levels))
-    fits = _fits(levels)
-    split = [~fit | ~(level < limit) for level, fit, limit in zip(levels[1:], fits, thresholds, strict=True)]
+    scales = _scales(maps)
+    thresholds = check_thresholds(thresholds, len(scales))
+    fits = _fits(scales)
+    split = [~fit | ~(values < limit) for values, fit, limit in zip(scales[1:], fits, thresholds, strict=True)]
     return _cover(maps, split)
 
 
@@ -54,19 +55,19 @@ def select_patches_by_threshold_v2(maps, alpha):
         alpha: a number >= 0, or one for each image.
 
     Returns:
-        (masks, labels).
+        (masks, levels).
 
     Raises:
         LlavaError: maps that do not fit together or hold NaN, alpha below 0 or NaN.
     """
-    levels = _levels(maps)
-    alpha = levels[0].new_tensor(check_alpha(alpha, len(levels[0])), dtype=torch.float64)
-    inside = levels[-1] < OUTSIDE
-    total = (_whole(levels[-1]) * inside).sum((1, 2))
+    scales = _scales(maps)
+    alpha = scales[0].new_tensor(alphas_of(alpha, len(scales[0])), dtype=torch.float64)
+    inside = scales[-1] < OUTSIDE
+    total = (_whole(scales[-1]) * inside).sum((1, 2))
     count = inside.sum((1, 2))
     limit = alpha * (total.double() / count.clamp(min=1))
     limit = torch.where(count > 0, limit, -math.inf)[:, None, None]
-    split = [~fit | ~(_whole(level) < limit) for level, fit in zip(levels[1:], _fits(levels), strict=True)]
+    split = [~fit | ~(_whole(values) < limit) for values, fit in zip(scales[1:], _fits(scales), strict=True)]
     return _cover(maps, split)
 
 
@@ -85,30 +86,30 @@ def select_patches_by_budget(maps, alpha=None, budget=None):
         budget: the budget itself in tokens, a whole number or one for each image; more than H1 * W1 acts as that.
 
     Returns:
-        (masks, labels).
+        (masks, levels).
 
     Raises:
         LlavaError: both or neither of alpha and budget, one below 0 or NaN, maps that do not fit together or hold NaN.
     """
-    masks, labels, _ = budget_selection(maps, alpha, budget)
-    return masks, labels
+    masks, levels, _ = budget_selection(maps, alpha, budget)
+    return masks, levels
 
 
 def budget_selection(maps, alpha=None, budget=None):
     """As `select_patches_by_budget`, with the figures behind it.
 
     Returns:
-        (masks, labels, info): info holds tensors [B] on the CPU: base_tokens (of the cover to start from),
+        (masks, levels, info): info holds tensors [B] on the CPU: base_tokens (of the cover to start from),
         base_small_tokens (H1 * W1), budget, k (splits made), used_tokens, and alpha (where a budget was given, its
         share of the grid).
     """
-    levels = _levels(maps)
-    batch, height, width = levels[0].shape
+    scales = _scales(maps)
+    batch, height, width = scales[0].shape
     alphas, budgets = _budgets(alpha, budget, batch, height, width)
-    forced = [~fit for fit in _fits(levels)]
+    forced = [~fit for fit in _fits(scales)]
     base = token_counts(_cover(maps, forced)[0])
-    splits = ((levels[0].new_tensor(budgets, dtype=torch.int64) - base) // 3).clamp(min=0)
-    masks, labels = _cover(maps, _split_best(levels, forced, splits))
+    splits = ((scales[0].new_tensor(budgets, dtype=torch.int64) - base) // 3).clamp(min=0)
+    masks, levels = _cover(maps, _split_best(scales, forced, splits))
     info = {
         "base_tokens": base,
         "base_small_tokens": torch.full((batch,), height * width),
@@ -117,7 +118,7 @@ def budget_selection(maps, alpha=None, budget=None):
         "alpha": torch.tensor(alphas, dtype=torch.float64),
         "used_tokens": token_counts(masks),
     }
-    return masks, labels, {name: values.cpu() for name, values in info.items()}
+    return masks, levels, {name: values.cpu() for name, values in info.items()}
 
 
 def token_counts(masks):
@@ -125,21 +126,7 @@ def token_counts(masks):
     return sum(mask.sum((1, 2)) for mask in masks.values())
 
 
-def check_thresholds(thresholds, num_scales: int) -> list[float]:
-    """The thresholds as floats; `LlavaError` unless there is one, not NaN, for each level above the first."""
-    try:
-        values = [float(value) for value in thresholds]
-    except (TypeError, ValueError):
-        raise LlavaError(f"thresholds: found {thresholds!r}, expected a list of numbers") from None
-    if len(values) != num_scales - 1 or any(math.isnan(value) for value in values):
-        raise LlavaError(
-            f"thresholds: found {values}, expected {num_scales - 1} numbers for {num_scales} scales, one for each size "
-            "above the base"
-        )
-    return values
-
-
-def check_alpha(alpha, batch: int) -> list[float]:
+def alphas_of(alpha, batch: int) -> list[float]:
     """alpha of each image; `LlavaError` for one below 0, NaN or infinite, or another number of them."""
     values = _per_image("alpha", alpha, batch)
     if any(not 0 <= value < math.inf for value in values):
@@ -160,7 +147,7 @@ def _budgets(alpha, budget, batch: int, height: int, width: int) -> tuple[list[f
     if (alpha is None) == (budget is None):
         raise LlavaError(f"alpha, budget: found {alpha!r}, {budget!r}, expected one of the two")
     if alpha is not None:
-        alphas = check_alpha(alpha, batch)
+        alphas = alphas_of(alpha, batch)
         return alphas, [round(min(value, 1) * height * width) for value in alphas]
     budgets = _per_image("budget", budget, batch)
     if any(not 0 <= value < math.inf or int(value) != value for value in budgets):
@@ -169,8 +156,8 @@ def _budgets(alpha, budget, batch: int, height: int, width: int) -> tuple[list[f
     return [value / (height * width) for value in budgets], budgets
 
 
-def _levels(maps) -> list[torch.Tensor]:
-    """The maps by level, level 1 first, after a look at whether they fit together."""
+def _scales(maps) -> list[torch.Tensor]:
+    """The maps, of the base size first, after a look at whether they fit together."""
     if not isinstance(maps, dict) or not maps or any(getattr(values, "ndim", 0) != 3 for values in maps.values()):
         raise LlavaError("maps: expected {patch size in pixels: tensor [B, h, w]}")
     sizes = sorted(maps)
@@ -205,35 +192,35 @@ def _doubled(values, like):
     return values.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
 
 
-def _fits(levels) -> list[torch.Tensor]:
+def _fits(scales) -> list[torch.Tensor]:
     """For each level above the first, bool [B, h, w]: the patch lies in the grid, and the image reaches that far."""
-    fits, below = [], levels[0] < OUTSIDE
-    for level in levels[1:]:
-        below = _halved(below, torch.all, False) & (level < OUTSIDE)
+    fits, below = [], scales[0] < OUTSIDE
+    for values in scales[1:]:
+        below = _halved(below, torch.all, False) & (values < OUTSIDE)
         fits.append(below)
     return fits
 
 
 def _cover(maps, split):
-    """(masks, labels) of the cover in which exactly the patches of `split` (levels above the first) are split."""
+    """(masks, levels) of the cover in which exactly the patches of `split` (levels above the first) are split."""
     sizes = sorted(maps, reverse=True)
-    masks, labels = {}, None
+    masks, levels = {}, None
     for size, divided in zip(sizes, [*reversed(split), None], strict=True):
         level = len(sizes) - len(masks)
         grid = maps[size]
-        present = torch.ones_like(grid, dtype=torch.bool) if labels is None else _doubled(labels == 0, grid)
+        present = torch.ones_like(grid, dtype=torch.bool) if levels is None else _doubled(levels == 0, grid)
         kept = present if divided is None else present & ~divided
         # 0 where a smaller patch will be
-        labels = (kept * level).to(torch.uint8) if labels is None else _doubled(labels, grid) + (kept * level).byte()
+        levels = (kept * level).to(torch.uint8) if levels is None else _doubled(levels, grid) + (kept * level).byte()
         masks[size] = kept
-    return {size: masks[size] for size in reversed(sizes)}, labels
+    return {size: masks[size] for size in reversed(sizes)}, levels
 
 
-def _split_best(levels, forced, splits):
+def _split_best(scales, forced, splits):
     """`forced`, and besides it the `splits` [B] best of each image in the order of `select_patches_by_budget`."""
     last = torch.iinfo(torch.int64).min  # comes after all patches that can be chosen
-    height = len(levels)
-    sums, best, scores = _whole(levels[0]), None, []
+    height = len(scales)
+    sums, best, scores = _whole(scales[0]), None, []
     for level, must in enumerate(forced, start=2):
         sums = _halved(sums, torch.sum, 0)
         score = sums << 2 * (height - level)  # means, all times the cells of a patch of the highest level

@@ -3,31 +3,27 @@
 import torch
 
 from llava.errors import LlavaError
+from llava.model.adaptive_patches import choice
+from llava.model.adaptive_patches.choice import METHODS, PatchChoice, check_importance, check_thresholds, check_together
 from llava.model.adaptive_patches.importance import patch_entropy, patch_laplacian, patch_reconstruction_error
 from llava.model.adaptive_patches.layout import check_pixels, patch_grid, pooled
 from llava.model.adaptive_patches.selection import (
+    alphas_of,
     budget_selection,
-    check_alpha,
-    check_thresholds,
     select_patches_by_threshold,
     select_patches_by_threshold_v2,
     token_counts,
 )
 
-IMPORTANCES = {
-    "entropy": patch_entropy,
-    "laplacian": patch_laplacian,
-    "reconstruction": patch_reconstruction_error,
-    "upsample_mse": patch_reconstruction_error,  # its published name
-}
-SELECTIONS = ("v1", "v2", "budget")
+MEASURES = (patch_entropy, patch_laplacian, patch_reconstruction_error)
+IMPORTANCES = dict(zip(choice.IMPORTANCES, MEASURES, strict=True))
 
 
 class PatchTokenizer:
     """Importance, selection and patches of images with one set of choices.
 
         maps = tokenizer.compute_importance_maps(images)
-        masks, labels, tokens = tokenizer.construct_masks(maps)
+        masks, levels, tokens = tokenizer.construct_masks(maps)
         patches = tokenizer.construct_patch_groups(images, masks)
 
     Args:
@@ -36,16 +32,17 @@ class PatchTokenizer:
         thresholds: for v1, one for each size above the base, the smaller size first; [3.0, 2.0] is published for
             entropy. The other selections do not use them.
         mean, std: what the images were normalised with, one number a channel, of pixels as 0..1.
-        method: importance: entropy, laplacian, reconstruction (also called upsample_mse).
-        patch_selection_method: v1, v2 or budget.
+        method: the selection, v1 (the default), v2 or budget; or, as published, the importance.
+        patch_selection_method: the selection's published name.
         alpha: v2: threshold over the mean importance; budget: share of the base patches; v1 does not use it.
+        importance: entropy (the default), laplacian, reconstruction (also called upsample_mse).
 
     Raises:
-        LlavaError: values that cannot be. The reconstruction error of every base patch is 0, and a budget is spent by
-            that of base patches, so these two do not go together.
+        LlavaError: values that cannot be or that contradict each other. The reconstruction error of every base patch is
+            0, and a budget is spent by that of base patches, so these two do not go together.
 
-    After `construct_masks` with budget, `last_budget_info` is what `budget_selection` tells: tensors [B] by the names
-    base_tokens, base_small_tokens, budget, k, alpha and used_tokens; None with the other selections.
+    After `construct_masks` with budget, `last_budget_info` holds the figures of `budget_selection`: tensors [B] by the
+    names base_tokens, base_small_tokens, budget, k, alpha and used_tokens; None with the other selections.
     """
 
     def __init__(
@@ -55,33 +52,48 @@ class PatchTokenizer:
         thresholds,
         mean,
         std,
-        method: str = "entropy",
-        patch_selection_method: str = "v1",
+        method: str | None = None,
+        patch_selection_method: str | None = None,
         alpha: float = 1.0,
+        importance: str | None = None,
     ):
         for name, value in {"num_scales": num_scales, "base_patch_size": base_patch_size}.items():
             if type(value) is not int or value < 1:
                 raise LlavaError(f"{name}: found {value!r}, expected a positive whole number")
-        if method not in IMPORTANCES:
-            raise LlavaError(f"method: found {method!r}, expected {', '.join(IMPORTANCES)}")
-        if patch_selection_method not in SELECTIONS:
-            raise LlavaError(
-                f"patch_selection_method: found {patch_selection_method!r}, expected {', '.join(SELECTIONS)}"
-            )
-        if patch_selection_method == "budget" and IMPORTANCES[method] is patch_reconstruction_error:
-            raise LlavaError(
-                f"method: found {method!r} with patch_selection_method budget, expected entropy or laplacian: the "
-                "reconstruction error of all base patches is 0"
-            )
-        if thresholds is not None or patch_selection_method == "v1":
+        measure = None if method is None or method in METHODS else check_importance(method, "method", also=METHODS)
+        if importance is not None:
+            importance = check_importance(importance)
+        selection = method if measure is None else None
+        self.importance = _either("method", measure, "importance", importance, default="entropy")
+        self.method = _either("method", selection, "patch_selection_method", patch_selection_method, default="v1")
+        self._check_method(self.method)
+        if thresholds is not None or self.method == "v1":
             thresholds = check_thresholds(thresholds, num_scales)
         self.num_scales, self.base_patch_size, self.thresholds = num_scales, base_patch_size, thresholds
         self.mean, self.std = _channels("mean", mean), _channels("std", std)
         if len(self.mean) != len(self.std) or 0 in self.std:
             raise LlavaError(f"mean, std: found {mean!r}, {std!r}, expected as many of each, and no std of 0")
-        self.method, self.patch_selection_method = method, patch_selection_method
-        self.alpha = check_alpha(alpha, 1)[0]
+        self.alpha = alphas_of(alpha, 1)[0]
         self.last_budget_info: dict[str, torch.Tensor] | None = None
+
+    @classmethod
+    def from_choice(cls, choice: PatchChoice, base_patch_size: int, mean, std) -> "PatchTokenizer":
+        """With the settings of a `PatchChoice`; of a range of alphas, the middle."""
+        return cls(
+            choice.num_scales,
+            base_patch_size,
+            choice.thresholds,
+            mean,
+            std,
+            method=choice.method,
+            alpha=1.0 if choice.middle is None else choice.middle,
+            importance=choice.importance,
+        )
+
+    def _check_method(self, method) -> None:
+        if method not in METHODS:
+            raise LlavaError(f"patch_selection_method: found {method!r}, expected {', '.join(METHODS)}")
+        check_together(method, self.importance)
 
     def compute_importance_maps(self, images) -> dict[int, torch.Tensor]:
         """{size: float64 [B, ceil(H/size), ceil(W/size)]} of images [B, C, H, W], normalised or uint8 pixels.
@@ -93,32 +105,35 @@ class PatchTokenizer:
             found = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
             raise LlavaError(f"images: found {found}, expected a tensor [B, {len(self.mean)}, H, W]")
         if images.dtype == torch.uint8:
-            return IMPORTANCES[self.method](images, self.base_patch_size, self.num_scales)
+            return IMPORTANCES[self.importance](images, self.base_patch_size, self.num_scales)
         mean, std = (images.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (self.mean, self.std))
         pixels = images.float().mul(std).add_(mean).mul_(255).round_().clamp_(0, 255)
-        return IMPORTANCES[self.method](pixels, self.base_patch_size, self.num_scales)
+        return IMPORTANCES[self.importance](pixels, self.base_patch_size, self.num_scales)
 
-    def construct_masks(self, maps, alpha=None):
+    def construct_masks(self, maps, alpha=None, patch_selection_method: str | None = None):
         """Select patches.
 
         Args:
             maps: as `compute_importance_maps` makes them.
             alpha: in place of the tokenizer's own: a number, or one for each image.
+            patch_selection_method: in place of the tokenizer's own.
 
         Returns:
-            masks {size: bool [B, h, w]}, labels uint8 [B, H1, W1], and a list with the tokens of each image.
+            masks {size: bool [B, h, w]}, levels uint8 [B, H1, W1], and a list with the tokens of each image.
         """
         if isinstance(maps, dict) and set(maps) != set(self._sizes()):
             raise LlavaError(f"maps: found sizes {sorted(maps)}, expected {self._sizes()}")
+        method = self.method if patch_selection_method is None else patch_selection_method
+        self._check_method(method)
         self.last_budget_info = None
         alpha = self.alpha if alpha is None else alpha
-        if self.patch_selection_method == "v1":
-            masks, labels = select_patches_by_threshold(maps, self.thresholds)
-        elif self.patch_selection_method == "v2":
-            masks, labels = select_patches_by_threshold_v2(maps, alpha)
+        if method == "v1":
+            masks, levels = select_patches_by_threshold(maps, self.thresholds)
+        elif method == "v2":
+            masks, levels = select_patches_by_threshold_v2(maps, alpha)
         else:
-            masks, labels, self.last_budget_info = budget_selection(maps, alpha)
-        return masks, labels, token_counts(masks).tolist()
+            masks, levels, self.last_budget_info = budget_selection(maps, alpha)
+        return masks, levels, token_counts(masks).tolist()
 
     def construct_patch_groups(self, images, masks) -> dict[int, torch.Tensor]:
         """Pixels of the kept patches, larger ones average-pooled to the base patch p.
@@ -146,6 +161,14 @@ class PatchTokenizer:
 
     def _sizes(self) -> list[int]:
         return [self.base_patch_size << level for level in range(self.num_scales)]
+
+
+def _either(name: str, value, other: str, other_value, default):
+    """The one of two that is given; `LlavaError` where they contradict each other."""
+    given = [x for x in (value, other_value) if x is not None]
+    if len(given) == 2 and value != other_value:
+        raise LlavaError(f"{name}, {other}: found {value!r} and {other_value!r}, expected one of them")
+    return given[0] if given else default
 
 
 def _channels(name: str, values) -> list[float]:

@@ -11,8 +11,9 @@ import torch
 import torch.nn as nn
 
 from llava.errors import LlavaError
+from llava.model.adaptive_patches import PatchChoice
+from llava.model.vision_settings import uses_compression
 
-from .builder import uses_compression
 from .token_compressor import TokenCompressor
 
 
@@ -155,8 +156,8 @@ class VisionTower(nn.Module, ABC):
             LlavaError: a tower that cannot, or options that cannot be.
         """
         self.patch_chooser = None
-        options = getattr(args, "adaptive_patches", None)
-        if options is None:
+        choice = PatchChoice.from_mapping(getattr(args, "adaptive_patches", None))
+        if choice is None:
             return
         if not self.takes_adaptive_patches:
             raise LlavaError(
@@ -167,7 +168,7 @@ class VisionTower(nn.Module, ABC):
             raise LlavaError("adaptive_patches: found use_token_compression, expected one of the two")
         from .patch_choice import PatchChooser
 
-        self.patch_chooser = PatchChooser.from_options(options, self.config.patch_size, self.image_processor)
+        self.patch_chooser = PatchChooser.for_processor(choice, self.config.patch_size, self.image_processor)
 
     # --- what a subclass provides ---
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from llava.errors import LlavaError
+from llava.model.vision_settings import COMPRESSED, uses_compression
+
+__all__ = ["COMPRESSED", "TOWERS", "TowerEntry", "build_vision_tower", "tower_type", "uses_compression"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,6 @@ TOWERS = {
     ),
     "clip_s2": TowerEntry("clip_encoder:CLIPVisionTowerS2"),
 }
-
-
-COMPRESSED = "+toconv"  # behind a registry id: the same as use_token_compression
-
-
-def uses_compression(cfg) -> bool:
-    """Whether a config or a run's arguments ask for a token compressor."""
-    named = (getattr(cfg, "mm_vision_tower_type", None) or "").endswith(COMPRESSED)
-    return named or bool(getattr(cfg, "use_token_compression", False))
 
 
 def _model_type(tower: str) -> str | None:

@@ -79,13 +79,17 @@ class HEVCViTPackingVisionTower(HFVisionTower):
     config_class, model_class, processor_class = LlavaViTPackingConfig, LlavaViTPackingModel, CLIPImageProcessorPil
     any_size = sees_time = takes_adaptive_patches = True
 
-    def choose_patches(self, images) -> ChosenPatches:
-        """The patches to keep of images as `forward` takes them; in training mode alpha may be drawn.
+    def choose_patches(self, images, alphas: list[float] | None = None) -> ChosenPatches:
+        """The patches to keep of images as `forward` takes them.
 
         A model calls it outside of `forward` and hands the choice in, since it needs the counts; it is made once.
 
+        Args:
+            images: as `forward`.
+            alphas: one for each image, as `PatchChoice.draw` gives them; None: the choice's own, of a range the middle.
+
         Raises:
-            LlavaError: sizes that are not multiples of the patch, or bfloat16 pixels.
+            LlavaError: sizes that are not multiples of the patch, bfloat16 pixels, or another number of alphas.
         """
         self.check_sizes(images)
         images = [image.to(self.device) for image in images]
@@ -94,7 +98,7 @@ class HEVCViTPackingVisionTower(HFVisionTower):
                 "adaptive_patches: found images in bfloat16, which does not tell neighbouring grey levels apart, "
                 "expected float32, as process_images makes them"
             )
-        return self.patch_chooser.choose(images, self.training)
+        return self.patch_chooser.choose(images, alphas)
 
     def forward(self, images, return_spatial_dims=False, packed=False, chosen: ChosenPatches | None = None):
         """As `VisionTower.forward`; with adaptive patches a list, or packed, and (h, w) is None for an image.

@@ -9,10 +9,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from llava.errors import LlavaError
-from llava.model.adaptive_patches import PatchTokenizer, kept_patches, pooled_patches
+from llava.model.adaptive_patches import PatchChoice, PatchTokenizer, kept_patches, pooled_patches
+from llava.model.adaptive_patches.choice import NUM_SCALES, PUBLISHED, THRESHOLDS
 from llava.model.qwen2_vl.layout import MERGE
-
-NUM_SCALES = 3
 
 
 class AdaptiveQwen2VLImageProcessorKwargs(Qwen2VLImageProcessorKwargs, total=False):
@@ -20,6 +19,7 @@ class AdaptiveQwen2VLImageProcessorKwargs(Qwen2VLImageProcessorKwargs, total=Fal
     alpha: float
     patch_thresholds: list[float]
     patch_importance: str
+    adaptive_patches: PatchChoice | dict | None
 
 
 class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
@@ -29,12 +29,13 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
     `image_grid_thw` stays the full grid, and `image_patch_levels` says what became of it: for every base patch, row by
     row and image by image, the level (1, 2, 3) of the patch that covers it. Method: APT (arXiv 2510.18091).
 
-    Args (also of a call; saved with the processor):
-        patch_selection_method: v1, v2 or budget (see `llava.model.adaptive_patches`); None, the default, keeps all
-            base patches, and everything is as in transformers.
-        alpha: budget: share of the base patches that are spent; v2: threshold over the mean importance.
-        patch_thresholds: v1: for 28 and 56 pixels.
-        patch_importance: entropy, laplacian or reconstruction.
+    Args (also of a call; saved with the processor under the published names):
+        adaptive_patches: a `PatchChoice`, or its mapping ({"method": "budget", "alpha": 0.3}); None, the default, keeps
+            all base patches, and everything is as in transformers. Of a range of alphas it has the middle.
+        patch_selection_method, alpha, patch_thresholds, patch_importance: its published names, member by member.
+
+    Raises:
+        LlavaError: a choice that cannot be, or arguments of both forms that contradict each other.
 
     With patches to select, `device="cuda"` in a call selects, pools and normalises there what the host has resized, and
     leaves `pixel_values` there; the selection is the same.
@@ -42,10 +43,34 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
 
     patch_selection_method = None
     alpha = 1.0
-    patch_thresholds = [3.0, 2.0]  # noqa: RUF012, as transformers' own defaults
+    patch_thresholds = list(THRESHOLDS)  # noqa: RUF012, as transformers' own defaults
     patch_importance = "entropy"
     valid_kwargs = AdaptiveQwen2VLImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw", "image_patch_levels"]  # noqa: RUF012
+
+    def __init__(self, **kwargs):
+        super().__init__(**_published(kwargs))
+
+    @classmethod
+    def from_dict(cls, image_processor_dict, **kwargs):
+        return super().from_dict(image_processor_dict, **_published(kwargs))  # what is given stands above the file
+
+    def preprocess(self, images, **kwargs) -> BatchFeature:
+        return super().preprocess(images, **_published(kwargs))
+
+    @property
+    def adaptive_patches(self) -> PatchChoice | None:
+        """What the four published attributes say together; set, it sets those that its method uses."""
+        return PatchChoice.from_published(**{name: getattr(self, name) for name in PUBLISHED.values()})
+
+    @adaptive_patches.setter
+    def adaptive_patches(self, choice) -> None:
+        for name, value in _published({"adaptive_patches": choice}).items():
+            setattr(self, name, value)
+
+    def completed(self, given: dict, names: dict[str, str]) -> PatchChoice | None:
+        """Some members of a choice, the others as here; `names` are what messages call them."""
+        return PatchChoice.completed(given, {member: getattr(self, name) for member, name in PUBLISHED.items()}, names)
 
     def to_dict(self) -> dict:
         """What is saved; it names transformers' class, which reads the same file and keeps all patches."""
@@ -86,29 +111,22 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
             temporal_patch_size=temporal_patch_size,
             merge_size=merge_size,
         )
-        if patch_selection_method is None:
+        choice = PatchChoice.from_published(patch_selection_method, alpha, patch_thresholds, patch_importance)
+        if choice is None:
             return super()._preprocess(images, return_tensors=return_tensors, **common, **kwargs)
         if merge_size != MERGE:
             raise LlavaError(f"merge_size: found {merge_size}, expected {MERGE} with adaptive patches")
-        selector = PatchTokenizer(
-            NUM_SCALES,
-            patch_size,
-            patch_thresholds,
-            mean=[0.0] * 3,  # it looks at pixels of 0..1
-            std=[1.0] * 3,
-            method=patch_importance,
-            patch_selection_method=patch_selection_method,
-            alpha=alpha,
-        )
-        rows, grids, levels = [], [], []
+        # it looks at pixels of 0..1
+        selector = PatchTokenizer.from_choice(choice, patch_size, mean=[0.0] * 3, std=[1.0] * 3)
+        rows, grids, maps = [], [], []
         for image in images:
             if do_resize:
                 image = self.resize(image, size=size, resample=resample, factor=patch_size * merge_size)
             image = np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32)
             pixels = torch.from_numpy(image)[None].contiguous().to(device)  # channel by channel, which is read faster
-            labels = select(pixels, selector, scale=1 / 255 if do_rescale else 1.0)
+            levels = select(pixels, selector, scale=1 / 255 if do_rescale else 1.0)
             # pooled before they are rescaled and normalised: both are then done for what is kept of the image alone
-            patches = pooled_patches(pixels, kept_patches(labels, order="cells"), patch_size)
+            patches = pooled_patches(pixels, kept_patches(levels, order="cells"), patch_size)
             if do_rescale:
                 patches = patches.double().mul_(rescale_factor).float()  # in float64, as transformers has it
             if do_normalize:
@@ -117,15 +135,30 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
             # a picture is a clip whose frames are alike
             clips = patches[:, :, None].expand(-1, -1, temporal_patch_size, -1, -1)
             rows.append(clips.reshape(len(patches), -1))
-            grids.append([1, *labels.shape[1:]])
-            levels.append(labels.flatten().cpu().numpy())
+            grids.append([1, *levels.shape[1:]])
+            maps.append(levels.flatten().cpu().numpy())
         rows = torch.cat(rows)
         data = {
             "pixel_values": rows if return_tensors == "pt" else rows.cpu().numpy(),
             "image_grid_thw": np.array(grids, dtype=np.int64),
-            "image_patch_levels": np.concatenate(levels),
+            "image_patch_levels": np.concatenate(maps),
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def _published(kwargs: dict) -> dict:
+    """Arguments with the published names in place of `adaptive_patches`."""
+    if "adaptive_patches" not in kwargs:
+        return kwargs
+    rest = {name: value for name, value in kwargs.items() if name != "adaptive_patches"}
+    choice = PatchChoice.from_mapping(kwargs["adaptive_patches"])
+    if choice is not None and choice.num_scales != NUM_SCALES:
+        raise LlavaError(f"adaptive_patches: num_scales: found {choice.num_scales}, expected {NUM_SCALES} (Qwen2-VL)")
+    said = {"patch_selection_method": None} if choice is None else choice.to_published()
+    for name, value in said.items():
+        if rest.get(name, value) != value:
+            raise LlavaError(f"adaptive_patches: found {value!r} and {name} {rest[name]!r}, expected one of the two")
+    return rest | said
 
 
 def select(pixels: torch.Tensor, selector: PatchTokenizer, scale: float) -> torch.Tensor:

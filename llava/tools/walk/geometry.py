@@ -126,8 +126,8 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
     from llava.images.geometry import parse_grid_pinpoints
     from llava.images.processing import processor_sides
     from llava.model.multimodal_encoder.builder import tower_type
-    from llava.model.multimodal_encoder.patch_choice import check_combination
     from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
+    from llava.model.vision_settings import check_combination
     from llava.model.visual_merge import MergeRules, native_resolution
 
     rules = MergeRules.from_config(cfg)
@@ -152,7 +152,7 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
         )
     chooser = tower.patch_chooser
     if chooser is not None:
-        parts.append(f"adaptive patches ({chooser})")
+        parts.append(f"adaptive patches ({chooser.choice.description})")
     parts.append(f"projector {projector}" + (", which merges four tokens to one" if projector in MERGERS else ""))
     return Geometry(
         source=source,

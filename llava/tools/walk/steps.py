@@ -112,7 +112,7 @@ def choice(pixels, geometry) -> tuple[torch.Tensor | None, int | None]:
     chooser = geometry.chooser
     if chooser is None:
         return None, None
-    levels = chooser.levels(pixels, chooser.alphas(1, training=False))
+    levels = chooser.levels(pixels)
     return levels[0], count_tokens(levels, geometry.token_grid.merges)
 
 

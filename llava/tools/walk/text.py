@@ -157,7 +157,7 @@ def token_steps(walk: Walk, geometry) -> list[tuple[str, str]]:
 
 def kept_sizes(walk: Walk, geometry) -> dict[int, int]:
     """{patch size in pixels: kept patches of it}, of a tower that chooses."""
-    levels = range(1, geometry.chooser.num_scales + 1)
+    levels = range(1, geometry.chooser.choice.num_scales + 1)
     return {geometry.patch << i - 1: int((walk.levels == i).sum()) >> 2 * (i - 1) for i in levels}
 
 

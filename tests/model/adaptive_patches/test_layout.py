@@ -99,7 +99,7 @@ def test_bad_arguments_are_refused():
     labels = torch.ones(1, 2, 2, dtype=torch.uint8)
     with pytest.raises(LlavaError, match="order: found 'rows', expected raster or cells"):
         kept_patches(labels, "rows")
-    with pytest.raises(LlavaError, match="labels: expected a tensor of whole numbers"):
+    with pytest.raises(LlavaError, match="levels: expected a tensor of whole numbers"):
         kept_patches(labels[0])
     with pytest.raises(LlavaError, match="images: found 28x30 pixels, expected multiples of the patch size 14"):
         pooled_patches(torch.zeros(1, 3, 28, 30), kept_patches(labels), 14)

@@ -1,0 +1,255 @@
+"""`PatchChoice`: which patches are kept, said once for configs, image processors, evaluation and pictures.
+
+Neither torch nor anything that needs it is imported here, so that a config can be checked and a `--help` printed.
+"""
+
+import contextlib
+import math
+import random
+from dataclasses import dataclass
+
+from llava.errors import LlavaError
+
+METHODS = ("v1", "v2", "budget")  # the selections of `selection.py`
+ALL = ("all", "none", None)  # in place of a method: no choice, every base patch is kept
+IMPORTANCES = ("entropy", "laplacian", "reconstruction")  # what a patch is measured by, see `importance.py`
+IMPORTANCE_ALIASES = {"upsample_mse": "reconstruction"}  # published
+NUM_SCALES = 3  # patch sizes, each twice the one before
+THRESHOLDS = (3.0, 2.0)  # v1's published ones: bits of entropy for two and four base patches a side
+MEMBERS = ("method", "alpha", "thresholds", "importance", "num_scales")
+PUBLISHED = {  # member -> its published argument name
+    "method": "patch_selection_method",
+    "alpha": "alpha",
+    "thresholds": "patch_thresholds",
+    "importance": "patch_importance",
+}
+
+
+@dataclass(frozen=True)
+class PatchChoice:
+    """A selection of patches with its settings. Where all patches are kept there is None in its place.
+
+    method: v1 (thresholds), v2 (a threshold relative to the image's mean) or budget (a share of the base patches).
+    alpha: budget: share of the base patches; v2: the threshold over the mean. A pair (lowest, highest): each image of a
+        training draws its own, evaluation and saved folders have the middle. None with v1.
+    importance: entropy, laplacian or reconstruction (also called upsample_mse).
+    thresholds: v1: one for each size above the base, the smaller size first; known for entropy and up to three sizes.
+    num_scales: patch sizes, each twice the one before.
+
+    Raises:
+        LlavaError: "MEMBER: ..." for a value that cannot be, one that is missing, or one that the method does not use.
+    """
+
+    method: str
+    alpha: float | tuple[float, float] | None = None
+    importance: str = "entropy"
+    thresholds: tuple[float, ...] | None = None
+    num_scales: int = NUM_SCALES
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise LlavaError(f"method: found {self.method!r}, expected one of {', '.join(METHODS)}, or all")
+        importance = check_importance(self.importance)
+        used, unused = ("thresholds", "alpha") if self.method == "v1" else ("alpha", "thresholds")
+        if (found := getattr(self, unused)) is not None:
+            users = "budget and v2" if unused == "alpha" else "v1"
+            raise LlavaError(f"{unused}: has no part in method {self.method}, it is used by {users}; found {found!r}")
+        if type(self.num_scales) is not int or not 1 <= self.num_scales <= 8:
+            raise LlavaError(f"num_scales: found {self.num_scales!r}, expected a whole number from 1 to 8")
+        value = getattr(self, used)
+        if value is None and used == "thresholds" and importance == "entropy" and self.num_scales <= NUM_SCALES:
+            value = THRESHOLDS[: self.num_scales - 1]
+        if value is None:
+            raise LlavaError(f"{used}: missing, which {self.method} needs")
+        value = check_alpha(value) if used == "alpha" else tuple(check_thresholds(value, self.num_scales))
+        check_together(self.method, importance)
+        object.__setattr__(self, "importance", importance)
+        object.__setattr__(self, used, value)
+
+    # --- from and to other forms ---
+
+    @classmethod
+    def from_mapping(cls, mapping, where: str = "adaptive_patches") -> "PatchChoice | None":
+        """From `adaptive_patches` of a config; None, or a method of all or none, keeps all patches.
+
+        Raises:
+            LlavaError: "WHERE: ...", as the class and for an unknown member.
+        """
+        if mapping is None or isinstance(mapping, PatchChoice):
+            return mapping
+        if not isinstance(mapping, dict):
+            raise LlavaError(f"{where}: found {mapping!r}, expected a mapping such as {{method: budget, alpha: 0.3}}")
+        unknown = [member for member in mapping if member not in MEMBERS]
+        if unknown:
+            raise LlavaError(f"{where}: found {', '.join(map(repr, unknown))}, expected some of {', '.join(MEMBERS)}")
+        if mapping.get("method") is None:
+            raise LlavaError(f"{where}: method: found None, expected one of {', '.join(METHODS)}, or all")
+        return cls._named(mapping, {member: f"{where}: {member}" for member in MEMBERS})
+
+    @classmethod
+    def completed(cls, given: dict, own: dict, names: dict[str, str]) -> "PatchChoice | None":
+        """Some members of a choice, the others as a model's image processor has them.
+
+        Args:
+            given: members by name.
+            own: method, alpha, thresholds and importance; those that the method does not use do not count.
+            names: what a member is called in messages.
+        """
+        method = given.get("method", own["method"])
+        used = () if method in ALL else ("importance", "thresholds" if method == "v1" else "alpha")
+        return cls._named({"method": method, **{member: own[member] for member in used}, **given}, names)
+
+    @classmethod
+    def from_published(
+        cls,
+        patch_selection_method=None,
+        alpha=1.0,
+        patch_thresholds=None,
+        patch_importance="entropy",
+        *,
+        num_scales: int = NUM_SCALES,
+        names: dict[str, str] = PUBLISHED,
+    ) -> "PatchChoice | None":
+        """From the published arguments; those that the method does not use are checked and left out."""
+        if patch_selection_method in ALL:
+            return None
+        with _naming(names):
+            values = {
+                "alpha": None if alpha is None else check_alpha(alpha),
+                "thresholds": None if patch_thresholds is None else check_thresholds(patch_thresholds, num_scales),
+            }
+        used = "thresholds" if patch_selection_method == "v1" else "alpha"
+        members = {"method": patch_selection_method, "importance": patch_importance, "num_scales": num_scales}
+        return cls._named({**members, used: values[used]}, names)
+
+    @classmethod
+    def parse(cls, text: str, where: str = "selections") -> "PatchChoice | None":
+        """From none, v1, v2 (alpha 1), v2:ALPHA or budget:ALPHA, as a command line has it and `str` writes it."""
+        method, _, number = text.partition(":")
+        with contextlib.suppress(LlavaError, ValueError):
+            if method in ALL and not number:
+                return None
+            return cls(method, alpha=float(number) if number else 1.0 if method == "v2" else None)
+        raise LlavaError(f"{where}: found {text!r}, expected none, v1, v2, v2:ALPHA or budget:ALPHA")
+
+    @classmethod
+    def _named(cls, members: dict, names: dict[str, str]) -> "PatchChoice | None":
+        """The choice of these members; messages have `names` in place of theirs."""
+        method = members["method"]
+        if method not in ALL:
+            with _naming(names):
+                return cls(**members)
+        for member, value in members.items():
+            if member != "method" and value is not None:
+                called = names["method"].rpartition(" ")[2]
+                raise LlavaError(
+                    f"{names[member]}: found {value} with {called} {method}, expected {', '.join(METHODS)}"
+                )
+        return None
+
+    def to_published(self) -> dict:
+        """The published arguments that the method uses; of a range of alphas, the middle."""
+        used = {"thresholds": self.thresholds and list(self.thresholds), "alpha": self.middle}
+        members = {"method": self.method, "importance": self.importance, **used}
+        return {PUBLISHED[member]: value for member, value in members.items() if value is not None}
+
+    def to_mapping(self) -> dict:
+        """What `from_mapping` reads, for YAML or JSON, without members at their default."""
+        value = self.thresholds if self.method == "v1" else self.alpha
+        mapping = {"method": self.method, "thresholds" if self.method == "v1" else "alpha": value}
+        mapping |= {} if self.importance == "entropy" else {"importance": self.importance}
+        mapping |= {} if self.num_scales == NUM_SCALES else {"num_scales": self.num_scales}
+        return {member: list(value) if isinstance(value, tuple) else value for member, value in mapping.items()}
+
+    def __str__(self) -> str:
+        """What `parse` reads back: budget:0.5, v2:1, v1; of a range the middle, which is what is evaluated."""
+        return self.method if self.alpha is None else f"{self.method}:{repr(self.middle).removesuffix('.0')}"
+
+    @property
+    def description(self) -> str:
+        """For people: budget, alpha 0.3 to 1.0."""
+        if self.alpha is None:
+            return f"{self.method}, thresholds {self.thresholds}"
+        return f"{self.method}, alpha {' to '.join(map(str, self.alpha)) if self.draws else self.alpha}"
+
+    # --- alpha ---
+
+    @property
+    def draws(self) -> bool:
+        """Whether each image of a training has an alpha of its own."""
+        return isinstance(self.alpha, tuple)
+
+    @property
+    def middle(self) -> float | None:
+        """alpha, or the middle of its range."""
+        return round(sum(self.alpha) / 2, 6) if self.draws else self.alpha
+
+    def draw(self, seed: int, epoch: int, record: int, image: int) -> float | None:
+        """alpha of one image, drawn evenly where it is a range.
+
+        From the four numbers alone: the same on any number of processes and workers, and after a resumption.
+
+        Args:
+            seed: of the run.
+            epoch: from 0.
+            record: its index in the data.
+            image: which of the record's images, from 0.
+        """
+        if not self.draws:
+            return self.alpha
+        return random.Random(f"{seed}/{epoch}/{record}/{image}").uniform(*self.alpha)
+
+
+@contextlib.contextmanager
+def _naming(names: dict[str, str]):
+    """Messages about "MEMBER: ..." get the name that the member was given under."""
+    try:
+        yield
+    except LlavaError as error:
+        member, _, rest = str(error).partition(": ")
+        raise LlavaError(f"{names.get(member, member)}: {rest}") from None
+
+
+def check_importance(name: str, called: str = "importance", also: tuple[str, ...] = ()) -> str:
+    """The importance's own name; `LlavaError` for an unknown one, under the name that the argument was `called`."""
+    known = IMPORTANCE_ALIASES.get(name, name) if isinstance(name, str) else name
+    if known not in IMPORTANCES:
+        expected = ", ".join((*IMPORTANCES, *IMPORTANCE_ALIASES, *also))
+        raise LlavaError(f"{called}: found {name!r}, expected {expected}")
+    return known
+
+
+def check_together(method: str, importance: str) -> None:
+    """Refuse a budget, which is spent by the importance of base patches, where that is 0 for all of them."""
+    if method == "budget" and importance == "reconstruction":
+        raise LlavaError(
+            "importance: found 'reconstruction' with method budget, expected entropy or laplacian: the reconstruction "
+            "error of all base patches is 0"
+        )
+
+
+def check_alpha(alpha) -> float | tuple[float, float]:
+    """A number, or the two ends of a range as a tuple; `LlavaError` unless they are finite, not negative and in order."""
+    pair = isinstance(alpha, (list, tuple))
+    values = alpha if pair else [alpha]
+    numbers = all(not isinstance(value, (bool, str)) and hasattr(value, "__float__") for value in values)
+    fit = len(values) == 1 + pair and numbers and all(0 <= value < math.inf for value in values)
+    if not fit or values[0] > values[-1]:
+        raise LlavaError(
+            f"alpha: found {alpha!r}, expected a number, or two from the lower to the higher one, each 0 or more"
+        )
+    return tuple(map(float, values)) if pair else float(alpha)
+
+
+def check_thresholds(thresholds, num_scales: int) -> list[float]:
+    """The thresholds as floats; `LlavaError` unless there is one, not NaN, for each level above the first."""
+    try:
+        values = [float(value) for value in thresholds]
+    except (TypeError, ValueError):
+        raise LlavaError(f"thresholds: found {thresholds!r}, expected a list of numbers") from None
+    if len(values) != num_scales - 1 or any(math.isnan(value) for value in values):
+        raise LlavaError(
+            f"thresholds: found {values}, expected {num_scales - 1} numbers for {num_scales} scales, one for each size "
+            "above the base"
+        )
+    return values

@@ -1,0 +1,32 @@
+"""What a config says about the vision side as a whole, without weights; imports neither torch nor towers."""
+
+from llava.errors import LlavaError
+from llava.model.adaptive_patches.choice import PatchChoice
+
+COMPRESSED = "+toconv"  # behind a tower's registry id: the same as use_token_compression
+
+
+def uses_compression(cfg) -> bool:
+    """Whether a config or a run's arguments ask for a token compressor."""
+    named = (getattr(cfg, "mm_vision_tower_type", None) or "").endswith(COMPRESSED)
+    return named or bool(getattr(cfg, "use_token_compression", False))
+
+
+def check_combination(cfg) -> None:
+    """Refuse what adaptive patches do not go together with in a model's config or a run's arguments."""
+    if PatchChoice.from_mapping(getattr(cfg, "adaptive_patches", None)) is None:
+        return
+    aspect_ratio = getattr(cfg, "image_aspect_ratio", None) or "square"
+    if "anyres" in aspect_ratio:
+        raise LlavaError(
+            f"adaptive_patches: found image_aspect_ratio {aspect_ratio!r}, expected square, pad or native: crops that "
+            "keep unlike numbers of tokens cannot be put together into one map"
+        )
+    projector = getattr(cfg, "mm_projector_type", None) or "linear"
+    if projector in ("pooler", "patch_merger"):
+        raise LlavaError(
+            f"adaptive_patches: found mm_projector_type {projector!r}, expected spatial_merge or one that takes each "
+            "token by itself: kept patches form no grid"
+        )
+    if uses_compression(cfg):
+        raise LlavaError("adaptive_patches: found use_token_compression, expected one of the two")
