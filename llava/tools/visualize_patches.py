@@ -94,8 +94,8 @@ def select(tokenizer, image):
 
 def draw(image, maps, labels, found: dict, importance: str) -> dict:
     """The three panels by the ending of their file's name; `found` is what `figures` tells."""
+    from llava.drawing.panels import heat_panel, patch_panel, side_by_side, zoom_of
     from llava.model.adaptive_patches.importance import OUTSIDE
-    from llava.tools.patches.drawing import heat_panel, patch_panel, side_by_side, zoom_of
 
     # of the base patches; their reconstruction error is 0, and the next size shows more
     size = sorted(maps)[min(importance == "reconstruction", len(maps) - 1)]
