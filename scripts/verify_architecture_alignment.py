@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # first, for `tests` is a common name
 
 from llava.errors import LlavaError, report_errors  # noqa: E402
+from llava.tools.folders import quiet  # noqa: E402
 from tests.support.vit import golden, published  # noqa: E402
 from tests.support.vit.check_table import Report, facts, identical, near, same, shapes, under  # noqa: E402
 from tests.support.vit.golden import golden_config, golden_folder, golden_state, read_json, read_model_config  # noqa: E402
@@ -343,8 +344,6 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.hub_dir and not (Path(args.hub_dir) / "config.json").is_file():
         raise LlavaError(f"{args.hub_dir}: found no config.json, expected a folder of upload_llava_vit")
-    from llava.tools.convert_vit import quiet
-
     quiet()
     report = Report(args.verbose)
     with contextlib.ExitStack() as stack:
