@@ -12,7 +12,8 @@ import os
 from collections import Counter
 
 from llava.data.paths import resolve_path
-from llava.drawing.page import BLUE, FAINT, GREEN, INK, LINE, MARGIN, RED, WIDTH, Page, enlarged, fit, font, wrap
+from llava.drawing.curves import loss_panel
+from llava.drawing.page import FAINT, GREEN, MARGIN, RED, WIDTH, Page, enlarged, fit, font, wrap
 from llava.errors import LlavaError, report_errors
 
 COLUMNS, ROWS = 8, 4
@@ -20,8 +21,7 @@ HEADER = 84  # pixels
 CELL, PICTURE = 162, 122  # width of a grid cell, side of the square a picture is fitted into
 CELL_HEIGHT = PICTURE + 74
 PANEL_HEIGHT = 330
-EMPTY, PALE_BLUE = (244, 246, 248), (164, 192, 236)
-SMOOTHING = 0.02  # of a curve's points are averaged
+EMPTY = (244, 246, 248)
 
 
 def read_json(path: str):
@@ -46,13 +46,6 @@ def loss_curve(path: str) -> tuple[list[int], list[float]]:
         raise LlavaError(f"{path}: log_history: found no loss, expected a trainer_state.json with logged losses")
     steps, losses = zip(*points, strict=True)
     return list(steps), list(losses)
-
-
-def smooth(values: list[float], share: float = SMOOTHING) -> list[float]:
-    """Centred moving average over `share` of the points (at least five where there are as many)."""
-    reach = max(2, round(len(values) * share / 2))
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
 
 
 def choose(questions: list[dict], amount: int) -> list[dict]:
@@ -90,60 +83,6 @@ def draw_cell(page: Page, left: int, top: int, question: dict, image_folder: str
     page.text(centre, below + 1, verdict, 15, colour, "ma", width=CELL - 10)
 
 
-def round_ticks(low: float, high: float, amount: int = 6) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
-    raw = max(high - low, 1e-9) / amount
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    first = math.ceil(low / step)
-    return [i * step for i in range(first, math.floor(high / step) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... between `low` and `high`, both above 0."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
-def draw_curve(page, box: tuple[int, int, int, int], title: str, steps: list[int], losses: list[float]) -> None:
-    """A panel with the loss over steps: as logged (pale) and smoothed, on a logarithmic axis with numbers."""
-    from PIL import Image, ImageDraw
-
-    draw = ImageDraw.Draw(page)
-    left, top, right, bottom = box[0] + 56, box[1] + 34, box[2] - 12, box[3] - 44
-    even = smooth(losses)
-    floor = min([value for value in (*losses, *even) if value > 0] or [1e-3])
-    low, high = floor / 1.15, max(*losses, floor * 2) * 1.1
-    span = max(steps[-1] - steps[0], 1)
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        share = math.log(max(loss, low) / low) / math.log(high / low)
-        return (step - steps[0]) / span * (right - left), (1 - share) * (bottom - top)
-
-    draw.text((box[0] + 4, box[1] + 4), title, font=font(17), fill=INK)
-    for tick in log_ticks(low, high):
-        y = top + place(steps[0], tick)[1]
-        draw.line((left, y, right, y), fill=LINE)
-        draw.text((left - 8, y), f"{tick:g}", font=font(13), fill=FAINT, anchor="rm")
-    for tick in round_ticks(steps[0], steps[-1]):
-        x = left + place(tick, high)[0]
-        draw.line((x, bottom, x, bottom + 5), fill=FAINT)
-        draw.text((x, bottom + 9), f"{tick:g}", font=font(13), fill=FAINT, anchor="ma")
-    # drawn three times as large and reduced, which makes the lines smooth
-    big = Image.new("RGBA", ((right - left) * 3, (bottom - top) * 3), (255, 255, 255, 0))
-    pen = ImageDraw.Draw(big)
-    for values, colour, width in ((losses, PALE_BLUE, 3), (even, BLUE, 7)):
-        points = [tuple(3 * axis for axis in place(*point)) for point in zip(steps, values, strict=True)]
-        pen.line(points, fill=(*colour, 255), width=width, joint="curve")
-    small = big.resize((right - left, bottom - top), Image.Resampling.BOX)
-    page.paste(small, (left, top), small)
-    draw.line((left, top, left, bottom, right, bottom), fill=FAINT)
-    draw.text(((left + right) // 2, bottom + 27), "step", font=font(13), fill=FAINT, anchor="ma")
-    legend = f"loss: as logged, smoothed; last {even[-1]:.3f}"
-    draw.text((right, box[1] + 8), legend, font=font(13), fill=BLUE, anchor="ra")
-
-
 def render(result: dict, image_folder: str | None, curves: list[tuple[str, list[int], list[float]]]):
     """The report as a PIL image.
 
@@ -161,9 +100,8 @@ def render(result: dict, image_folder: str | None, curves: list[tuple[str, list[
         draw_cell(page, left, HEADER + index // COLUMNS * CELL_HEIGHT, question, image_folder)
     page.top = HEADER + math.ceil(len(shown) / COLUMNS) * CELL_HEIGHT + 8
     width = (WIDTH - 2 * MARGIN) // max(len(curves), 1)
-    for index, (title, steps, losses) in enumerate(curves):
-        left = MARGIN + index * width
-        draw_curve(page.image, (left, page.top, left + width - 8, page.top + PANEL_HEIGHT), title, steps, losses)
+    for index, curve in enumerate(curves):
+        page.image.paste(loss_panel(*curve, (width - 8, PANEL_HEIGHT)), (MARGIN + index * width, page.top))
     page.top += PANEL_HEIGHT if curves else 0
     return page.finished()
 
