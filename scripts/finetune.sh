@@ -36,7 +36,7 @@ elif [[ -f "$OUTPUT/finetune/eval.json" && -f "$OUTPUT/finetune/report.png" ]]; 
     echo "$OUTPUT/finetune: the demo is finished; run with --overwrite to train it again"
     exit 0
 fi
-use_environment train,demo torch transformers deepspeed sklearn
+use_environment train,demo torch transformers deepspeed sklearn matplotlib
 make_demo
 demo_stage pretrain configs/train/demo_pretrain.yaml
 demo_stage finetune configs/train/demo.yaml --model_name_or_path "$OUTPUT/pretrain"

@@ -33,7 +33,7 @@ elif [[ -f "$OUTPUT/qwen2_vl/eval.json" && -f "$OUTPUT/qwen2_vl/report.png" ]]; 
     echo "$OUTPUT/qwen2_vl: the demo is finished; run with --overwrite to train it again"
     exit 0
 fi
-use_environment train,demo torch transformers deepspeed sklearn
+use_environment train,demo torch transformers deepspeed sklearn matplotlib
 make_demo
 demo_stage qwen2_vl_pretrain configs/train/demo_qwen2_vl_pretrain.yaml
 demo_stage qwen2_vl configs/train/demo_qwen2_vl.yaml --model_name_or_path "$OUTPUT/qwen2_vl_pretrain"

@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-use_environment test torch transformers deepspeed sklearn pytest
+use_environment test torch transformers deepspeed sklearn matplotlib pytest
 cd "$ROOT"
 "$PYTHON" -m pytest -q scripts/long_tests
 "$PYTHON" scripts/test_long.py --seeds ${SEEDS-0 1 2 3 4} --towers ${TOWERS-demo_hevc_vit demo_hevc_vit_packing demo_clip_toconv} \

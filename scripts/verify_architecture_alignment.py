@@ -4,7 +4,7 @@
 
 Sides: the project's models; the models in the files of a Hub folder (`--hub-dir`, or one assembled here), loaded as
 `trust_remote_code` does; the published values in tests/golden/hevc_vit; the plain formulas of
-`llava.tools.vit.reference` in float64; the published defaults in `llava.tools.vit.published`. Compared are configs,
+`llava.tools.vit.reference` in float64; the published defaults in `tests.support.vit.published`. Compared are configs,
 names and shapes, weights to the last bit, and outputs, which must agree within 1e-5 in float32. `--config` adds the
 models of a config.json with random weights. Exit status: 0 if everything holds, 1 if not.
 """
@@ -13,53 +13,23 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # first, for `tests` is a common name
 
 from llava.errors import LlavaError, report_errors  # noqa: E402
-from llava.tools.vit import published  # noqa: E402
-from llava.tools.vit.check_table import Report, facts, identical, near, same, shapes, under  # noqa: E402
-from llava.tools.vit.sides import MODELS, ONEVISION, PACKED, PADDED, Side, formulas  # noqa: E402
+from llava.tools.folders import quiet  # noqa: E402
+from tests.support.vit import golden, published  # noqa: E402
+from tests.support.vit.check_table import Report, facts, identical, near, same, shapes, under  # noqa: E402
+from tests.support.vit.golden import golden_config, golden_folder, golden_state, read_json, read_model_config  # noqa: E402
+from tests.support.vit.sides import MODELS, ONEVISION, PACKED, PADDED, Side, formulas  # noqa: E402
 
-GOLDEN = ROOT / "tests" / "golden" / "hevc_vit"
 MOST_PARAMETERS = 400e6  # a --config with more is compared in structure alone
 # type of a folder -> the models that read it
 READERS = {PADDED: (PADDED, PACKED), PACKED: (PACKED, PADDED), ONEVISION: (ONEVISION, PADDED, PACKED)}
-
-
-# --- published values on disk -----------------------------------------------------------------------------------------
-
-
-def read_json(path) -> dict:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LlavaError(f"{path}: expected a config.json: {error}") from None
-
-
-def read_model_config(path) -> dict:
-    values = read_json(path)
-    if values.get("model_type") not in MODELS:
-        raise LlavaError(f"{path}: model_type: found {values.get('model_type')!r}, expected one of {', '.join(MODELS)}")
-    if values.get("hidden_act", "gelu") != "gelu":
-        raise LlavaError(
-            f"{path}: hidden_act: found {values['hidden_act']!r}, expected 'gelu', which the formulas have"
-        )
-    return values
-
-
-def golden_folder(model_type: str) -> Path:
-    return GOLDEN / published.GOLDEN_FOLDERS[model_type]
-
-
-def golden_config(model_type: str) -> dict:
-    return read_json(golden_folder(model_type) / "config.json")
 
 
 def readings() -> list[tuple[str, str]]:
@@ -123,7 +93,7 @@ def converted_values(side: Side) -> list:
 
 def check_weights(report: Report, sides: list[Side]) -> None:
     report.title("names, shapes and weights")
-    files = {name: hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() for name in published.GOLDEN_SHA256}
+    files = {name: hashlib.sha256((golden.GOLDEN / name).read_bytes()).hexdigest() for name in published.GOLDEN_SHA256}
     report.check("files of published values", "golden", facts, files, published.GOLDEN_SHA256)
     for side in sides:
         for stored_as in MODELS:
@@ -141,12 +111,6 @@ def golden_weights(side: Side, stored_as: str) -> list:
         else:
             result += under(model_type, identical(state, golden_state(model_type)))
     return result
-
-
-def golden_state(model_type: str) -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(golden_folder(model_type) / "model.safetensors")
 
 
 def norm_eps(side: Side) -> list:
@@ -183,7 +147,7 @@ def check_golden(report: Report, sides: list[Side]) -> None:
 
 
 def read_case(stored_as: str, prefix: str):
-    from llava.tools.vit.cases import read_golden_case
+    from tests.support.vit.cases import read_golden_case
 
     values = published.DEFAULTS[stored_as] | golden_config(stored_as)
     path = golden_folder(stored_as) / "io.safetensors"
@@ -197,7 +161,7 @@ def golden_formulas(stored_as: str, prefix: str) -> list:
 
 
 def golden_models(side: Side, stored_as: str, prefix: str) -> list:
-    from llava.tools.vit.cases import run_case
+    from tests.support.vit.cases import run_case
 
     case, expected = read_case(stored_as, prefix)
     rows, result = expected.pop("hidden_states_in", None), []
@@ -211,7 +175,7 @@ def golden_models(side: Side, stored_as: str, prefix: str) -> list:
 
 def check_cases(report: Report, sides: list[Side], stored_as: str) -> None:
     """Models with published weights on more cases: against the formulas, and against the project's first model."""
-    from llava.tools.vit.cases import build_cases, run_case
+    from tests.support.vit.cases import build_cases, run_case
 
     report.title(f"outputs, weights of {published.GOLDEN_FOLDERS[stored_as]}")
     full = published.DEFAULTS[stored_as] | golden_config(stored_as)
@@ -226,7 +190,7 @@ def check_cases(report: Report, sides: list[Side], stored_as: str) -> None:
 
 
 def one_case(side: Side, stored_as: str, case, expected: dict) -> list:
-    from llava.tools.vit.cases import LONG_TIME_AXIS, run_case
+    from tests.support.vit.cases import LONG_TIME_AXIS, run_case
 
     result = []
     for model_type in READERS[stored_as]:
@@ -240,7 +204,7 @@ def one_case(side: Side, stored_as: str, case, expected: dict) -> list:
 
 def check_probes(report: Report, sides: list[Side]) -> None:
     """Random weights that make every eps matter, under configs that make every value matter."""
-    from llava.tools.vit.cases import random_state
+    from tests.support.vit.cases import random_state
 
     report.title("outputs, random weights")
     for name, values in published.PROBES.items():
@@ -252,7 +216,7 @@ def check_probes(report: Report, sides: list[Side]) -> None:
 
 def expected_outputs(state: dict, values: dict) -> list:
     """[(case, outputs of the formulas)] for an encoder."""
-    from llava.tools.vit.cases import build_cases
+    from tests.support.vit.cases import build_cases
 
     full = published.DEFAULTS[values.get("model_type", PADDED)] | values
     cases = build_cases(full["num_channels"], full["patch_size"])
@@ -268,7 +232,7 @@ def random_models(side: Side, values: dict, state: dict, expected: list, scaled:
 
 
 def all_cases(model, expected: list, scaled: bool) -> list:
-    from llava.tools.vit.cases import run_case
+    from tests.support.vit.cases import run_case
 
     result = []
     for case, outputs in expected:
@@ -321,7 +285,7 @@ def hub_configs(folder: str, values: dict) -> list:
 
 def check_config(report: Report, sides: list[Side], path: str) -> None:
     """The models of a config.json, with random weights."""
-    from llava.tools.vit.cases import random_state
+    from tests.support.vit.cases import random_state
 
     values = read_model_config(path)
     values = published.DEFAULTS[values["model_type"]] | values
@@ -380,13 +344,11 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.hub_dir and not (Path(args.hub_dir) / "config.json").is_file():
         raise LlavaError(f"{args.hub_dir}: found no config.json, expected a folder of upload_llava_vit")
-    from llava.tools.convert_vit import quiet
-
     quiet()
     report = Report(args.verbose)
     with contextlib.ExitStack() as stack:
         folder = args.hub_dir or assemble_hub_folder(stack.enter_context(tempfile.TemporaryDirectory()))
-        project, hub = Side("project", golden_folder), Side("hub", golden_folder, folder)
+        project, hub = Side("project"), Side("hub", folder)
         sides = [project, hub]
         check_configs(report, sides)
         check_weights(report, sides)

@@ -58,7 +58,7 @@ def test_the_qwen2_vl_demo_cut_short(tmp_path):
     assert Image.open(tmp_path / "qwen2_vl" / "report.png").width > 400
 
 
-PATHS = sorted(set(re.findall(r"\b(?:configs|scripts|llava|playground)/[\w./]+\.\w+", README)))
+PATHS = sorted(set(re.findall(r"\b(?:benchmarks|configs|scripts|llava|playground)/[\w./]+\.\w+", README)))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -12,23 +12,16 @@ import os
 from collections import Counter
 
 from llava.data.paths import resolve_path
+from llava.drawing.curves import loss_panel
+from llava.drawing.page import FAINT, GREEN, MARGIN, RED, WIDTH, Page, enlarged, fit, font, wrap
 from llava.errors import LlavaError, report_errors
 
-WIDTH, MARGIN, HEADER = 1360, 32, 84  # pixels
 COLUMNS, ROWS = 8, 4
+HEADER = 84  # pixels
 CELL, PICTURE = 162, 122  # width of a grid cell, side of the square a picture is fitted into
 CELL_HEIGHT = PICTURE + 74
 PANEL_HEIGHT = 330
-PAGE, INK, FAINT, LINE = (255, 255, 255), (33, 37, 41), (120, 128, 136), (226, 230, 234)
-GREEN, RED, BLUE, PALE_BLUE = (24, 128, 64), (200, 40, 40), (32, 92, 184), (164, 192, 236)
-SMOOTHING = 0.02  # of a curve's points are averaged
-
-
-def font(size: int):
-    """Pillow's own typeface, so that no font needs to be installed."""
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
+EMPTY = (244, 246, 248)
 
 
 def read_json(path: str):
@@ -55,13 +48,6 @@ def loss_curve(path: str) -> tuple[list[int], list[float]]:
     return list(steps), list(losses)
 
 
-def smooth(values: list[float], share: float = SMOOTHING) -> list[float]:
-    """Centred moving average over `share` of the points (at least five where there are as many)."""
-    reach = max(2, round(len(values) * share / 2))
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
 def choose(questions: list[dict], amount: int) -> list[dict]:
     """A fair sample: every kind in turn, each evenly spaced over the file, right or wrong."""
     by_kind: dict[str, list[dict]] = {}
@@ -73,102 +59,28 @@ def choose(questions: list[dict], amount: int) -> list[dict]:
     return [spaced[kind].pop(0) for kind in turns]
 
 
-def wrap(draw, text: str, face, width: int, lines: int = 2) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels; what is too much ends in an ellipsis."""
-    rows, row = [], ""
-    for word in text.split():
-        longer = f"{row} {word}".strip()
-        if row and draw.textlength(longer, font=face) > width:
-            rows.append(row)
-            row = word
-        else:
-            row = longer
-    rows.append(row)
-    if len(rows) > lines:
-        rows = [*rows[: lines - 1], rows[lines - 1] + " ..."]
-    return rows
-
-
-def draw_cell(page, draw, left: int, top: int, question: dict, image_folder: str | None) -> None:
+def draw_cell(page: Page, left: int, top: int, question: dict, image_folder: str | None) -> None:
     """One held-out question: its picture, framed in green or red, the question, what was said and what is true."""
-    from PIL import Image
-
-    from llava.data.images import load_image
+    from llava.images.reading import load_image
 
     colour = GREEN if question["correct"] else RED
-    inset = (CELL - PICTURE) // 2
-    frame = (left + inset - 3, top - 3, left + inset + PICTURE + 2, top + PICTURE + 2)
-    draw.rectangle(frame, fill=(244, 246, 248), outline=colour, width=2)
+    centre, inset = left + CELL // 2, left + (CELL - PICTURE) // 2
+    page.pen.rectangle((inset - 1, top - 1, inset + PICTURE, top + PICTURE), fill=EMPTY)
+    page.frame(inset - 1, top - 1, (PICTURE + 2, PICTURE + 2), colour, 2)
     name = question["image"][0] if isinstance(question["image"], list) else question["image"]
     if name:
         picture = load_image(resolve_path(image_folder, name))
-        scale = PICTURE / max(picture.size)
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-        page.paste(picture, (left + inset + (PICTURE - size[0]) // 2, top + (PICTURE - size[1]) // 2))
+        size = fit(picture.size, (PICTURE, PICTURE))
+        place = inset + (PICTURE - size[0]) // 2, top + (PICTURE - size[1]) // 2
+        page.image.paste(enlarged(picture, size), place)
     else:
-        draw.text((left + CELL // 2, top + PICTURE // 2), "no picture", font=font(14), fill=FAINT, anchor="mm")
-    centre, below = left + CELL // 2, top + PICTURE + 8
-    for row in wrap(draw, question["question"], font(13), CELL - 10):
-        draw.text((centre, below), row, font=font(13), fill=INK, anchor="ma")
+        page.text(centre, top + PICTURE // 2, "no picture", 14, FAINT, "mm")
+    below = top + PICTURE + 8
+    for row in wrap(question["question"], font(13), CELL - 10):
+        page.text(centre, below, row, 13, anchor="ma")
         below += 17
-    prediction = question["prediction"] or "(nothing)"
-    verdict = wrap(draw, f"says {prediction}, truth {question['answer']}", font(15), CELL - 10, lines=1)[0]
-    draw.text((centre, below + 1), verdict, font=font(15), fill=colour, anchor="ma")
-
-
-def round_ticks(low: float, high: float, amount: int = 6) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
-    raw = max(high - low, 1e-9) / amount
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    first = math.ceil(low / step)
-    return [i * step for i in range(first, math.floor(high / step) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... between `low` and `high`, both above 0."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
-def draw_curve(page, box: tuple[int, int, int, int], title: str, steps: list[int], losses: list[float]) -> None:
-    """A panel with the loss over steps: as logged (pale) and smoothed, on a logarithmic axis with numbers."""
-    from PIL import Image, ImageDraw
-
-    draw = ImageDraw.Draw(page)
-    left, top, right, bottom = box[0] + 56, box[1] + 34, box[2] - 12, box[3] - 44
-    even = smooth(losses)
-    floor = min([value for value in (*losses, *even) if value > 0] or [1e-3])
-    low, high = floor / 1.15, max(*losses, floor * 2) * 1.1
-    span = max(steps[-1] - steps[0], 1)
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        share = math.log(max(loss, low) / low) / math.log(high / low)
-        return (step - steps[0]) / span * (right - left), (1 - share) * (bottom - top)
-
-    draw.text((box[0] + 4, box[1] + 4), title, font=font(17), fill=INK)
-    for tick in log_ticks(low, high):
-        y = top + place(steps[0], tick)[1]
-        draw.line((left, y, right, y), fill=LINE)
-        draw.text((left - 8, y), f"{tick:g}", font=font(13), fill=FAINT, anchor="rm")
-    for tick in round_ticks(steps[0], steps[-1]):
-        x = left + place(tick, high)[0]
-        draw.line((x, bottom, x, bottom + 5), fill=FAINT)
-        draw.text((x, bottom + 9), f"{tick:g}", font=font(13), fill=FAINT, anchor="ma")
-    # drawn three times as large and reduced, which makes the lines smooth
-    big = Image.new("RGBA", ((right - left) * 3, (bottom - top) * 3), (255, 255, 255, 0))
-    pen = ImageDraw.Draw(big)
-    for values, colour, width in ((losses, PALE_BLUE, 3), (even, BLUE, 7)):
-        points = [tuple(3 * axis for axis in place(*point)) for point in zip(steps, values, strict=True)]
-        pen.line(points, fill=(*colour, 255), width=width, joint="curve")
-    small = big.resize((right - left, bottom - top), Image.Resampling.BOX)
-    page.paste(small, (left, top), small)
-    draw.line((left, top, left, bottom, right, bottom), fill=FAINT)
-    draw.text(((left + right) // 2, bottom + 27), "step", font=font(13), fill=FAINT, anchor="ma")
-    legend = f"loss: as logged, smoothed; last {even[-1]:.3f}"
-    draw.text((right, box[1] + 8), legend, font=font(13), fill=BLUE, anchor="ra")
+    verdict = f"says {question['prediction'] or '(nothing)'}, truth {question['answer']}"
+    page.text(centre, below + 1, verdict, 15, colour, "ma", width=CELL - 10)
 
 
 def render(result: dict, image_folder: str | None, curves: list[tuple[str, list[int], list[float]]]):
@@ -178,26 +90,20 @@ def render(result: dict, image_folder: str | None, curves: list[tuple[str, list[
         result: the content of `eval.json`.
         curves: (title, steps, losses) of each stage.
     """
-    from PIL import Image, ImageDraw
-
     shown = choose(result["questions"], COLUMNS * ROWS)
-    rows = math.ceil(len(shown) / COLUMNS)
-    panels_top = HEADER + rows * CELL_HEIGHT + 8
-    height = panels_top + (PANEL_HEIGHT + MARGIN // 2 if curves else 0)
-    page = Image.new("RGB", (WIDTH, height), PAGE)
-    draw = ImageDraw.Draw(page)
-    headline = f"held-out exact match {result['exact_match']:.3f}  (n={result['n']})"
-    draw.text((MARGIN, 14), headline, font=font(26), fill=INK)
+    page = Page()
+    page.text(MARGIN, 14, f"held-out exact match {result['exact_match']:.3f}  (n={result['n']})", 26)
     kinds = " | ".join(f"{kind} {values['exact_match']:.2f}" for kind, values in result["by_kind"].items())
-    draw.text((MARGIN, 50), wrap(draw, kinds, font(15), WIDTH - 2 * MARGIN, 1)[0], font=font(15), fill=FAINT)
+    page.text(MARGIN, 50, kinds, 15, FAINT, width=WIDTH - 2 * MARGIN)
     for index, question in enumerate(shown):
         left = MARGIN + index % COLUMNS * CELL
-        draw_cell(page, draw, left, HEADER + index // COLUMNS * CELL_HEIGHT, question, image_folder)
+        draw_cell(page, left, HEADER + index // COLUMNS * CELL_HEIGHT, question, image_folder)
+    page.top = HEADER + math.ceil(len(shown) / COLUMNS) * CELL_HEIGHT + 8
     width = (WIDTH - 2 * MARGIN) // max(len(curves), 1)
-    for index, (title, steps, losses) in enumerate(curves):
-        left = MARGIN + index * width
-        draw_curve(page, (left, panels_top, left + width - 8, panels_top + PANEL_HEIGHT), title, steps, losses)
-    return page
+    for index, curve in enumerate(curves):
+        page.image.paste(loss_panel(*curve, (width - 8, PANEL_HEIGHT)), (MARGIN + index * width, page.top))
+    page.top += PANEL_HEIGHT if curves else 0
+    return page.finished()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Turn
 from llava.errors import LlavaError
 from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype
+from llava.utils import rank0_print
 
 SYSTEM = "You are a helpful assistant."  # where a record has no system text of its own
 START, PAD, END = IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -168,7 +169,7 @@ class Qwen2VL(Family):
         return processor, self.set_run_choice(images, settings)
 
     def set_run_choice(self, images, settings):
-        """Let the image processor choose patches as the run's settings say; the choice, if alpha is drawn, else None."""
+        """Let the image processor choose patches as the run says; returns the choice if alpha is drawn, else None."""
         from llava.config.checks import patch_names
 
         if settings.source("adaptive_patches") == "default":

@@ -9,10 +9,10 @@ source layout, which has no model here. If an output differs by more than 1e-4 t
 """
 
 import argparse
-import os
 
-from llava.errors import LlavaError, report_errors
-from llava.tools.vit.checkpoint import Checkpoint, new_folder, read_checkpoint, write_checkpoint
+from llava.errors import report_errors
+from llava.tools.folders import new_folder, quiet
+from llava.tools.vit.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from llava.tools.vit.outputs import (
     TOLERANCE,
     check_differences,
@@ -35,11 +35,8 @@ def convert(checkpoint: Checkpoint, out: str, layout: str, overwrite=False, imag
     Raises:
         LlavaError: outputs differ by more than `TOLERANCE`, or `out` is there; `out` is then as it was before.
     """
-    inside = os.path.commonpath([os.path.realpath(checkpoint.path), os.path.realpath(out)]) == os.path.realpath(out)
-    if overwrite and inside:
-        raise LlavaError(f"{out}: holds the weights that are read, expected another folder")
     pixels = random_images(checkpoint.config)
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, checkpoint.path, overwrite) as folder:
         write_checkpoint(folder, checkpoint, layout, image_size)
         if checkpoint.layout == "source":
             expected = run_reference(checkpoint, pixels)
@@ -48,13 +45,6 @@ def convert(checkpoint: Checkpoint, out: str, layout: str, overwrite=False, imag
         measured = differences(run_folder(folder, layout, pixels), expected)
         check_differences(measured, out)
     return measured
-
-
-def quiet() -> None:
-    """No progress bars of transformers' loading."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def print_differences(measured: dict[str, float], config) -> None:

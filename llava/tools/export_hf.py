@@ -33,6 +33,7 @@ Where the two differ by design, and these checks do not look:
 import argparse
 
 from llava.errors import report_errors
+from llava.tools.folders import new_folder, quiet
 
 ROWS = 64  # an embedding that must grow gets a multiple of so many rows
 
@@ -110,13 +111,11 @@ def export(model_path: str, output: str, max_shard_size="5GB", dtype=None, versi
         LlavaError: not possible, or not the same model; `output` is then as it was before.
     """
     from llava.tools.hf.chat_template import has_chat_template
-    from llava.tools.hf.source import check_apart, read_source
+    from llava.tools.hf.source import read_source
     from llava.tools.hf.verify import check_device, verify
-    from llava.tools.vit.checkpoint import new_folder
 
     check_device(device)
-    check_apart(model_path, output)
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, model_path, overwrite) as folder:
         source = read_source(model_path, version)
         eos, found = write_folder(source, folder, max_shard_size, dtype)
         for weights, _ in source.stored.values():
@@ -152,8 +151,6 @@ def print_report(report, notes: list[str], output: str, what: str) -> None:
 @report_errors
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from llava.tools.convert_vit import quiet
-
     quiet()
     model_class, report, notes = export(
         args.model_path, args.output, args.max_shard_size, args.dtype, args.version, args.device, args.overwrite

@@ -23,6 +23,7 @@ import argparse
 
 from llava.errors import LlavaError, report_errors
 from llava.tools.export_hf import print_report
+from llava.tools.folders import new_folder, quiet
 
 
 def choose_template(path: str, processor, version: str | None) -> str:
@@ -154,13 +155,10 @@ def import_hf(
     Raises:
         LlavaError: not possible, or not the same model; `output` is then as it was before.
     """
-    from llava.tools.hf.source import check_apart
     from llava.tools.hf.verify import check_device, verify
-    from llava.tools.vit.checkpoint import new_folder
 
     check_device(device)
-    check_apart(model_path, output)
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, model_path, overwrite) as folder:
         template, eos, notes, name = write_folder(model_path, folder, max_shard_size, dtype, version)
         report = verify(folder, model_path, template, False, model_path, device, eos, dtype)
         if report.blank:
@@ -183,8 +181,6 @@ def build_parser() -> argparse.ArgumentParser:
 @report_errors
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from llava.tools.convert_vit import quiet
-
     quiet()
     name, report, notes = import_hf(
         args.model_path, args.output, args.max_shard_size, args.dtype, args.version, args.device, args.overwrite

@@ -16,9 +16,10 @@ import sys
 import tempfile
 
 from llava.errors import LlavaError, report_errors
-from llava.tools.convert_vit import TARGETS, quiet
+from llava.tools.convert_vit import TARGETS
+from llava.tools.folders import new_folder, quiet
 from llava.tools.vit import reload_hub_folder
-from llava.tools.vit.checkpoint import Checkpoint, new_folder, read_checkpoint, write_checkpoint
+from llava.tools.vit.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from llava.tools.vit.model_card import model_card
 from llava.tools.vit.outputs import (
     check_differences,
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"read      {checkpoint}")
     with contextlib.ExitStack() as stack:
         output = args.output_dir or os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "hub")
-        with new_folder(output) as folder:
+        with new_folder(output, args.weight_path) as folder:
             measured = assemble(folder, checkpoint, TARGETS[args.to], args.repo_id, args.image_size)
         print(f"assembled {output}: {', '.join(sorted(os.listdir(output)))}")
         print_measured(measured, checkpoint.config)

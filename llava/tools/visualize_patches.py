@@ -83,8 +83,8 @@ def select(tokenizer, image):
 
 def draw(image, maps, levels, found: dict, importance: str) -> dict:
     """The three panels by the ending of their file's name; `found` is what `figures` tells."""
+    from llava.drawing.panels import heat_panel, patch_panel, side_by_side, zoom_of
     from llava.model.adaptive_patches.importance import OUTSIDE
-    from llava.tools.patches.drawing import heat_panel, patch_panel, side_by_side, zoom_of
 
     # of the base patches; their reconstruction error is 0, and the next size shows more
     size = sorted(maps)[min(importance == "reconstruction", len(maps) - 1)]
@@ -139,7 +139,7 @@ def line_of(name: str, found: dict) -> str:
 
 def visualize(name: str, file: Path, tokenizer, args) -> dict:
     """Write one picture's panels; returns its figures."""
-    from llava.data.images import load_image
+    from llava.images.reading import load_image
 
     original = load_image(str(file))
     try:

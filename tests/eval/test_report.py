@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from llava.drawing import page
 from llava.errors import LlavaError
 from llava.eval import report
 
@@ -47,18 +48,18 @@ def test_report_of_a_run_folder(run):
     report.main(["--model-path", str(run / "finetune")])
     size, found = colours(run / "finetune" / "report.png")
     rows_height = report.HEADER + report.ROWS * report.CELL_HEIGHT
-    assert size[0] == report.WIDTH and size[1] > rows_height + report.PANEL_HEIGHT
-    assert {report.GREEN, report.RED, report.BLUE, (122, 116, 104)} <= found
+    assert size[0] == page.WIDTH and size[1] > rows_height + report.PANEL_HEIGHT
+    assert {page.GREEN, page.RED, page.BLUE, (122, 116, 104)} <= found
 
 
 def test_report_of_named_files(run):
     arguments = ["--eval-json", str(run / "finetune" / "eval.json"), "--output", str(run / "deep" / "r.png")]
     report.main(arguments)
     without, found = colours(run / "deep" / "r.png")
-    assert report.BLUE not in found
+    assert page.BLUE not in found
     report.main([*arguments, "--stage", str(run / "pretrain" / "trainer_state.json")])
     size, found = colours(run / "deep" / "r.png")
-    assert report.BLUE in found and size[1] > without[1]
+    assert page.BLUE in found and size[1] > without[1]
 
 
 def test_the_sample_is_fair():
@@ -67,20 +68,6 @@ def test_the_sample_is_fair():
     assert len({each["id"] for each in chosen}) == len(chosen) == 12
     assert sum(each["kind"] == "few" for each in chosen) == 3
     assert [each["id"] for each in chosen if each["kind"] == "many"][-1] == "q88"
-
-
-def test_ticks_and_smoothing():
-    assert report.round_ticks(1, 1200) == [200, 400, 600, 800, 1000, 1200]
-    assert report.log_ticks(0.15, 6) == pytest.approx([0.2, 0.5, 1, 2, 5])
-    assert report.smooth([3.0] * 9) == [3.0] * 9
-    assert report.smooth([0.0, 0.0, 5.0, 0.0, 0.0], share=0.2)[2] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("losses", [[1.0], [0.0, 0.0], [2.0, 2.0, 2.0]])
-def test_odd_curves_are_drawn(losses):
-    page = Image.new("RGB", (500, 330), "white")
-    report.draw_curve(page, (0, 0, 500, 330), "stage", list(range(1, len(losses) + 1)), losses)
-    assert page.getcolors(1 << 24) != [(500 * 330, (255, 255, 255))]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from llavavit.conversion import (
     infer_config,
     read_weights,
 )
-from tests.tools.vit_weights import FOLDERS, TINY, TINY_SIZE, golden_state, same, source_state
+from tests.support.vit.golden import TINY, TINY_SIZE, golden_folder, golden_state, same, source_state
+from tests.support.vit.published import GOLDEN_FOLDERS
 
 STATES = {"source": source_state, "padded": golden_state, "packed": lambda: golden_state("llava_vit_packing")}
 MODELS = (LlavaViTModel, LlavaViTPackingModel, OneVisionEncoderModel)
@@ -170,9 +171,9 @@ def outputs(model, image):
         return out.last_hidden_state, out.pooler_output
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", GOLDEN_FOLDERS)
 def test_every_model_reads_every_folder(folder):
-    loaded = [model.from_pretrained(FOLDERS[folder]).eval() for model in MODELS]
+    loaded = [model.from_pretrained(golden_folder(folder)).eval() for model in MODELS]
     own = next(model for model in loaded if model.config_class.model_type == folder)
     assert same(own.state_dict(), golden_state(folder))
     patch = own.config.patch_size
@@ -187,7 +188,7 @@ def test_every_model_reads_every_folder(folder):
 
 
 def test_keys_and_dtype_given_on_loading_are_used():
-    folder = FOLDERS["llava_vit"]
+    folder = golden_folder("llava_vit")
     model = LlavaViTPackingModel.from_pretrained(folder, layer_norm_eps=1e-5, dtype=torch.bfloat16)
     assert model.config.layer_norm_eps == model.layernorm_pre.eps == 1e-5
     assert model.patch_embed.proj.weight.dtype == torch.bfloat16
@@ -196,7 +197,7 @@ def test_keys_and_dtype_given_on_loading_are_used():
 @pytest.fixture
 def folder(tmp_path):
     """config.json of the padded model, without weights."""
-    shutil.copy(FOLDERS["llava_vit"] / "config.json", tmp_path)
+    shutil.copy(golden_folder("llava_vit") / "config.json", tmp_path)
     return tmp_path
 
 
@@ -234,6 +235,6 @@ def test_missing_files_of_weights_are_named(folder):
 
 
 def test_what_a_converted_model_saves_is_of_its_own_type(tmp_path):
-    LlavaViTPackingModel.from_pretrained(FOLDERS["llava_vit"]).save_pretrained(tmp_path)
+    LlavaViTPackingModel.from_pretrained(golden_folder("llava_vit")).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llava_vit_packing"
     assert same(load_file(tmp_path / "model.safetensors"), golden_state("llava_vit_packing"))

@@ -16,7 +16,8 @@ from llava.tools.convert_vit import main
 from llava.tools.vit import checkpoint as vit_checkpoint
 from llavavit import SIZES, LlavaViTModel, LlavaViTPackingModel
 from llavavit.conversion import SOURCE_EPS, convert_state_dict
-from tests.tools.vit_weights import FOLDERS, TINY, TINY_SIZE, golden_state, same, source_state
+from tests.support.vit.golden import TINY, TINY_SIZE, golden_folder, golden_state, same, source_state
+from tests.support.vit.published import GOLDEN_FOLDERS
 
 PUBLISHED_CONFIG = {"model_type": "llava_vit", **TINY_SIZE, "image_size": 64}
 
@@ -66,9 +67,9 @@ def read_json(path) -> dict:
 
 
 @pytest.mark.parametrize(("to", "model"), [("padded", LlavaViTModel), ("packing", LlavaViTPackingModel)])
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", GOLDEN_FOLDERS)
 def test_a_folder(folder, to, model, out, capsys):
-    convert("--to", to, FOLDERS[folder], out)
+    convert("--to", to, golden_folder(folder), out)
     printed = capsys.readouterr()
     for name in ("last_hidden_state", "pooler_output", "hidden_states"):
         value = next(line.split()[1] for line in printed.out.splitlines() if line.split()[0] == name)
@@ -77,7 +78,7 @@ def test_a_folder(folder, to, model, out, capsys):
     assert ("rope_temporal_size 64 is left out" in printed.out) == (folder == "onevision_encoder")
     config = read_json(out / "config.json")
     assert config["model_type"] == model.config_class.model_type and config["architectures"] == [model.__name__]
-    assert config["image_size"] == read_json(FOLDERS[folder] / "config.json")["image_size"]
+    assert config["image_size"] == read_json(golden_folder(folder) / "config.json")["image_size"]
     layout = "padded" if to == "padded" else "packed"
     assert same(load_file(out / "model.safetensors"), convert_state_dict(golden_state(folder), layout))
 
@@ -165,7 +166,7 @@ def one_nan(state: dict) -> dict:
 @pytest.mark.parametrize("layout", ["source", "packed"])
 def test_a_difference_leaves_no_out(monkeypatch, source, out, capsys, change, layout):
     disturb_writing(monkeypatch, change)
-    path = source if layout == "source" else FOLDERS["llava_vit_packing"]
+    path = source if layout == "source" else golden_folder("llava_vit_packing")
     error = failure(capsys, "--to", "padded", path, out)
     assert "last_hidden_state differs by" in error and "expected at most 1e-04" in error
     assert not out.exists()

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import llava.tools.vit.reference
-from llava.tools.vit.cases import named, read_golden_case
 from llava.tools.vit.reference import encode
 from llavavit.conversion import convert_state_dict
-from tests.tools.vit_weights import FOLDERS, golden_state
+from tests.support.vit.cases import named, read_golden_case
+from tests.support.vit.golden import golden_folder, golden_state
 
 CASES = [
     ("llava_vit", "image"),
@@ -27,7 +27,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_formulas_give_the_published_values(folder, prefix, dtype):
     patch = 14 if folder == "onevision_encoder" else 16
-    case, expected = read_golden_case(FOLDERS[folder] / "io.safetensors", prefix, patch, layers=3)
+    case, expected = read_golden_case(golden_folder(folder) / "io.safetensors", prefix, patch, layers=3)
     state = convert_state_dict(golden_state(folder), "source")
     settings = {"num_heads": 2, "layer_norm_eps": 1e-6, "head_norm_eps": 1e-6, "rope_theta": 10000.0}
     found = named([encode(state, sample.to(dtype), **settings, **case.formulas) for sample in case.samples])

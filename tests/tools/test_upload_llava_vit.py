@@ -26,7 +26,7 @@ from llava.tools.vit import reload_hub_folder
 from llava.tools.vit.outputs import differences, run_folder
 from llava.tools.vit.reload_hub_folder import Blocker
 from llavavit import SIZES, LlavaViTConfig, LlavaViTModel, LlavaViTPackingModel
-from tests.tools.vit_weights import TINY, TINY_SIZE, source_state
+from tests.support.vit.golden import TINY, TINY_SIZE, source_state
 
 OWN_FILES = sorted(path.name for path in Path(llavavit.__file__).parent.glob("*.py"))
 

@@ -19,7 +19,7 @@ import llavavit.layers
 from llava.tools import upload_llava_vit
 from llava.tools.vit.outputs import run_folder
 from llavavit import LlavaViTConfig
-from tests.tools.vit_weights import GOLDEN
+from tests.support.vit.golden import GOLDEN
 
 ROOT = Path(__file__).resolve().parents[2]
 REMOTE = "transformers_modules"
@@ -282,7 +282,7 @@ def test_one_weight_changed_in_the_published_values_fails(hub, tmp_path, capsys,
     state = load_file(golden / folder / "model.safetensors")
     state["encoder.layers.0.mlp.fc1.weight"][0, 0] += 1e-3
     save_file(state, golden / folder / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(script, "GOLDEN", golden)
+    monkeypatch.setattr(script.golden, "GOLDEN", golden)
     status, failing, _ = run(capsys, hub)
     assert status == 1 and ("files of published values", "golden") in failing
 
@@ -322,7 +322,7 @@ def test_a_config_that_is_none_is_told_in_one_line(hub, tmp_path, capsys, monkey
 
 
 def test_a_difference_that_is_no_number_fails():
-    from llava.tools.vit.check_table import identical, near
+    from tests.support.vit.check_table import identical, near
 
     nan, one = torch.tensor([float("nan")]), torch.ones(1)
     assert all(wrong for _, wrong, _ in near({"a": nan, "b": one}, {"a": one, "b": nan}))

@@ -225,10 +225,9 @@ def test_best_is_the_lowest_measure_of_all(flags, tmp_path, monkeypatch):
 
 def test_heat_map_shows_each_token_in_its_place(tmp_path):
     draw_heat_map(torch.tensor([1.0, 0.0, 0.0, 0.5]), str(tmp_path / "map.png"), "title")
-    picture = Image.open(tmp_path / "map.png")
-    top = picture.height - 384  # the text is above
-    found = [picture.getpixel((x, top + y)) for y in (96, 288) for x in (96, 288)]
-    assert found == [(250, 230, 40), (30, 30, 110), (30, 30, 110), (30, 130, 130)]
+    picture = Image.open(tmp_path / "map.png").convert("L")
+    one, zero, also_zero, half = (picture.getpixel((x, y)) for y in (120, 360) for x in (120, 360))
+    assert zero == also_zero < half - 40 and half + 40 < one
 
 
 def test_step_without_a_readable_image_is_skipped(flags, tmp_path, pictures):

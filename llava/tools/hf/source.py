@@ -27,13 +27,6 @@ class Source(NamedTuple):
         return weights.read(stored.name)
 
 
-def check_apart(model_path: str, output: str) -> None:
-    """Raise LlavaError where writing `output` would take away what is read."""
-    read, written = os.path.realpath(model_path), os.path.realpath(output)
-    if os.path.commonpath([read, written]) == written:
-        raise LlavaError(f"{output}: holds the weights that are read, expected another folder")
-
-
 def read_source(path: str, template: str | None = None) -> Source:
     """Read everything but the weights, and refuse what has no counterpart.
 

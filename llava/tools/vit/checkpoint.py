@@ -1,11 +1,8 @@
 """Read an HEVC-ViT checkpoint of any layout, and write one of the layouts that have a model."""
 
-import contextlib
 import json
 import os
 import pickle
-import shutil
-import tempfile
 from typing import NamedTuple
 
 from llava.errors import LlavaError
@@ -176,42 +173,6 @@ def _one_line(error: Exception) -> str:
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def new_folder(out: str, overwrite: bool = False):
-    """A folder to fill, which gets the name `out` if the block ends well and is removed if not.
-
-    Raises:
-        LlavaError: `out` is there and may not be replaced, or cannot be made.
-    """
-    out = os.path.abspath(out)
-    parent, name = os.path.split(out)
-    if os.path.lexists(out):
-        if not overwrite:
-            raise LlavaError(f"{out}: is there already; --overwrite replaces it")
-        if not os.path.isfile(os.path.join(out, "config.json")):
-            raise LlavaError(f"{out}: found no config.json in it, expected a checkpoint to replace")
-    try:
-        os.makedirs(parent, exist_ok=True)
-        work = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-    except OSError as error:
-        raise LlavaError(f"{out}: cannot be made: {error.strerror}") from None
-    try:
-        folder = os.path.join(work, name)
-        os.mkdir(folder)
-        yield folder
-        replaced = os.path.join(work, "replaced")
-        if os.path.lexists(out):
-            os.rename(out, replaced)
-        try:
-            os.rename(folder, out)
-        except BaseException:
-            if os.path.lexists(replaced):
-                os.rename(replaced, out)
-            raise
-    finally:
-        shutil.rmtree(work)
 
 
 def write_checkpoint(folder: str, checkpoint: Checkpoint, layout: str, image_size=None, **config_keys) -> None:

@@ -3,46 +3,32 @@
 import os
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from llava.drawing.page import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    LINE,
+    MARGIN,
+    ORANGE,
+    PAPER,
+    WIDTH,
+    Page,
+    enlarged,
+    fit,
+    font,
+)
+from llava.drawing.panels import patch_panel
 from llava.errors import LlavaError
-from llava.eval.report import BLUE, FAINT, GREEN, INK, LINE, PAGE, font
-from llava.tools.patches.drawing import patch_panel
 from llava.tools.walk.steps import Walk
 from llava.tools.walk.text import cuts_middle, kept_sizes, rc, wh
 
-WIDTH, MARGIN, GAP = 1360, 36, 32  # pixels
+GAP = 32  # pixels
 PANEL_HEIGHT, TOKENS_HEIGHT, SKETCH = 380, 460, (136, 112)
 SHOWN = 8  # candidates
-ORANGE, WASTE, EMPTY = (232, 119, 34), (214, 219, 224), (244, 246, 248)
-
-
-class Page:
-    """A page that grows downwards."""
-
-    def __init__(self):
-        self.image = Image.new("RGB", (WIDTH, 4000), PAGE)
-        self.pen = ImageDraw.Draw(self.image)
-        self.top = MARGIN
-
-    def text(self, left: float, top: float, words: str, size: int = 15, fill=INK, anchor: str = "la", width=None):
-        """A line of text; what does not fit into `width` pixels ends in an ellipsis."""
-        face = font(size)
-        if width is not None and self.pen.textlength(words, font=face) > width:
-            while words and self.pen.textlength(words + "...", font=face) > width:
-                words = words[:-1]
-            words += "..."
-        self.pen.text((left, top), words, font=face, fill=fill, anchor=anchor)
-
-    def frame(self, left: int, top: int, size: tuple[int, int], colour=LINE, width: int = 1):
-        self.pen.rectangle(
-            (left - width, top - width, left + size[0] + width - 1, top + size[1] + width - 1),
-            outline=colour,
-            width=width,
-        )
-
-    def finished(self) -> Image.Image:
-        return self.image.crop((0, 0, WIDTH, self.top + MARGIN))
+WASTE = (214, 219, 224)
 
 
 def draw(photo: Image.Image, name: str, walk: Walk, geometry, prompt, output: str) -> None:
@@ -79,18 +65,6 @@ def section(page: Page, title: str, note: str = "") -> None:
     if note:
         page.text(MARGIN + page.pen.textlength(title, font=font(18)) + 14, page.top + 15, note, 14, FAINT)
     page.top += 50
-
-
-def fit(size, room) -> tuple[int, int]:
-    """(width, height) scaled to fit into `room`; small ones grow."""
-    scale = min(room[0] / size[0], room[1] / size[1])
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def enlarged(image: Image.Image, size) -> Image.Image:
-    """Resized for the page: few pixels stay visible as squares."""
-    growing = size[0] > 3 * image.width
-    return image.resize(size, Image.Resampling.NEAREST if growing else Image.Resampling.LANCZOS)
 
 
 def draw_candidates(page: Page, photo: Image.Image, walk: Walk) -> None:
@@ -255,9 +229,9 @@ def mosaic(page: Page, colours: Image.Image, left: int, room, title: str, note: 
     page.image.paste(colours.resize(size, Image.Resampling.NEAREST), (x, y))
     if cell >= 6:
         for i in range(columns + 1):
-            page.pen.line((x + round(i * cell), y, x + round(i * cell), y + size[1]), fill=PAGE)
+            page.pen.line((x + round(i * cell), y, x + round(i * cell), y + size[1]), fill=PAPER)
         for i in range(rows + 1):
-            page.pen.line((x, y + round(i * cell), x + size[0], y + round(i * cell)), fill=PAGE)
+            page.pen.line((x, y + round(i * cell), x + size[0], y + round(i * cell)), fill=PAPER)
     if crops is not None:
         crop_lines(page, (x, y), size, crops)
     for row in range(rows) if newlines else range(rows - last, rows):

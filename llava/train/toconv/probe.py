@@ -77,18 +77,11 @@ def similarity_sum(compressor, compressed, tokens):
 
 
 def draw_heat_map(similarity, path: str, title: str) -> None:
-    """A PNG of the similarity per output token, [M], row-major: dark blue 0 or less, over green, to yellow 1."""
-    from PIL import Image, ImageDraw
+    """A PNG of the similarity per output token, [M], row-major: dark 0 or less, light 1."""
+    from llava.drawing.panels import heat_panel
 
     side = round(len(similarity) ** 0.5)
-    stops = torch.tensor([[30.0, 30, 110], [30, 130, 130], [250, 230, 40]])
-    place = similarity.detach().cpu().float().clamp(0, 1).view(side, side) * (len(stops) - 1)
-    low = place.floor().clamp(max=len(stops) - 2).long()
-    colours = torch.lerp(stops[low], stops[low + 1], (place - low)[..., None])
-    cell = max(384 // side, 1)
-    grid = Image.fromarray(colours.round().to(torch.uint8).numpy()).resize((side * cell, side * cell), Image.NEAREST)
-    canvas = Image.new("RGB", (max(grid.width, 384), grid.height + 34), "white")
-    canvas.paste(grid, (0, 34))
-    text = f"{title}\nmean {similarity.mean():.3f}, min {similarity.min():.3f}, max {similarity.max():.3f}"
-    ImageDraw.Draw(canvas).text((4, 3), text, fill="black")
-    canvas.save(path)
+    cell = max(480 // side, 1)
+    title = f"{title}: mean {similarity.mean():.3f}, min {similarity.min():.3f}, max {similarity.max():.3f}"
+    values = similarity.detach().cpu().float().view(side, side).numpy()
+    heat_panel(values, cell, 1.0, 1, side * cell, side * cell, title).save(path)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "scripts" / "benchmark"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks"
 TINY = ["--device", "cpu", "--images", "4", "--sizes", "28", "56", "--repeats", "2"]
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "scripts" / "benchmark"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks"
 CASES = ["none", "budget 1.0", "budget 0.7", "budget 0.5", "budget 0.3", "budget 0.2", "v1", "v2 1.0", "v2 0.7"]
 TINY = ["--device", "cpu", "--preset", "small", "--repeats", "1", "--max-pixels", "12544"]
 

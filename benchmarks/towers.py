@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parent
 for folder in (HERE, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))

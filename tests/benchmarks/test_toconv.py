@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "scripts" / "benchmark"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks"
 CASES = ["none, 24x24", "24 -> 12", "24 -> 8", "none, 16x16", "16 -> 12", "16 -> 8"]
 # 5 crops of a 1100x808 image: base, then the unpadded map of 2x2 crops with a newline per row
 IMAGE_TOKENS = [576 + 36 * 49, 144 + 18 * 25, 64 + 12 * 17, 256 + 24 * 33, 144 + 18 * 25, 64 + 12 * 17]

@@ -1,7 +1,9 @@
 """Panels: a picture with the grid of its patches, and a heat map, each with a legend below. Pillow and numpy alone."""
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from llava.drawing.page import font
 
 # Levels 1, 2, 3, ...: told apart by lightness as well as by hue. The first shows on light and on dark pictures by
 # itself; patches with room for it have a dark line beside theirs.
@@ -91,13 +93,13 @@ def _heat(share):
 def _with_legend(picture: Image.Image, entries) -> Image.Image:
     """`picture` over lines of entries (colour of a swatch, "scale" for the heat scale or None; text)."""
     size = min(max(picture.width // 45, 12), 28)
-    font = ImageFont.load_default(size)
+    face = font(size)
     pad, swatch = size // 2, size
     measured = []
     for mark, text in entries:
         mark_width = {None: 0, "scale": 6 * size}.get(mark, swatch)
-        zero = font.getlength("0 ") if mark == "scale" else 0
-        measured.append((mark, text, mark_width, zero, zero + mark_width + (pad if mark else 0) + font.getlength(text)))
+        zero = face.getlength("0 ") if mark == "scale" else 0
+        measured.append((mark, text, mark_width, zero, zero + mark_width + (pad if mark else 0) + face.getlength(text)))
     lines, x = [[]], pad
     for entry in measured:
         if lines[-1] and x + entry[-1] + pad > picture.width:
@@ -113,11 +115,11 @@ def _with_legend(picture: Image.Image, entries) -> Image.Image:
         middle = picture.height + pad // 2 + round((number + 0.5) * line_height)
         for x, (mark, text, mark_width, zero, _) in line:
             if mark == "scale":
-                draw.text((x, middle), "0", TEXT, font, anchor="lm")
+                draw.text((x, middle), "0", TEXT, face, anchor="lm")
                 bar = _heat(np.linspace(0, 1, mark_width))[None].repeat(swatch, 0)
                 canvas.paste(Image.fromarray(bar), (round(x + zero), middle - swatch // 2))
             elif mark:
                 box = (x, middle - swatch // 2, x + swatch - 1, middle - swatch // 2 + swatch - 1)
                 draw.rectangle(box, outline=mark, width=max(size // 6, 2))
-            draw.text((x + zero + mark_width + (pad if mark else 0), middle), text, TEXT, font, anchor="lm")
+            draw.text((x + zero + mark_width + (pad if mark else 0), middle), text, TEXT, face, anchor="lm")
     return canvas

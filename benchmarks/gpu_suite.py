@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parent
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "flash-attn", "triton")
 
 for folder in (HERE, ROOT):

@@ -3,7 +3,8 @@
 import functools
 import importlib
 
-from llava.tools.vit import published
+from tests.support.vit import published
+from tests.support.vit.golden import golden_folder
 
 PADDED, PACKED, ONEVISION = "llava_vit", "llava_vit_packing", "onevision_encoder"
 MODELS = {
@@ -19,12 +20,11 @@ class Side:
 
     Args:
         name: of the side.
-        golden_folder: model type -> folder of published weights.
         hub_folder: where the code is; None: the project's.
     """
 
-    def __init__(self, name: str, golden_folder, hub_folder: str | None = None):
-        self.name, self.golden_folder, self.hub_folder = name, golden_folder, hub_folder
+    def __init__(self, name: str, hub_folder: str | None = None):
+        self.name, self.hub_folder = name, hub_folder
         self.model_class = functools.cache(self._model_class)
         self.golden = functools.cache(self._golden)
 
@@ -39,7 +39,7 @@ class Side:
 
     def _golden(self, model_type: str, stored_as: str):
         """A model with the published weights, loaded from the folder of one of the types."""
-        return self.model_class(model_type).from_pretrained(self.golden_folder(stored_as)).eval()
+        return self.model_class(model_type).from_pretrained(golden_folder(stored_as)).eval()
 
     def module(self, model_type: str, name: str):
         """A module from beside a model."""
@@ -66,8 +66,8 @@ class Side:
 
 def formulas(state: dict, values: dict, case) -> dict:
     """Outputs of the plain formulas, for weights of any layout and a config's values, else the published defaults."""
-    from llava.tools.vit.cases import run_formulas
     from llavavit.conversion import convert_state_dict
+    from tests.support.vit.cases import run_formulas
 
     full = published.DEFAULTS[values.get("model_type", PADDED)] | values
     eps, head_eps = full["layer_norm_eps"], full["head_norm_eps"]

@@ -5,7 +5,9 @@ import random
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from llava.drawing.page import font
 
 # language model and vision encoder; "mid" is for a CPU, those named so are published
 PRESETS = {
@@ -170,7 +172,7 @@ def text_page(size: tuple[int, int] = PAGE, seed: int = 0) -> Image.Image:
         for _ in range(400)
     ]
     page = Image.new("RGB", size, "white")
-    draw, margin, text, title = ImageDraw.Draw(page), 28, ImageFont.load_default(13), ImageFont.load_default(24)
+    draw, margin, text, title = ImageDraw.Draw(page), 28, font(13), font(24)
     draw.text((margin, margin), " ".join(words[:4]).capitalize(), fill="black", font=title)
     y = margin + 44
     while y < height - margin - 13:

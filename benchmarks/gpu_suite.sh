@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Correctness and speed on one CUDA machine, or in small shapes on a CPU: bash scripts/benchmark/gpu_suite.sh [--help]
+# Correctness and speed on one CUDA machine, or in small shapes on a CPU: bash benchmarks/gpu_suite.sh [--help]
 # Installs nothing: runs with PYTHON, else .venv, else the first Python here that has torch and transformers.
 set -euo pipefail
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 has_torch() {
     command -v "$1" >/dev/null && "$1" -c '
@@ -15,7 +15,7 @@ for candidate in ${PYTHON:+"$PYTHON"} "$ROOT/.venv/bin/python" python python3; d
     if has_torch "$candidate"; then
         export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
         export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}" # one device, the first
-        exec "$candidate" "$ROOT/scripts/benchmark/gpu_suite.py" "$@"
+        exec "$candidate" "$ROOT/benchmarks/gpu_suite.py" "$@"
     fi
 done
 echo "error: no Python 3.10 or later with torch and transformers found; set PYTHON to one" >&2

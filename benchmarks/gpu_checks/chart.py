@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-INK, FAINT, PAPER = (40, 40, 40), (215, 215, 215), (255, 255, 255)
+from llava.drawing.page import INK, LINE, PAPER, font
+
 COLOURS = ((190, 198, 208), (46, 110, 178), (232, 132, 52), (70, 150, 90))
 WIDTH, HEIGHT, MARGIN, GAP = 760, 300, 56, 24  # of a panel; around it on the left; between panels
 
@@ -29,7 +30,7 @@ def draw(panels: list[Panel], title: str, path: Path, columns: int = 1) -> None:
     size = columns * WIDTH + (columns + 1) * GAP, top + rows * (HEIGHT + GAP)
     image = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(image)
-    pen.text((GAP, 12), title, fill=INK, font=ImageFont.load_default(16))
+    pen.text((GAP, 12), title, fill=INK, font=font(16))
     for i, panel in enumerate(panels):
         _panel(pen, panel, GAP + i % columns * (WIDTH + GAP), top + i // columns * (HEIGHT + GAP))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,11 +38,11 @@ def draw(panels: list[Panel], title: str, path: Path, columns: int = 1) -> None:
 
 
 def _panel(pen, panel: Panel, left: int, top: int) -> None:
-    small, font = ImageFont.load_default(10), ImageFont.load_default(13)
+    small = font(10)
     values = [value for series in panel.series.values() for value in series if value is not None]
     most = max([*values, panel.line or 0]) * 1.12 or 1.0
     begin, end, ceiling, floor = left + MARGIN, left + WIDTH, top + 46, top + HEIGHT - 24
-    pen.text((left, top), panel.title, fill=INK, font=font)
+    pen.text((left, top), panel.title, fill=INK, font=font(13))
     at = begin
     for name, colour in zip(panel.series, panel.colours, strict=False):
         pen.rectangle((at, top + 22, at + 10, top + 32), fill=colour)
@@ -52,7 +53,7 @@ def _panel(pen, panel: Panel, left: int, top: int) -> None:
         return floor - value / most * (floor - ceiling)
 
     for value in _ticks(most):
-        pen.line((begin, height(value), end, height(value)), fill=FAINT)
+        pen.line((begin, height(value), end, height(value)), fill=LINE)
         pen.text((begin - 6, height(value)), f"{value:g}", fill=INK, font=small, anchor="rm")
     if panel.line is not None:
         for x in range(round(begin), round(end), 8):

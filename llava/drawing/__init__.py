@@ -1,0 +1,1 @@
+"""What draws: fonts and colours, a page, panels. Of llava it imports `llava.errors` at most."""

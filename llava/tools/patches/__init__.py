@@ -1,1 +1,0 @@
-"""Drawing for `python -m llava.tools.visualize_patches`."""
