@@ -54,7 +54,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def read_quality(path: Path | None) -> list[dict]:
-    """Rows {selection, alpha, exact_match, n, ...} of a JSON: a list of them, or what `llava.eval.qwen2_vl` writes.
+    """Rows {selection, alpha, exact_match, n, ...} of a JSON: a list of them, or what `llava.eval.exact_match` writes.
 
     That one has them as "selections", with alpha behind the method: "budget:0.7"; without, it is 1.
     """
@@ -64,9 +64,9 @@ def read_quality(path: Path | None) -> list[dict]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --quality {path}: {error}") from None
-    rows = content.get("selections", content.get("rows")) if isinstance(content, dict) else content
+    rows = content.get("rows") if isinstance(content, dict) else content
     if isinstance(content, dict) and "selections" in content:
-        parts = [(row, *row["selection"].partition(":")[::2]) for row in rows]
+        parts = [(row, *name.partition(":")[::2]) for name, row in content["selections"].items()]
         rows = [{**row, "selection": name, "alpha": float(alpha or 1)} for row, name, alpha in parts]
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) >= QUALITY_KEYS for row in rows):
         raise SystemExit(f"error: --quality {path}: expected a list of rows with {', '.join(sorted(QUALITY_KEYS))}")

@@ -11,7 +11,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from llava.eval.qwen2_vl import table
+from llava.eval.exact_match import table
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = {"overall": 0.90, "one_digit": 0.95, "every_kind": 0.75}

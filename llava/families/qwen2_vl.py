@@ -55,11 +55,11 @@ class Qwen2VL(Family):
     # --- settings ---
 
     def check(self, run) -> None:
-        super().check(run)
         if run.tower is not None:
             raise LlavaError(
                 f"tower {run.tower}: {self.title} has a vision encoder of its own, expected no tower config"
             )
+        super().check(run)
         if run["supervise"] == "llava_next":
             raise LlavaError(
                 f"supervise: found llava_next, expected answers_only: {self.title}'s template has no other here"

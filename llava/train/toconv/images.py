@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava.images.reading import load_image
 from llava.errors import LlavaError
+from llava.images.reading import load_image
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 UNKNOWN, GOOD, BAD = 0, 1, 2  # of an image in the cache

@@ -78,3 +78,11 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def prompt(images: int) -> str:
     return PROMPT.format(images=IMAGE * images)
+
+
+def load(folder, base=None):
+    """(model, processor) of a folder as its family loads it, in float32 on the CPU."""
+    from llava.families import family_of
+
+    loaded = family_of(str(folder)).load(str(folder), base=base and str(base), device="cpu", dtype="float32")
+    return loaded.model, loaded.processor

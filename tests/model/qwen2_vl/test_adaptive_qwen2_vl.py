@@ -12,9 +12,9 @@ from transformers import (
 )
 
 from llava.errors import LlavaError
+from llava.families import get_family
 from llava.model.adaptive_patches import patch_entropy, select_patches_by_budget
 from llava.model.qwen2_vl import AdaptiveQwen2VLImageProcessor
-from llava.model.qwen2_vl.loading import KINDS
 from tests.model.qwen2_vl.parts import make_folder, picture, prompt
 
 SIZES = ((112, 112), (224, 140), (84, 196))
@@ -25,6 +25,9 @@ STOCK = {
     "qwen2_vl": (Qwen2VLForConditionalGeneration, Qwen2VLProcessor),
     "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor),
 }
+
+
+KINDS = {name: get_family(name) for name in ("qwen2_vl", "qwen2_5_vl")}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -39,12 +42,12 @@ def folder(tmp_path_factory, kind):
 
 @pytest.fixture(scope="module")
 def processor(folder, kind):
-    return KINDS[kind][1].from_pretrained(folder)
+    return KINDS[kind].processor_class().from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def model(folder, kind):
-    return KINDS[kind][0].from_pretrained(folder).eval()
+    return KINDS[kind].model_class().from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def stock(folder, kind):
 @pytest.fixture(scope="module")
 def stock_processor(folder, kind, processor):
     class StockProcessor(STOCK[kind][1]):  # which without torchvision cannot be made
-        get_attributes = KINDS[kind][1].get_attributes
+        get_attributes = KINDS[kind].processor_class().get_attributes
 
     return StockProcessor(Qwen2VLImageProcessorPil.from_pretrained(folder), processor.tokenizer)
 

@@ -1,26 +1,24 @@
 """Qwen2-VL's training samples: prompt and labels, selection and its draws, truncation, batches."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from llava.data.qwen2_vl import (
-    AlphaRange,
-    EpochSampler,
-    Qwen2VLCollator,
-    Qwen2VLDataset,
-    check_chat_template,
-    truncate,
-)
 from PIL import Image
 
-from llava.data.dataset import BadRecord, MediaOptions
+from llava.data.dataset import BadRecord, LazySupervisedDataset, NoLabel, SampleArgs, fit
 from llava.data.records import load_records
+from llava.data.sampler import EpochSampler
 from llava.errors import LlavaError
-from tests.model.qwen2_vl.parts import picture
+from llava.families import get_family
+from llava.families.base import Loaded
+from llava.model.adaptive_patches import PatchChoice
+from tests.model.qwen2_vl.parts import load, picture
 from tests.tiny import qwen2_vl
 
+FAMILY = get_family("qwen2_vl")
 SIZES = [(120, 90), (224, 112), (64, 64)]
 START, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
@@ -79,9 +77,8 @@ ANSWERS = {
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
-    from llava.model.qwen2_vl.loading import load_processor
-
-    return load_processor(qwen2_vl(tmp_path_factory.mktemp("qwen2_vl")), patch_selection_method="budget", alpha=0.5)
+    folder = qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
+    return FAMILY.load_processor(folder, patch_selection_method="budget", alpha=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +87,15 @@ def records(tmp_path_factory):
     for number, size in enumerate(SIZES):
         picture(*size, number).save(folder / f"{number}.png")
     (folder / "records.json").write_text(json.dumps(RECORDS))
-    return load_records(folder / "records.json"), MediaOptions(image_folder=str(folder))
+    return load_records(folder / "records.json"), SampleArgs(image_folder=str(folder))
+
+
+def loaded(processor):
+    return Loaded(None, processor, processor.tokenizer, processor.image_processor, 2048, "qwen_1_5")
 
 
 def dataset(processor, records, **options):
-    return Qwen2VLDataset(records[0], processor, records[1], **options)
+    return LazySupervisedDataset(records[0], FAMILY, loaded(processor), replace(records[1], **options))
 
 
 @pytest.mark.parametrize("row", range(4))
@@ -122,11 +123,9 @@ def test_tokens_are_those_of_the_chat_template(processor, records, row):
 
 
 def test_published_prompt():
-    from llava.data.qwen2_vl import chat_prompt
-
-    assert chat_prompt([("human", "<image>\nDescribe this image.")]) == (
+    assert FAMILY.prompt_text([("human", "<image>\nDescribe this image.")], None) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "<|vision_start|><|image_pad|><|vision_end|>Describe this image.<|im_end|>\n<|im_start|>assistant\n"
+        "<image>Describe this image.<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -138,29 +137,32 @@ def test_bad_records(processor, records):
 
 
 def test_other_chat_template_is_refused(processor, monkeypatch):
-    check_chat_template(processor, "here")
+    FAMILY.check_chat_template(processor, "here")
     monkeypatch.setattr(processor, "chat_template", processor.chat_template.replace("\n<|im_start|>", "<|im_start|>"))
     monkeypatch.setattr(processor, "chat_template", "{% for m in messages %}{{ m['role'] }}{% endfor %}")
     with pytest.raises(LlavaError, match="here: its chat template writes 'userassistantuser'"):
-        check_chat_template(processor, "here")
+        FAMILY.check_chat_template(processor, "here")
 
 
 def test_alpha_is_drawn_for_every_image_and_epoch(processor, records):
-    drawn = AlphaRange(0.2, 0.9, seed=3)
-    found = [drawn.draw(epoch, record, image) for epoch in range(3) for record in range(50) for image in range(2)]
-    assert len(set(found)) == len(found) and 0.2 <= min(found) < 0.25 and 0.85 < max(found) <= 0.9
-    assert np.mean(found) == pytest.approx(0.55, abs=0.03) and drawn.middle == 0.55
-    assert found == [
-        drawn.draw(epoch, record, image) for epoch in range(3) for record in range(50) for image in range(2)
-    ]
-    assert AlphaRange(0.2, 0.9, seed=4).draw(0, 0, 0) != found[0]
+    choice = PatchChoice("budget", (0.2, 0.9))
 
-    data = dataset(processor, records, alpha=drawn)
+    def draw(*at, seed=3):
+        return choice.draw(seed, *at)
+
+    found = [draw(epoch, record, image) for epoch in range(3) for record in range(50) for image in range(2)]
+    assert len(set(found)) == len(found) and 0.2 <= min(found) < 0.25 and 0.85 < max(found) <= 0.9
+    assert np.mean(found) == pytest.approx(0.55, abs=0.03) and choice.middle == 0.55
+    assert found == [draw(epoch, record, image) for epoch in range(3) for record in range(50) for image in range(2)]
+    assert draw(0, 0, 0, seed=4) != found[0]
+
+    data = dataset(processor, records, patch_choice=choice, seed=3)
+    assert data.draws and not dataset(processor, records).draws
     sizes = {index: len(data[index]["pixel_values"]) for index in ((0, 0), (1, 0), (2, 0))}
     assert len(set(sizes.values())) > 1
     for (epoch, row), size in sizes.items():  # the same again, and what the budget allows
         levels = data[epoch, row]["image_patch_levels"]
-        budget = round(drawn.draw(epoch, row, 0) * len(levels))
+        budget = round(draw(epoch, row, 0) * len(levels))
         assert len(data[epoch, row]["pixel_values"]) == size and size <= max(budget, 8) and size > budget - 3
     assert len(data[0]["pixel_values"]) == sizes[0, 0]
 
@@ -189,8 +191,12 @@ def test_truncation_never_cuts_an_image():
         (5, 1, 0),
         (1, 1, 0),
     ]:
-        found = truncate(ids, labels, visual, limit)
-        assert found == (ids[:kept], labels[:kept], images), limit
+        if not any(label != -100 for label in labels[1:kept]):
+            with pytest.raises(NoLabel):
+                fit(ids, labels, lambda text: visual, limit, whole_images=True)
+            continue
+        found = fit(ids, labels, lambda text: visual, limit, whole_images=True)
+        assert found == (ids[:kept], labels[:kept], images, kept < 5), limit
 
 
 def test_truncated_samples(processor, records, monkeypatch):
@@ -223,15 +229,14 @@ def test_truncated_samples(processor, records, monkeypatch):
     assert 0 < (kept["input_ids"] == pad).sum() < (whole["input_ids"] == pad).sum()
 
 
-def collator(processor, levels=True):
-    tokenizer = processor.tokenizer
-    return Qwen2VLCollator(tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(PAD), 1176, levels)
+def collate(processor, rows):
+    return FAMILY.collate(rows, loaded(processor), None)
 
 
 def test_batch(processor, records):
     data = dataset(processor, records)
     rows = [data[row] for row in range(5)]
-    batch = collator(processor)(rows)
+    batch = collate(processor, rows)
     width = max(len(row["input_ids"]) for row in rows[:4])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["mm_token_type_ids"].shape == (4, width)
     assert [str(rows[4])] == batch["bad_records"]
@@ -249,15 +254,16 @@ def test_batch(processor, records):
 
 @pytest.mark.parametrize("levels", [True, False])
 @pytest.mark.parametrize("rows", [[3, 3], [4]])
-def test_batch_without_images_changes_nothing(processor, records, levels, rows):
+def test_batch_without_images_changes_nothing(processor, records, levels, rows, monkeypatch):
     """Its stand-in for an image takes part, so that every process runs the same modules, without any influence."""
-    from llava.model.qwen2_vl.loading import load_qwen2_vl
-
+    if not levels:
+        monkeypatch.setattr(processor.image_processor, "patch_selection_method", None)
     data = dataset(processor, records)
-    batch = collator(processor, levels)([data[row] for row in rows])
+    batch = collate(processor, [data[row] for row in rows])
+    assert ("image_patch_levels" in batch) == levels
     bad = batch.pop("bad_records", None)
     assert bool(bad) == (rows == [4])
-    model = load_qwen2_vl(processor.tokenizer.name_or_path)[0].train()
+    model = load(processor.tokenizer.name_or_path)[0].train()
     out = model(**batch, num_items_in_batch=torch.tensor(7))
     plain = {key: batch[key][:, :-1] for key in ("input_ids", "attention_mask", "labels")}
     expected = model(**plain, num_items_in_batch=torch.tensor(7))
@@ -277,5 +283,5 @@ def test_all_patches(processor, records, monkeypatch):
     assert "image_patch_levels" not in sample
     pads = (sample["input_ids"] == processor.tokenizer.convert_tokens_to_ids(PAD)).sum()
     assert pads == len(sample["pixel_values"]) // 4 == sample["image_grid_thw"].prod() // 4
-    batch = collator(processor, levels=False)([sample])
+    batch = collate(processor, [sample])
     assert "image_patch_levels" not in batch and batch["pixel_values"].equal(sample["pixel_values"])
