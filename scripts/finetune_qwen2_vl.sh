@@ -12,9 +12,9 @@ usage: bash scripts/finetune_qwen2_vl.sh [--overwrite] [--key value ...]
            and evaluates it on held-out data with all patches and with fewer and fewer
        bash scripts/finetune_qwen2_vl.sh CONFIG.yaml [--key value ...]
            the training run of CONFIG.yaml, for example configs/train/finetune_qwen2_vl.yaml
-patch_selection_method, patch_alpha, patch_thresholds, patch_importance, min_pixels and max_pixels say which patches are
-kept; --lora_enable true trains adapters. Other keys and the environment as in scripts/finetune.sh; SELECTIONS are the
-demo's choices of patches (as llava.eval.qwen2_vl takes them).
+adaptive_patches, min_pixels and max_pixels say which patches are kept; --lora_enable true trains adapters. Other keys
+and the environment as in scripts/finetune.sh; SELECTIONS are the demo's choices of patches (as llava.eval.qwen2_vl takes
+them).
 USAGE
         exit 0
     fi

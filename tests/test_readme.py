@@ -72,7 +72,7 @@ def test_every_train_config_resolves(config):
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"learning_rate +2e-05 +command line", shown.stdout)
     tower = (
-        r"patch_selection_method +(budget|all) +configs/"
+        r"adaptive_patches +\{'method': '(budget|all)'.*\} +configs/"
         if "qwen2_vl" in config
         else r"vision_tower +\S+ +configs/towers/"
     )

@@ -146,22 +146,6 @@ def test_the_choice_knows_no_dtype(encoder):
         tower([image.bfloat16() for image in images])
 
 
-def test_alpha_from_a_range(encoder):
-    """Drawn for each image in training, the middle elsewhere; counted ahead as the most it can be."""
-    tower = build(encoder, adaptive_patches={"method": "budget", "alpha": [0.2, 0.8]})
-    image = prepared(tower, [(112, 112)])[0][0]
-    middle = build(encoder, adaptive_patches=BUDGET).choose_patches([image])
-    assert torch.equal(tower.eval().choose_patches([image]).levels, middle.levels)
-    torch.manual_seed(0)
-    counts = set(tower.train().choose_patches([image] * 40).lengths)
-    assert len(counts) > 5 and min(counts) >= 10 and max(counts) <= 51  # of 64: budgets 13 to 51
-    assert tower.patch_chooser.count(image, merging=False) == 49
-    lowest = build(encoder, adaptive_patches={"method": "v2", "alpha": [0.5, 1.5]}).patch_chooser
-    assert lowest.count(image, False) == len(
-        kept_patches(chosen_labels(prepared(tower, [(112, 112)])[1][0], {"method": "v2", "alpha": 0.5})).levels
-    )
-
-
 def test_gradient_reaches_the_encoder(encoder):
     tower = build(encoder, adaptive_patches=BUDGET)
     images = prepared(tower)[0]
@@ -195,6 +179,7 @@ def test_gradient_reaches_the_encoder(encoder):
         ({"method": "budget", "alpha": 1, "importance": "colour"}, "importance: found 'colour'"),
         ({"method": "budget", "alpha": 1, "importance": "reconstruction"}, "reconstruction"),
         ({"method": "budget", "alpha": 1, "num_scales": 0}, "num_scales: found 0"),
+        ({"method": "all", "alpha": 1}, "alpha: found 1 with method all"),
     ],
 )
 def test_options_that_cannot_be(encoder, options, words):
@@ -390,7 +375,11 @@ def test_checkpoint_keeps_the_choice_and_another_can_be_asked_for(tmp_path, enco
     for alpha, count in ((0.2, 13), (0.5, 31), (1.0, 64)):  # 4 + 3k
         again = load(folder, overwrite_config={"adaptive_patches": {"method": "budget", "alpha": alpha}})
         assert len(again.get_vision_tower()([image])[0]) == count
-    assert load(folder, overwrite_config={"adaptive_patches": None}).get_vision_tower().patch_chooser is None
+    for nothing in (None, {"method": "all"}):
+        every = load(folder, overwrite_config={"adaptive_patches": nothing})
+        assert every.get_vision_tower().patch_chooser is None
+        # rows of patches of one size end with a newline each
+        assert every.visual_token_counter()(tuple(image.shape), (112, 112)) == 64 + 8
     with pytest.raises(LlavaError, match="expected square, pad or native"):
         load(folder, overwrite_config={"image_aspect_ratio": "anyres"})
 

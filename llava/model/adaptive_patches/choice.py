@@ -229,7 +229,7 @@ def check_together(method: str, importance: str) -> None:
 
 
 def check_alpha(alpha) -> float | tuple[float, float]:
-    """A number, or the two ends of a range as a tuple; `LlavaError` unless finite, not negative and in order."""
+    """A number, or the ends of a range as a tuple; `LlavaError` unless they are finite, not negative and in order."""
     pair = isinstance(alpha, (list, tuple))
     values = alpha if pair else [alpha]
     numbers = all(not isinstance(value, (bool, str)) and hasattr(value, "__float__") for value in values)

@@ -16,6 +16,7 @@ from llava.model.adaptive_patches import (
     select_patches_by_threshold,
     select_patches_by_threshold_v2,
 )
+from llava.model.adaptive_patches.choice import METHODS
 from tests.model.adaptive_patches.pictures import noise, picture
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -78,6 +79,40 @@ def test_masks_are_those_of_the_selection(selection, select):
     assert all(torch.equal(masks[size], expected_masks[size]) for size in (14, 28, 56))
     assert tokens == [sum(int(masks[size][image].sum()) for size in masks) for image in range(2)]
     assert len(set(tokens)) == (1 if selection == "budget" else 2)
+
+
+@pytest.mark.parametrize("selection", ["v1", "v2", "budget"])
+def test_old_and_new_names_of_the_arguments_are_one(selection):
+    """`method` is published as the importance, and is the selection by its new meaning; a call may name one too."""
+    images = normalised(torch.cat([picture(2), noise(1, 3, 224, 224)]))
+    published = tokenizer(method="laplacian", patch_selection_method=selection, alpha=0.8, thresholds=[0.3, 0.2])
+    maps = published.compute_importance_maps(images)
+    expected = published.construct_masks(maps)
+    for one in (
+        tokenizer(method=selection, importance="laplacian", alpha=0.8, thresholds=[0.3, 0.2]),
+        PatchTokenizer(3, 14, [0.3, 0.2], MEAN, STD, "laplacian", selection, 0.8),
+        tokenizer(
+            method=selection, patch_selection_method=selection, importance="laplacian", alpha=0.8, thresholds=[0.3, 0.2]
+        ),
+    ):
+        found = one.construct_masks(one.compute_importance_maps(images))
+        assert torch.equal(found[1], expected[1]) and found[2] == expected[2]
+    other = tokenizer(method="v1" if selection == "v2" else "v2", importance="laplacian", thresholds=[0.3, 0.2])
+    found = other.construct_masks(maps, patch_selection_method=selection, alpha=0.8)
+    assert torch.equal(found[1], expected[1]) and (other.last_budget_info is None) == (selection != "budget")
+    assert len({tuple(tokenizer(method=m, thresholds=[0.3, 0.2]).construct_masks(maps, 0.8)[2]) for m in METHODS}) == 3
+
+
+def test_a_call_refuses_what_a_tokenizer_does():
+    one = tokenizer(importance="reconstruction", method="v2", thresholds=None)
+    maps = one.compute_importance_maps(normalised(picture(2)))
+    for method, words in (
+        ("budget", "the reconstruction error of all"),
+        ("v1", "thresholds: found None"),
+        ("v3", "'v3'"),
+    ):
+        with pytest.raises(LlavaError, match=words):
+            one.construct_masks(maps, patch_selection_method=method)
 
 
 def test_what_a_budget_was_spent_on_is_told():
@@ -152,6 +187,10 @@ def test_an_image_that_ends_inside_a_patch_is_selected_but_not_cut():
         ({"std": [1.0]}, "mean, std: found"),
         ({"std": [1.0, 0.0, 1.0]}, "no std of 0"),
         ({"mean": 0.5}, "mean: found 0.5, expected one number a channel"),
+        ({"importance": "gradient"}, "importance: found 'gradient', expected entropy"),
+        ({"method": "v2", "patch_selection_method": "v1"}, "method, patch_selection_method: found 'v2' and 'v1'"),
+        ({"method": "entropy", "importance": "laplacian"}, "method, importance: found 'entropy' and 'laplacian'"),
+        ({"method": "budget", "importance": "reconstruction"}, "importance: found 'reconstruction' with method budget"),
         (
             {"method": "reconstruction", "patch_selection_method": "budget"},
             "the reconstruction error of all base patch",
