@@ -12,12 +12,12 @@ TOKENIZER = Path(__file__).parent / "golden" / "llava" / "tokenizer_qwen"
 SIDE, PATCH = 28, 14
 
 
-def llm(folder: Path) -> str:
-    """Folder of a random two-layer Qwen2 with the golden tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def llm(folder: Path, kind: str = "qwen2", **changes) -> str:
+    """Folder of a random two-layer language model with the golden tokenizer; `kind` is its model type."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(
+    sizes = dict(
         vocab_size=703,
         hidden_size=32,
         intermediate_size=64,
@@ -26,7 +26,8 @@ def llm(folder: Path) -> str:
         num_key_value_heads=1,
         max_position_embeddings=512,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    config = AutoConfig.for_model(kind, **sizes | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for path in TOKENIZER.iterdir():
         shutil.copy(path, folder)
     return str(folder)

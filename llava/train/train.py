@@ -195,7 +195,7 @@ def load_model(model_args, data_args, training_args):
             path,
             config=config,
             dtype=dtype,
-            attn_implementation=attention_for(training_args),
+            attn_implementation=attention_for(training_args, config),
             cache_dir=training_args.cache_dir,
             quantization_config=quantisation_for(training_args),
         )
@@ -214,21 +214,19 @@ def load_model(model_args, data_args, training_args):
     return model, tokenizer
 
 
-def attention_for(training_args) -> str:
-    """The attention that the run asks for, else the best available."""
+def attention_for(training_args, config=None) -> str:
+    """The attention that the run asks for, else the best available; `config` is the model's."""
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from llava.model import builder
 
     asked = training_args.attn_implementation
-    if asked is None:
-        dtype = torch.bfloat16 if training_args.bf16 or training_args.fp16 else torch.float32
-        return builder.best_attention(dtype, training_args.device.type == "cpu")
     known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
-    if asked not in known and "/" not in asked:  # with a slash: a kernel on the hub
+    if asked is not None and asked not in known and "/" not in asked:  # with a slash: a kernel on the hub
         raise LlavaError(f"attn_implementation: found {asked!r}, expected one of {', '.join(known)}")
-    return asked
+    dtype = torch.bfloat16 if training_args.bf16 or training_args.fp16 else torch.float32
+    return builder.best_attention(dtype, training_args.device.type == "cpu", config, asked)
 
 
 @contextlib.contextmanager
