@@ -12,12 +12,12 @@ TOKENIZER = Path(__file__).parent / "golden" / "llava" / "tokenizer_qwen"
 SIDE, PATCH = 28, 14
 
 
-def llm(folder: Path) -> str:
-    """Folder of a random two-layer Qwen2 with the golden tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def llm(folder: Path, kind: str = "qwen2", **changes) -> str:
+    """Folder of a random two-layer language model with the golden tokenizer; `kind` is its model type."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(
+    sizes = dict(
         vocab_size=703,
         hidden_size=32,
         intermediate_size=64,
@@ -26,22 +26,19 @@ def llm(folder: Path) -> str:
         num_key_value_heads=1,
         max_position_embeddings=512,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    config = AutoConfig.for_model(kind, **sizes | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for path in TOKENIZER.iterdir():
         shutil.copy(path, folder)
     return str(folder)
 
 
 def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, seed: int = 1) -> str:
-    """Folder of a random vision encoder with its image processor; kind is "clip", "siglip" or "hevc_vit"."""
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        CLIPVisionModel,
-        SiglipImageProcessorPil,
-        SiglipVisionConfig,
-        SiglipVisionModel,
-    )
+    """Folder of a random vision encoder with its image processor; `kind` is an id of the tower registry."""
+    from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    from llava.model.multimodal_encoder.builder import TOWERS
+    from llavavit.conversion import CONFIG_CLASSES
 
     torch.manual_seed(seed)
     sizes = dict(
@@ -52,20 +49,15 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, s
         image_size=side,
         patch_size=PATCH,
     )
-    if kind in ("clip", "hevc_vit"):
-        if kind == "clip":
-            CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(folder)
-        else:
-            from llavavit import LlavaViTConfig, LlavaViTModel
-
-            width = {"hidden_size": 64, "initializer_range": 0.1}  # its heads come in widths of 32
-            LlavaViTModel(LlavaViTConfig(**sizes | width)).save_pretrained(folder)
-        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
-            folder
-        )
+    model_type = {"clip_s2": "clip_vision_model", "hevc_vit": "llava_vit"}.get(kind) or TOWERS[kind].model_types[-1]
+    if model_type in CONFIG_CLASSES:
+        sizes |= {"hidden_size": 64, "initializer_range": 0.1}  # its heads come in widths of 32
+    AutoModel.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
+    if kind == "siglip":
+        processor = SiglipImageProcessorPil(size={"height": side, "width": side})
     else:
-        SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(folder)
-        SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor.save_pretrained(folder)
     return str(folder)
 
 

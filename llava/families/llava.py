@@ -312,7 +312,7 @@ def load_model(model_args, data_args, training_args):
             path,
             config=config,
             dtype=dtype,
-            attn_implementation=attention_for(training_args),
+            attn_implementation=attention_for(training_args, config),
             cache_dir=training_args.cache_dir,
             quantization_config=quantisation_for(training_args),
         )

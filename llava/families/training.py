@@ -20,18 +20,16 @@ def weights_dtype(training_args) -> torch.dtype:
     return torch.bfloat16 if low else torch.float32
 
 
-def attention_for(training_args) -> str:
-    """The attention that the run asks for, else the best available."""
+def attention_for(training_args, config=None) -> str:
+    """The attention that the run asks for, else the best available; `config` is the model's."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     asked = training_args.attn_implementation
-    if asked is None:
-        dtype = torch.bfloat16 if training_args.bf16 or training_args.fp16 else torch.float32
-        return best_attention(dtype, training_args.device.type == "cpu")
     known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
-    if asked not in known and "/" not in asked:  # with a slash: a kernel on the hub
+    if asked is not None and asked not in known and "/" not in asked:  # with a slash: a kernel on the hub
         raise LlavaError(f"attn_implementation: found {asked!r}, expected one of {', '.join(known)}")
-    return asked
+    dtype = torch.bfloat16 if training_args.bf16 or training_args.fp16 else torch.float32
+    return best_attention(dtype, training_args.device.type == "cpu", config, asked)
 
 
 @contextlib.contextmanager

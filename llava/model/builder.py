@@ -132,7 +132,7 @@ def load_pretrained_model(
         config=config,
         dtype=dtype,
         device_map=None if on_cpu and device_map == "auto" else device_map,
-        attn_implementation=attn_implementation or best_attention(dtype, on_cpu),
+        attn_implementation=best_attention(dtype, on_cpu, config, attn_implementation),
         **kwargs,
     )
     if is_lora(model_path):
@@ -153,13 +153,31 @@ def load_pretrained_model(
     return tokenizer, model, tower and tower.image_processor, context_length(model.config)
 
 
-def best_attention(dtype: torch.dtype, on_cpu: bool) -> str:
-    """flash_attention_2 where it is installed and can run, else sdpa."""
+CAPPING_ATTENTION = ("eager", "flash_attention_2", "flex_attention")  # sdpa would leave a soft cap out
+
+
+def best_attention(dtype: torch.dtype, on_cpu: bool, config=None, asked: str | None = None) -> str:
+    """`asked`, else flash_attention_2 where it is installed and can run, else sdpa (eager for scores with a soft cap).
+
+    Args:
+        config: of the model, or of its language model.
+
+    Raises:
+        LlavaError: what was asked for would compute without the soft cap that the model has (Gemma 2).
+    """
     from transformers.utils import is_flash_attn_2_available
 
+    cap = getattr(config and config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and asked is not None and asked not in CAPPING_ATTENTION:
+        raise LlavaError(
+            f"attn_implementation: found {asked!r}, which leaves out attn_logit_softcapping {cap} of this "
+            f"{config.model_type}; expected one of {', '.join(CAPPING_ATTENTION)}"
+        )
+    if asked:
+        return asked
     if not on_cpu and dtype in (torch.float16, torch.bfloat16) and is_flash_attn_2_available():
         return "flash_attention_2"
-    return "sdpa"
+    return "sdpa" if cap is None else "eager"
 
 
 def context_length(config) -> int:

@@ -53,6 +53,9 @@ LANGUAGE_MODELS = {
             "Mistral", "llava_mistral", "LlavaMistralConfig", "mistral", "mistral_instruct", ("mistral", "zephyr")
         ),
         LanguageModel(
+            "Gemma2", "llava_gemma2", "LlavaGemma2Config", "gemma2", "gemma_instruct", ("gemma-2-", "gemma2")
+        ),
+        LanguageModel(
             "Llama", "llava_llama", "LlavaConfig", "llama", "v1", ("llama", "vicuna", "yi-", "nous-hermes", "llava-v1")
         ),
     )

@@ -280,6 +280,8 @@ def test_context_length():
         ({"model_type": "llava"}, ["run", "/models/vicuna-7b"], "LlavaLlamaForCausalLM"),
         ({"model_type": "llava", "_name_or_path": "x/qwen"}, [None], "LlavaQwenForCausalLM"),
         ({}, ["zephyr-7b"], "LlavaMistralForCausalLM"),
+        ({"model_type": "gemma2"}, [], "LlavaGemma2ForCausalLM"),
+        ({"model_type": "llava"}, ["llava-v1.6-gemma-2-9b"], "LlavaGemma2ForCausalLM"),
     ],
 )
 def test_architecture(config, names, expected):

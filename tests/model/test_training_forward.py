@@ -18,9 +18,9 @@ def tower(tmp_path_factory):
     return small.tower(tmp_path_factory.mktemp("clip"), side=SIDE)
 
 
-@pytest.fixture(scope="module")
-def model(tower):
-    return small.model(tower, image_grid_pinpoints="(1x1),...,(2x2)")
+@pytest.fixture(scope="module", params=["qwen", "gemma2"])
+def model(tower, request):
+    return small.model(tower, request.param, image_grid_pinpoints="(1x1),...,(2x2)")
 
 
 @pytest.fixture

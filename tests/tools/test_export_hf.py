@@ -314,6 +314,7 @@ def test_memory_holds_one_shard(tmp_path, monkeypatch):
         ({"use_token_compression": True, "compression_input_size": 24, "compression_output_size": 12}, "ToConv"),
         ({"s2": True, "s2_scales": "336,672"}, "CLIPS2|S2"),
         ({"mm_vision_select_feature": "slicefour_patch", "mm_vision_select_layer": -1}, "slicefour_patch"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
         ({"mm_vision_tower_type": "hevc_vit", "mm_vision_config": {"model_type": "llava_vit"}}, "HEVCViT"),
     ],
 )

@@ -243,6 +243,7 @@ BAD = {
     "another model": ({"model_type": "qwen2_vl"}, "found model_type 'qwen2_vl', expected a folder of"),
     "llava's own": ({"model_type": "llava", "text_config": ...}, "without text_config"),
     "language model": ({"text_config": {"model_type": "gemma", "hidden_size": 32}}, "text_config: found .*gemma"),
+    "soft cap": ({"text_config": {"model_type": "gemma2", "hidden_size": 32}}, "found final_logit_softcapping 30.0"),
     "tower": ({"vision_config": {"model_type": "dinov2", "hidden_size": 32}}, "vision_config: found .*dinov2"),
     "activation": ({"projector_hidden_act": "relu"}, "projector_hidden_act: found 'relu', expected 'gelu'"),
     "bias": ({"multimodal_projector_bias": False}, "multimodal_projector_bias: found False"),

@@ -49,6 +49,11 @@ class CLIPVisionTowerS2(CLIPVisionTower):
 
     def features(self, images):
         base, side = self.s2_scales[0], self.num_patches_per_side
+        if images.shape[-1] != images.shape[-2]:
+            raise LlavaError(
+                f"the vision tower takes images of {self.image_size}x{self.image_size} pixels, got "
+                f"{tuple(images.shape[-2:])}; check the image processor's size"
+            )
         maps = []
         for scale in self.s2_scales:
             scaled = images

@@ -145,6 +145,10 @@ def to_llava(path: str, hf, form: Format, processor, template: str):
         raise LlavaError(
             f"{path}: text_config: found model_type {text.model_type!r}, expected one of {', '.join(PLAIN_TYPES)}"
         )
+    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
+        raise LlavaError(
+            f"{path}: text_config: found final_logit_softcapping {cap}, expected none: {form.model_class} has no cap"
+        )
     expected = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
     for key, value in expected.items():
         if getattr(hf, key, value) != value:

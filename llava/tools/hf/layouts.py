@@ -54,8 +54,10 @@ def choose_format(path: str, config, tower) -> Format:
     rules = MergeRules.from_config(config)
     aspect, merge = rules.image_aspect_ratio, rules.mm_patch_merge_type
     projector = getattr(config, "mm_projector_type", None) or "linear"
-    reason = None
-    if tower is None:
+    reason, cap = None, getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        reason = f"final_logit_softcapping {cap}, which transformers' LLaVA models leave out"
+    elif tower is None:
         reason = "no vision tower"
     elif tower.token_compressor is not None:
         reason = "token compression (ToConv)"
