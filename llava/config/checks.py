@@ -5,10 +5,10 @@ import re
 from typing import Any
 
 from llava.config.keys import PATCH_KEYS
+from llava.config.patch_choice import MEMBERS, THRESHOLDS, PatchChoice
 from llava.config.schema import Key
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
-from llava.model.adaptive_patches.choice import MEMBERS, THRESHOLDS, PatchChoice
 
 
 def check_value(key: Key, value: Any, where: str) -> None:

@@ -1,6 +1,7 @@
 """Every key of a run, defined once: the YAML schema, the command line and the key table all derive from these models.
 
-To add a key, add one `key(...)` line to the group that uses it. Names and defaults are LLaVA-NeXT's wherever it has
+To add a key, add one `key(...)` line to the group that uses it; a key of a part that does not exist here goes into
+`REFUSED`. Names and defaults are LLaVA-NeXT's wherever it has
 the key. Every field of the installed `transformers.TrainingArguments` is a key as well (see `trainer_fields.py`) and is
 repeated here only where this project's default differs.
 """
@@ -18,22 +19,19 @@ def key(
     tower_part: bool = False,
     checkpoint: str | bool = False,
     aliases: tuple[str, ...] = (),
-    only_default: str = "",
     refuse: dict[Any, str] | None = None,
 ):
     """A pydantic field with what this project needs to know about a key.
 
     tower: may stand in a tower YAML. tower_part: describes the tower itself, so a checkpoint's value is not used for
     another tower. checkpoint: read from a checkpoint's config.json, under this name if a string is given. aliases:
-    other names that mean the same key. only_default: the name of a part that does not exist here; any value but the
-    default is an error that says so. refuse: values that ask for a part that does not exist here, with its name.
+    other names that mean the same key. refuse: values that ask for a part that does not exist here, with its name.
     """
     extra = {
         "tower": tower or tower_part,
         "tower_part": tower_part,
         "checkpoint": checkpoint,
         "aliases": aliases,
-        "only_default": only_default,
         "refuse": refuse or {},
     }
     return Field(default=default, description=description, json_schema_extra={"llava": extra})
@@ -61,7 +59,6 @@ class ModelKeys(KeyGroup):
         False, "freeze the token compressor, which otherwise is trained where the projector is"
     )
     tune_mm_mlp_adapter: bool = key(False, "train the projector only (when mm_tunable_parts is not given)")
-    tune_mm_vision_resampler: bool = key(False, "train the resampler", only_default="the vision resampler")
     unfreeze_mm_vision_tower: bool = key(False, "train the vision tower (when mm_tunable_parts is not given)")
     unfreeze_language_model: bool = key(False, "train the language model (when mm_tunable_parts is not given)")
     pretrain_mm_mlp_adapter: str | None = key(None, "projector to start from: mm_projector.safetensors or .bin")
@@ -78,9 +75,6 @@ class ModelKeys(KeyGroup):
         "the tower's registry id; needed only where its config or name does not tell",
         tower_part=True,
         checkpoint=True,
-    )
-    vision_tower_pretrained: str | None = key(
-        None, "weights of a tower from a second place", only_default="a second source of tower weights"
     )
     mm_vision_select_layer: int = key(
         -1, "hidden state of the tower that is used, counted as Python does", tower_part=True, checkpoint=True
@@ -136,27 +130,6 @@ class ModelKeys(KeyGroup):
     rope_scaling_factor: float | None = key(None, "stretch the language model's rotary positions by this factor")
     rope_scaling_type: str | None = key(None, "kind of rotary scaling: linear, dynamic, ...")
 
-    mm_resampler_type: str | None = key(None, "vision resampler", checkpoint=True, only_default="the vision resampler")
-    mm_mask_drop_mode: str = key("fixed", "resampler: token masking", only_default="the vision resampler")
-    mm_mask_drop_skip_percentage: float = key(0.0, "resampler: token masking", only_default="the vision resampler")
-    mm_mask_drop_ratio: float = key(0.25, "resampler: token masking", only_default="the vision resampler")
-    mm_mask_drop_ratio_upper: float | None = key(None, "resampler: token masking", only_default="the vision resampler")
-    mm_mask_drop_ratio_lower: float | None = key(None, "resampler: token masking", only_default="the vision resampler")
-    mm_spatial_pool_out_channels: int | None = key(
-        None, "resampler: output channels", only_default="the vision resampler"
-    )
-    mm_perceiver_depth: int = key(3, "perceiver resampler", only_default="the perceiver resampler")
-    mm_perceiver_latents: int = key(32, "perceiver resampler", only_default="the perceiver resampler")
-    mm_perceiver_ff_mult: float = key(4, "perceiver resampler", only_default="the perceiver resampler")
-    mm_perceiver_pretrained: str | None = key(None, "perceiver resampler", only_default="the perceiver resampler")
-    mm_qformer_depth: int = key(3, "Q-Former resampler", only_default="the Q-Former resampler")
-    mm_qformer_latents: int = key(32, "Q-Former resampler", only_default="the Q-Former resampler")
-    mm_qformer_pretrained: str | None = key(None, "Q-Former resampler", only_default="the Q-Former resampler")
-    use_pos_skipping: bool = key(False, "position skipping", only_default="position skipping")
-    pos_skipping_range: int = key(4096, "position skipping", only_default="position skipping")
-    add_faster_video: bool = key(False, "slow-fast video tokens", checkpoint=True, only_default="slow-fast video")
-    faster_token_stride: int = key(10, "slow-fast video tokens", only_default="slow-fast video")
-
 
 _SPLIT_MODES = {"highres": "the highres image mode", "crop_split": "the crop_split image mode"}
 
@@ -193,8 +166,6 @@ class DataKeys(KeyGroup):
         tower=True,
         checkpoint=True,
     )
-    image_crop_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
-    image_split_resolution: int | None = key(None, "crop_split image mode", only_default="the crop_split image mode")
     patch_selection_method: Literal["all", "v1", "v2", "budget"] | None = key(
         None,
         "Qwen2-VL: published name of adaptive_patches' method; what these four leave out is as in the model's image "
@@ -252,10 +223,6 @@ class TrainKeys(KeyGroup):
     lora_dropout: float = key(0.05, "LoRA: dropout (with lora_enable)")
     lora_weight_path: str = key("", "LoRA: folder of an adapter to start from (with lora_enable)")
     lora_bias: Literal["none", "all", "lora_only"] = key("none", "LoRA: which biases train (with lora_enable)")
-    mpt_attn_impl: str | None = key("triton", "MPT attention", only_default="MPT")
-    trainer_mode: str = key("regular", "regular; zo means MeZO", only_default="MeZO training")
-    zo_eps: float = key(1e-3, "MeZO", only_default="MeZO training")
-    zo_num_directions: int = key(1, "MeZO", only_default="MeZO training")
 
 
 GROUPS: dict[str, type[KeyGroup]] = {"model": ModelKeys, "data": DataKeys, "train": TrainKeys}
@@ -267,3 +234,33 @@ PATCH_KEYS = {
     "patch_thresholds": "thresholds",
     "patch_importance": "importance",
 }
+
+# Keys of LLaVA-NeXT whose part does not exist here: any value but the default is an error that names the part.
+# {the key that they stand behind in the table of keys: {part: {key: default, or (type, default)}}}
+_TEXT, _NUMBER, _COUNT = (str | None, None), (float | None, None), (int | None, None)
+REFUSED: dict[str, dict[str, dict[str, Any]]] = {
+    "tune_mm_mlp_adapter": {"the vision resampler": {"tune_mm_vision_resampler": False}},
+    "mm_vision_tower_type": {"a second source of tower weights": {"vision_tower_pretrained": _TEXT}},
+    "rope_scaling_type": {
+        "the vision resampler": {
+            **{"mm_resampler_type": _TEXT, "mm_mask_drop_mode": "fixed", "mm_mask_drop_skip_percentage": 0.0},
+            **{"mm_mask_drop_ratio": 0.25, "mm_mask_drop_ratio_upper": _NUMBER, "mm_mask_drop_ratio_lower": _NUMBER},
+            "mm_spatial_pool_out_channels": _COUNT,
+        },
+        "the perceiver resampler": {
+            **{"mm_perceiver_depth": 3, "mm_perceiver_latents": 32, "mm_perceiver_ff_mult": (float, 4)},
+            "mm_perceiver_pretrained": _TEXT,
+        },
+        "the Q-Former resampler": {"mm_qformer_depth": 3, "mm_qformer_latents": 32, "mm_qformer_pretrained": _TEXT},
+        "position skipping": {"use_pos_skipping": False, "pos_skipping_range": 4096},
+        "slow-fast video": {"add_faster_video": False, "faster_token_stride": 10},
+    },
+    "image_grid_pinpoints": {
+        "the crop_split image mode": {"image_crop_resolution": _COUNT, "image_split_resolution": _COUNT}
+    },
+    "lora_bias": {
+        "MPT": {"mpt_attn_impl": (str | None, "triton")},
+        "MeZO training": {"trainer_mode": "regular", "zo_eps": 1e-3, "zo_num_directions": 1},
+    },
+}
+REFUSED_IN_CHECKPOINTS = ("mm_resampler_type", "add_faster_video")  # the others had no effect where these are unset

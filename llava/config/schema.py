@@ -9,7 +9,7 @@ from typing import Any, Literal, Union
 
 from pydantic import TypeAdapter, ValidationError
 
-from llava.config.keys import GROUPS
+from llava.config.keys import GROUPS, REFUSED, REFUSED_IN_CHECKPOINTS
 from llava.config.trainer_fields import trainer_fields
 from llava.errors import LlavaError
 
@@ -19,7 +19,8 @@ FALSE_WORDS = {"false", "no", "off", "0", "f", "n"}
 
 @dataclass(frozen=True)
 class Key:
-    """One key. `type` is the annotation; `group` is model, data, train or trainer (a field of transformers only)."""
+    """One key. `type` is the annotation; `group` is model, data, train or trainer (a field of transformers only);
+    `only_default` is the part that the key is of where that does not exist here. The rest is as in `keys.key`."""
 
     name: str
     group: str
@@ -73,6 +74,11 @@ def own_keys() -> dict[str, Key]:
         for name, info in model.model_fields.items():
             extra = info.json_schema_extra["llava"]
             keys[name] = Key(name, group, info.annotation, info.default, info.description, **extra)
+            for part, entries in REFUSED.get(name, {}).items():
+                for refused, entry in entries.items():
+                    kind, default = entry if isinstance(entry, tuple) else (type(entry), entry)
+                    stored = refused in REFUSED_IN_CHECKPOINTS
+                    keys[refused] = Key(refused, group, kind, default, part, checkpoint=stored, only_default=part)
     return keys
 
 

@@ -1,7 +1,7 @@
 """What a config says about the vision side as a whole, without weights; imports neither torch nor towers."""
 
+from llava.config.patch_choice import PatchChoice
 from llava.errors import LlavaError
-from llava.model.adaptive_patches.choice import PatchChoice
 
 COMPRESSED = "+toconv"  # behind a tower's registry id: the same as use_token_compression
 

@@ -32,9 +32,10 @@ def noted_interrupts():
 class AnswerStream:
     """A streamer for transformers' `generate`: hands on text as soon as it is certain.
 
-    All tokens are decoded anew each time, since a token's text may depend on those before it. What may still change is
-    held back: half a character, blanks at the end, and the beginning of a text that ends the answer. What was handed on
-    is therefore always the beginning of the answer that `Inference` returns.
+    All tokens are decoded anew each time, since a token's text may depend on those before it: transformers' own
+    `TextStreamer` decodes line by line, and under Llama's tokenizer every line then lacks a blank of its indentation.
+    What may still change is held back: half a character, blanks at the end, and the beginning of a text that ends the
+    answer. What was handed on is therefore always the beginning of the answer that `Inference` returns.
 
     Args:
         tokenizer: decodes.
@@ -51,14 +52,18 @@ class AnswerStream:
         interrupted: Callable[[], bool] = lambda: False,
     ):
         self.tokenizer, self.stop_texts, self.emit, self.interrupted = tokenizer, stop_texts, emit, interrupted
-        self.ids: list[int] = []
+        self.ids: list[int] | None = None  # before the prompt
         self.shown = ""
 
     def put(self, value) -> None:
-        """New tokens, [n] or [1, n]; the prompt that `generate` puts first is empty, as it works from embeddings."""
+        """The prompt, which `generate` puts first (empty where it works from embeddings); then new tokens, [n]."""
+        if self.ids is None:
+            self.ids = []
+            return
         self.ids += value.flatten().tolist()
-        if self.ids:
-            self._show(self._certain(self._decoded()))
+        text = self._cut().rstrip("\ufffd")  # bytes of a character that is not whole yet
+        held = max((_overlap(text, stop) for stop in self.stop_texts), default=0)
+        self._show(text[: len(text) - held].strip())
         if self.interrupted():
             raise KeyboardInterrupt
 
@@ -68,21 +73,13 @@ class AnswerStream:
     @property
     def text(self) -> str:
         """The answer so far, as `Inference.cut` would leave it."""
-        text = self._decoded()
+        return self._cut().strip()
+
+    def _cut(self) -> str:
+        text = self.tokenizer.decode(self.ids or [], skip_special_tokens=True)
         for stop in self.stop_texts:
             text = text.split(stop, 1)[0]
-        return text.strip()
-
-    def _decoded(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
-
-    def _certain(self, text: str) -> str:
-        for stop in self.stop_texts:
-            text = text.split(stop, 1)[0]
-        text = text.rstrip("\ufffd")  # bytes of a character that is not whole yet
-        overlaps = (_overlap(text, stop) for stop in self.stop_texts)
-        text = text[: len(text) - max(overlaps, default=0)]
-        return text.strip()
+        return text
 
     def _show(self, text: str) -> None:
         if len(text) > len(self.shown):  # also where a tokenizer's cleaning has changed what was shown already

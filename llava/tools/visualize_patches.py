@@ -16,8 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+from llava.config.patch_choice import IMPORTANCES, METHODS, NUM_SCALES, PatchChoice
 from llava.errors import LlavaError, report_errors
-from llava.model.adaptive_patches.choice import IMPORTANCES, METHODS, NUM_SCALES, PatchChoice
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 OPTIONS = {  # member of a `PatchChoice` -> the option that gives it

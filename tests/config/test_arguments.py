@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from llava.config.keys import DataKeys, ModelKeys, TrainKeys
+from llava.config.keys import GROUPS
+from llava.config.schema import own_keys
 from llava.config.trainer_fields import NOT_LITERAL, trainer_fields
 from llava.errors import LlavaError
 from llava.train.arguments import parse_args
@@ -26,12 +27,13 @@ def environment(monkeypatch):
 def test_the_three_objects(tmp_path):
     words = ["--output_dir", str(tmp_path), "--mm_use_im_start_end", "True", "--mm_vision_tower_lr", "2e-6"]
     model_args, data_args, training_args = parse_args(words)
-    assert set(ModelKeys.model_fields) == set(vars(model_args))
-    assert set(DataKeys.model_fields) | {"mm_use_im_start_end"} == set(vars(data_args))
+    model, data, train = ({key.name for key in own_keys().values() if key.group == name} for name in GROUPS)
+    assert model == set(vars(model_args))
+    assert data | {"mm_use_im_start_end"} == set(vars(data_args))
     assert data_args.mm_use_im_start_end is True
     assert isinstance(training_args, transformers.TrainingArguments)
     assert training_args.mm_vision_tower_lr == 2e-6
-    for name in set(LLAVA_NEXT_DEFAULTS) & set(TrainKeys.model_fields) - {"optim", "mm_vision_tower_lr"}:
+    for name in set(LLAVA_NEXT_DEFAULTS) & train - {"optim", "mm_vision_tower_lr"}:
         assert getattr(training_args, name) == LLAVA_NEXT_DEFAULTS[name]
     assert training_args.optim == "adamw_torch"
     assert training_args.report_to == []

@@ -3,6 +3,7 @@
 import pytest
 
 from llava.config import resolve
+from llava.config.keys import REFUSED, REFUSED_IN_CHECKPOINTS
 from llava.config.old_names import OLD_NAMES
 from llava.config.schema import all_keys, own_keys
 from llava.errors import LlavaError
@@ -60,6 +61,23 @@ def test_every_llava_next_flag_is_accepted_with_its_default():
 
 def test_own_keys_have_descriptions():
     assert all(key.description for key in own_keys().values())
+
+
+def test_keys_that_only_refuse_stand_behind_keys_that_exist():
+    names = [name for parts in REFUSED.values() for entries in parts.values() for name in entries]
+    assert len(names) == len(set(names)) == 26 and set(REFUSED_IN_CHECKPOINTS) <= set(names)
+    assert {name for name, key in own_keys().items() if key.only_default} == set(names)
+    order = list(own_keys())
+    assert order[order.index("tune_mm_mlp_adapter") + 1] == "tune_mm_vision_resampler"
+
+
+@pytest.mark.parametrize("name", [key.name for key in own_keys().values() if key.only_default])
+def test_a_key_of_a_part_that_does_not_exist_takes_its_default_alone(name):
+    key = own_keys()[name]
+    value = {bool: "true", int: "77", float: "0.77", str: "other"}[key.kinds[0]]
+    with pytest.raises(LlavaError, match=f"{name} is .*, but {key.only_default} is not available in this version"):
+        resolve([f"--{name}={value}"])
+    assert resolve([f"--{name}={'none' if key.default is None else key.default}"])[name] == key.default
 
 
 @pytest.mark.parametrize(

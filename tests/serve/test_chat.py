@@ -1,10 +1,12 @@
 """The conversation behind the chat: prompts, streaming, ends of answers, limits, saving."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from llava.conversation import conv_templates
 from llava.data.dataset import LazySupervisedDataset
@@ -111,11 +113,11 @@ class Bytes:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
-def streamed(text, stops, size=1):
-    """(pieces, text) of a stream that gets the bytes of `text` in parts."""
-    pieces, stream = [], AnswerStream(Bytes, stops, lambda piece: pieces.append(piece))
-    stream.put(torch.zeros(1, 0, dtype=torch.long))  # the empty prompt
-    data = list(text.encode())
+def streamed(text, stops, size=1, tokenizer=Bytes, prompt=()):
+    """(pieces, text) of a stream that gets the bytes of `text`, or a tokenizer's tokens, in parts."""
+    pieces, stream = [], AnswerStream(tokenizer, stops, lambda piece: pieces.append(piece))
+    stream.put(torch.tensor([prompt], dtype=torch.long))
+    data = list(text.encode()) if tokenizer is Bytes else tokenizer(text, add_special_tokens=False).input_ids
     for at in range(0, len(data), size):
         stream.put(torch.tensor(data[at : at + size]))
     stream.end()
@@ -140,6 +142,21 @@ def test_nothing_is_shown_that_is_not_in_the_answer(text, stops, expected, size)
     pieces, final = streamed(text, stops, size)
     assert "".join(pieces) == final == expected
     assert len(pieces) > 1 or len(expected) < 9 or "\n" in stops
+
+
+def test_the_prompt_is_no_part_of_the_answer():
+    """It is empty where `generate` works from embeddings, and the prompt's tokens where it does not."""
+    pieces, final = streamed("a cat", [], prompt=list(b"USER: what is it? "))
+    assert "".join(pieces) == final == "a cat"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen"])
+def test_indentation_is_streamed_as_it_is(name):
+    """Llama's tokenizer drops a blank where decoding begins, as at every line of transformers' `TextStreamer`."""
+    text = "def f():\n    return 1"
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "golden" / "llava" / f"tokenizer_{name}")
+    pieces, final = streamed(text, [], tokenizer=tokenizer)
+    assert "".join(pieces) == final == text and len(pieces) > 3
 
 
 def test_a_separator_that_is_text_ends_the_answer(inference, monkeypatch):

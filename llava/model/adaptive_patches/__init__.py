@@ -5,9 +5,10 @@ The names below are loaded when they are first used: all but `PatchChoice` need 
 
 from importlib import import_module
 
+from llava.config.patch_choice import PatchChoice
+
 _HOMES = {
     "KeptPatches": "layout",
-    "PatchChoice": "choice",
     "PatchTokenizer": "tokenizer",
     "kept_patches": "layout",
     "patch_entropy": "importance",
@@ -19,7 +20,7 @@ _HOMES = {
     "select_patches_by_threshold_v2": "selection",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = ["PatchChoice", *_HOMES]
 
 
 def __getattr__(name: str):

@@ -16,8 +16,8 @@ import math
 
 import torch
 
+from llava.config.patch_choice import check_thresholds
 from llava.errors import LlavaError
-from llava.model.adaptive_patches.choice import check_thresholds
 from llava.model.adaptive_patches.importance import OUTSIDE
 
 UNITS = 1e9  # of the whole numbers that importances are compared in

@@ -2,9 +2,9 @@
 
 import torch
 
+from llava.config import patch_choice as choice
+from llava.config.patch_choice import METHODS, PatchChoice, check_importance, check_thresholds, check_together
 from llava.errors import LlavaError
-from llava.model.adaptive_patches import choice
-from llava.model.adaptive_patches.choice import METHODS, PatchChoice, check_importance, check_thresholds, check_together
 from llava.model.adaptive_patches.importance import patch_entropy, patch_laplacian, patch_reconstruction_error
 from llava.model.adaptive_patches.layout import check_pixels, patch_grid, pooled
 from llava.model.adaptive_patches.selection import (

@@ -8,9 +8,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
 )
 
+from llava.config.patch_choice import NUM_SCALES, PUBLISHED, THRESHOLDS
 from llava.errors import LlavaError
 from llava.model.adaptive_patches import PatchChoice, PatchTokenizer, kept_patches, pooled_patches
-from llava.model.adaptive_patches.choice import NUM_SCALES, PUBLISHED, THRESHOLDS
 from llava.model.qwen2_vl.layout import MERGE
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from llava.config.patch_choice import METHODS
 from llava.errors import LlavaError
 from llava.model.adaptive_patches import (
     PatchTokenizer,
@@ -16,7 +17,6 @@ from llava.model.adaptive_patches import (
     select_patches_by_threshold,
     select_patches_by_threshold_v2,
 )
-from llava.model.adaptive_patches.choice import METHODS
 from tests.model.adaptive_patches.pictures import noise, picture
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

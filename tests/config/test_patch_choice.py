@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
+from llava.config.patch_choice import IMPORTANCES, METHODS, THRESHOLDS
 from llava.errors import LlavaError
 from llava.model import adaptive_patches
 from llava.model.adaptive_patches import PatchChoice
-from llava.model.adaptive_patches.choice import IMPORTANCES, METHODS, THRESHOLDS
 
 BUDGET = PatchChoice("budget", 0.5)
 CHOICES = [
