@@ -96,11 +96,11 @@ cuda_devices() {
     fi
 }
 
-# launch [CONFIG] --key value ...: one training run of TRAIN_PROGRAM (llava/train/train_mem.py). On CUDA: torchrun (or
-# LAUNCHER=deepspeed) with NUM_GPUS processes on each of NNODES nodes, this one being RANK, with ADDR and PORT to meet at.
-# Without CUDA: one plain process, or NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
+# launch [CONFIG] --key value ...: one training run. On CUDA: torchrun (or LAUNCHER=deepspeed) with NUM_GPUS processes on
+# each of NNODES nodes, this one being RANK, with ADDR and PORT to meet at. Without CUDA: one plain process, or NUM_PROCS
+# processes, which also keeps a machine with CUDA on its CPU.
 launch() {
-    local devices processes program="$ROOT/${TRAIN_PROGRAM:-llava/train/train_mem.py}"
+    local devices processes program="$ROOT/llava/train/train_mem.py"
     devices="$(cuda_devices)"
     if [[ -n "${NUM_PROCS:-}" || "$devices" == 0 ]]; then
         if [[ -z "${NUM_PROCS:-}" && "${NUM_GPUS:-1}" != 1 ]]; then
@@ -190,4 +190,31 @@ demo_stage() {
         return
     fi
     launch "$config" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@" --output_dir "$OUTPUT/$name"
+}
+
+# run_demo FIRST CONFIG SECOND CONFIG [FLAG...]: both stages into OUTPUT, unless they are there; the held-out questions,
+# asked with these flags of llava.eval.exact_match; the report; and the line that says it all.
+run_demo() {
+    local first="$1" first_config="$2" second="$3" second_config="$4" folder
+    shift 4
+    folder="$OUTPUT/$second"
+    if [[ "$OVERWRITE" == yes ]]; then
+        rm -rf "${OUTPUT:?}/$first" "$folder"
+    elif [[ -f "$folder/eval.json" && -f "$folder/report.png" ]]; then
+        echo "$folder: the demo is finished; run with --overwrite to train it again"
+        return
+    fi
+    use_environment train,demo torch transformers deepspeed sklearn matplotlib
+    make_demo
+    demo_stage "$first" "$first_config"
+    demo_stage "$second" "$second_config" --model_name_or_path "$OUTPUT/$first"
+    "$PYTHON" -m llava.eval.exact_match --model-path "$folder" --data-path playground/demo/heldout.json \
+        --image-folder playground/demo/images --blank-images ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} "$@"
+    "$PYTHON" -m llava.eval.report --model-path "$folder" --stage "$OUTPUT/$first/trainer_state.json" \
+        --stage "$folder/trainer_state.json"
+    "$PYTHON" - "$folder/eval.json" <<'PY'
+import json, sys
+result = json.load(open(sys.argv[1], encoding="utf-8"))
+print(f"held-out exact match: {result['exact_match']:.3f} (n={result['n']})")
+PY
 }

@@ -30,21 +30,4 @@ if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
 fi
 
 read_demo_flags "$@"
-if [[ "$OVERWRITE" == yes ]]; then
-    rm -rf "$OUTPUT/pretrain" "$OUTPUT/finetune"
-elif [[ -f "$OUTPUT/finetune/eval.json" && -f "$OUTPUT/finetune/report.png" ]]; then
-    echo "$OUTPUT/finetune: the demo is finished; run with --overwrite to train it again"
-    exit 0
-fi
-use_environment train,demo torch transformers deepspeed sklearn matplotlib
-make_demo
-demo_stage pretrain configs/train/demo_pretrain.yaml
-demo_stage finetune configs/train/demo.yaml --model_name_or_path "$OUTPUT/pretrain"
-"$PYTHON" -m llava.eval.exact_match --model-path "$OUTPUT/finetune" --data-path playground/demo/heldout.json \
-    --image-folder playground/demo/images --blank-images ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"}
-"$PYTHON" -m llava.eval.report --model-path "$OUTPUT/finetune"
-"$PYTHON" - "$OUTPUT/finetune/eval.json" <<'PY'
-import json, sys
-result = json.load(open(sys.argv[1], encoding="utf-8"))
-print(f"held-out exact match: {result['exact_match']:.3f} (n={result['n']})")
-PY
+run_demo pretrain configs/train/demo_pretrain.yaml finetune configs/train/demo.yaml

@@ -23,8 +23,12 @@ def get_family(name: str):
     return getattr(importlib.import_module(f"llava.families.{module}"), cls)()
 
 
-def family_of(path: str):
+def family_of(path: str, download: bool = True):
     """The family of a checkpoint or language model: a folder, or a hub id. Reads config.json and no weights.
+
+    Args:
+        path: folder or hub id.
+        download: whether config.json may be fetched from the hub; else its cache is looked at alone.
 
     A LoRA adapter's folder without a config is of its base's family. What is out of reach (a hub id without network) is
     told by its name; everything that is no other family's is LLaVA's, which says itself what it does not know.
@@ -32,7 +36,7 @@ def family_of(path: str):
     Raises:
         LlavaError: a config.json that is no JSON.
     """
-    config = _read_config(path)
+    config = _read_config(path, download)
     if config is None:
         name = os.path.basename(os.path.normpath(path)).lower().replace("-", "_").replace(".", "_")
         # the longest name first, so that a part of it does not win
@@ -42,22 +46,22 @@ def family_of(path: str):
     return get_family(found if found in FAMILIES else "llava")
 
 
-def _read_config(path: str) -> dict | None:
+def _read_config(path: str, download: bool) -> dict | None:
     """config.json of a folder, of the base of an adapter's folder, or of a hub repository; None out of reach."""
     if os.path.isdir(path):
         file = os.path.join(path, "config.json")
         adapter = os.path.join(path, "adapter_config.json")
         if not os.path.isfile(file) and os.path.isfile(adapter):
             base = (_read_json(adapter) or {}).get("base_model_name_or_path")
-            return _read_config(base) if base and base != path else None
+            return _read_config(base, download) if base and base != path else None
         return _read_json(file) if os.path.isfile(file) else None
-    from transformers.utils import cached_file
+    from huggingface_hub import hf_hub_download
 
     try:
-        file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
+        file = hf_hub_download(path, "config.json", local_files_only=not download)
+    except (OSError, ValueError):  # no such repository, no network, or a path that is no id
         return None
-    return None if file is None else _read_json(file)
+    return _read_json(file)
 
 
 def _read_json(path: str) -> dict:

@@ -34,8 +34,7 @@ class Llava(Family):
 
     def check(self, run) -> None:
         from llava.conversation import get_template
-        from llava.model.vision_settings import check_combination
-        from llava.model.visual_merge import check_merge_options
+        from llava.model.vision_settings import check_combination, check_merge_options
 
         super().check(run)
         get_template(run["version"])

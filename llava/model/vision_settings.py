@@ -1,5 +1,7 @@
 """What a config says about the vision side as a whole, without weights; imports neither torch nor towers."""
 
+import re
+
 from llava.config.patch_choice import PatchChoice
 from llava.errors import LlavaError
 
@@ -30,3 +32,17 @@ def check_combination(cfg) -> None:
         )
     if uses_compression(cfg):
         raise LlavaError("adaptive_patches: found use_token_compression, expected one of the two")
+
+
+def check_merge_options(merge_type: str, aspect_ratio: str):
+    """Refuse what LLaVA-NeXT would silently take for something else: its code looks for parts of these words."""
+    first, *more = merge_type.split("_")
+    known = first == "spatial" and set(more) <= {"unpad", "nobase", "maxpool2x2"}
+    if merge_type != "flat" and not known:
+        raise LlavaError(
+            f"mm_patch_merge_type: found {merge_type!r}, expected flat or spatial with _unpad, _nobase, _maxpool2x2"
+        )
+    if not re.fullmatch(r"square|pad|native|anyres(_max_[1-9]\d*)?", aspect_ratio):
+        raise LlavaError(
+            f"image_aspect_ratio: found {aspect_ratio!r}, expected square, pad, native, anyres or anyres_max_N"
+        )

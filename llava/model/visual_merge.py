@@ -59,20 +59,6 @@ class MergeRules:
         return int(match.group(1)) if match else None
 
 
-def check_merge_options(merge_type: str, aspect_ratio: str):
-    """Refuse what LLaVA-NeXT would silently take for something else: its code looks for parts of these words."""
-    first, *more = merge_type.split("_")
-    known = first == "spatial" and set(more) <= {"unpad", "nobase", "maxpool2x2"}
-    if merge_type != "flat" and not known:
-        raise LlavaError(
-            f"mm_patch_merge_type: found {merge_type!r}, expected flat or spatial with _unpad, _nobase, _maxpool2x2"
-        )
-    if not re.fullmatch(r"square|pad|native|anyres(_max_[1-9]\d*)?", aspect_ratio):
-        raise LlavaError(
-            f"image_aspect_ratio: found {aspect_ratio!r}, expected square, pad, native, anyres or anyres_max_N"
-        )
-
-
 def native_resolution(config) -> NativeResolution | None:
     """The sizes that images of a model keep; None where `image_aspect_ratio` is not native."""
     if getattr(config, "image_aspect_ratio", None) != "native":

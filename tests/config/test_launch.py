@@ -35,13 +35,6 @@ def test_one_plain_process_without_cuda():
     assert launched(0) == ["", "cpu", "", f"{TRAIN} c.yaml --seed 1"]
 
 
-def test_another_program():
-    program = {"TRAIN_PROGRAM": "llava/train/train_qwen2_vl.py"}
-    assert launched(0, **program)[-1] == f"{ROOT}/llava/train/train_qwen2_vl.py c.yaml --seed 1"
-    for environment in ({}, {"LAUNCHER": "deepspeed"}):
-        assert launched(8, **program, **environment)[-1].endswith("/llava/train/train_qwen2_vl.py c.yaml --seed 1")
-
-
 def test_processes_on_the_cpu():
     for devices in (0, 8):
         *environment, command = launched(devices, NUM_PROCS="2")

@@ -169,7 +169,7 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
 
 def check_options(kind: str, aspect_ratio: str) -> None:
     """Refuse an unknown merge kind or image handling, as training does."""
-    from llava.model.visual_merge import check_merge_options
+    from llava.model.vision_settings import check_merge_options
 
     check_merge_options(kind, aspect_ratio)
 
