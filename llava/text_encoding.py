@@ -37,7 +37,7 @@ class TextEncoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise LlavaError(
-                f"tokenizer {type(tokenizer).__name__}: found one without character offsets, expected a fast tokenizer"
+                f"tokenizer {type(tokenizer).__name__}: found no character offsets, expected a fast tokenizer"
             )
         spec = json.loads(backend.to_str())
         pre = spec.get("pre_tokenizer") or {}

@@ -65,7 +65,7 @@ def check_run(run) -> None:
         )
     factor, kind = run["rope_scaling_factor"], run["rope_scaling_type"]
     if (factor is None) != (kind is None):
-        raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, found one of them")
+        raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, expected both or neither")
     _check_patches(run)
     stride = run["mm_spatial_pool_stride"]
     # a LLaVA-NeXT checkpoint may carry any value: it had no effect there either

@@ -100,7 +100,7 @@ def read_file(path: str) -> list[dict]:
         with open(path, encoding="utf-8") as file:
             records = _read_lines(path, file) if path.endswith(".jsonl") else json.load(file)
     except FileNotFoundError:
-        raise LlavaError(f"{path}: found no such file, expected training data") from None
+        raise LlavaError(f"{path}: no such file, expected training data") from None
     except IsADirectoryError:
         raise LlavaError(f"{path}: found a folder, expected a data file") from None
     except UnicodeDecodeError as error:
@@ -177,7 +177,7 @@ def _read_mixture(path: str) -> list[dict]:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
     except FileNotFoundError:
-        raise LlavaError(f"{path}: found no such file, expected a data mixture") from None
+        raise LlavaError(f"{path}: no such file, expected a data mixture") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -228,7 +228,7 @@ def run(args: argparse.Namespace) -> list[str]:
 
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not os.path.isfile(args.question_file):  # before the model, which takes longer to load
-        raise LlavaError(f"{args.question_file}: found no such file, expected questions")
+        raise LlavaError(f"{args.question_file}: no such file, expected questions")
     device = args.device
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

@@ -64,7 +64,7 @@ def _record_questions(record, name, image_folder, template, allow_absolute_paths
     paths = [resolve_path(image_folder, image, allow_absolute_paths) for image in images]
     for path in paths:
         if not os.path.isfile(path):
-            raise LlavaError(f"image {path}: found no such file")
+            raise LlavaError(f"image {path}: no such file")
     turns = [(speaker, place_image(text)) for speaker, text in read_turns(record["conversations"])]
     if any(speaker == "system" for speaker, _ in turns):
         raise LlavaError("conversations: found a system turn, expected human and gpt")

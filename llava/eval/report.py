@@ -30,7 +30,7 @@ def read_json(path: str):
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError:
-        raise LlavaError(f"{path}: found no such file") from None
+        raise LlavaError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LlavaError(f"{path}: found something other than JSON ({error})") from None
 
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     fill_defaults(args)
     result = read_json(args.eval_json)
     if not isinstance(result, dict) or not result.get("questions"):
-        raise LlavaError(f"{args.eval_json}: questions: found none, expected what llava.eval.exact_match writes")
+        raise LlavaError(f"{args.eval_json}: questions: missing, expected what llava.eval.exact_match writes")
     curves = []
     for number, path in enumerate(args.stage or (), start=1):
         folder = os.path.basename(os.path.dirname(os.path.abspath(path)))

@@ -99,7 +99,7 @@ def anls(prediction: str, answers: list[str], threshold: float = 0.5) -> float:
     score by it, keep a similarity of exactly one half; so does this.
     """
     if not answers:
-        raise LlavaError("answers: found none, expected at least one")
+        raise LlavaError("answers: the list is empty, expected at least one")
     said = " ".join(prediction.lower().split())
     similarities = []
     for answer in answers:

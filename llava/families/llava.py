@@ -357,10 +357,10 @@ def rope_overrides(model_args, values) -> dict:
 def check_new_tokens(model_args, training_args, tokenizer):
     """Refuse to add <im_start> and <im_end> in a run that would neither train nor keep their embeddings."""
     from llava.constants import DEFAULT_IM_START_TOKEN
-    from llava.families.training import is_adapter_only, tunable_parts
+    from llava.families.training import trains_projector_alone, tunable_parts
 
-    adapter_only = is_adapter_only(tunable_parts(model_args, training_args))
-    if not model_args.mm_use_im_start_end or not (adapter_only or training_args.lora_enable):
+    projector_alone = trains_projector_alone(tunable_parts(model_args, training_args))
+    if not model_args.mm_use_im_start_end or not (projector_alone or training_args.lora_enable):
         return
     if DEFAULT_IM_START_TOKEN not in tokenizer.get_vocab():
         raise LlavaError(

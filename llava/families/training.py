@@ -105,6 +105,6 @@ def _tunable_parts(model_args, training_args) -> set[str]:
     return parts
 
 
-def is_adapter_only(parts: set[str]) -> bool:
+def trains_projector_alone(parts: set[str]) -> bool:
     """True for LLaVA's stage 1, which trains and keeps the projector alone, and a token compressor with it."""
     return bool(parts) and parts <= {"mm_mlp_adapter", "mm_token_compressor"}

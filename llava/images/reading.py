@@ -40,7 +40,7 @@ def load_image(path: str) -> Image.Image:
     except LlavaError:
         raise
     except FileNotFoundError:
-        raise LlavaError(f"image {path}: found no such file") from None
+        raise LlavaError(f"image {path}: no such file") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly anything for broken data
@@ -59,7 +59,7 @@ def load_video(path: str, video_fps=1, frames_upbound: int = 0, force_sample: bo
         LlavaError: missing, without frames, broken, or a file without PyAV installed.
     """
     if not os.path.exists(path):
-        raise LlavaError(f"video {path}: found no such file or folder")
+        raise LlavaError(f"video {path}: no such file or folder")
     if os.path.isdir(path):
         return _load_folder(path, frames_upbound, force_sample)
     return _load_file(path, video_fps, frames_upbound, force_sample)

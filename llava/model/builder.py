@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from llava.errors import LlavaError
-from llava.model.checkpoint import ADAPTER_KEYS, find_adapter, load_adapter, read_weights
+from llava.model.checkpoint import PROJECTOR_KEYS, find_projector, load_projector, read_weights
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 from llava.model.lora import is_lora, load_lora, recorded_base
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
@@ -204,7 +204,7 @@ def load_weights(model_class, source: str, with_projector: bool, **kwargs):
         model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
     except (OSError, UnpicklingError, SafetensorError) as error:
         raise LlavaError(f"{source}: no usable weights ({str(error).splitlines()[0][:160]})") from None
-    outer = [key for key in info["missing_keys"] if any(f".{part}" in key for part in ADAPTER_KEYS)]
+    outer = [key for key in info["missing_keys"] if any(f".{part}" in key for part in PROJECTOR_KEYS)]
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.vision_tower."))
     if not with_projector:  # they come from the checkpoint over this base
         missing = [key for key in missing if key not in outer]
@@ -230,7 +230,7 @@ def _start_compressor(model, folder: str):
 
 
 def _load_projector(model, folder: str):
-    path = find_adapter(folder)
+    path = find_projector(folder)
     if path is None:
         raise LlavaError(f"{folder}: no mm_projector.safetensors or mm_projector.bin, which model_base calls for")
     weights = read_weights(path)
@@ -238,7 +238,7 @@ def _load_projector(model, folder: str):
         raise LlavaError(f"{path}: no image_newline in it, which mm_patch_merge_type of {folder} calls for")
     if model.get_vision_tower().token_compressor is not None and not any("token_compressor." in key for key in weights):
         raise LlavaError(f"{path}: no token_compressor in it, which use_token_compression of {folder} calls for")
-    load_adapter(model.get_model(), path)
+    load_projector(model.get_model(), path)
 
 
 def base_of_adapter(folder: str, given: str | None) -> str:

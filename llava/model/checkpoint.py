@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
 
-ADAPTER_NAME = "mm_projector.safetensors"
-ADAPTER_KEYS = ("mm_projector", "image_newline", "token_compressor")
+PROJECTOR_NAME = "mm_projector.safetensors"
+PROJECTOR_KEYS = ("mm_projector", "image_newline", "token_compressor")
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -27,15 +27,15 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
         raise LlavaError(f"{path}: not a file of plain tensors ({str(error).splitlines()[0][:120]})") from None
 
 
-def find_adapter(folder: str) -> str | None:
+def find_projector(folder: str) -> str | None:
     """`mm_projector.safetensors` in a folder, else LLaVA's `mm_projector.bin`, else None."""
-    paths = (os.path.join(folder, name) for name in (ADAPTER_NAME, "mm_projector.bin"))
+    paths = (os.path.join(folder, name) for name in (PROJECTOR_NAME, "mm_projector.bin"))
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
-def adapter_state(named_parameters) -> dict[str, torch.Tensor]:
+def projector_state(named_parameters) -> dict[str, torch.Tensor]:
     """`gathered` of projector, newline and token compressor, under LLaVA's names."""
-    return gathered((k, v) for k, v in named_parameters if any(f".{key}" in f".{k}" for key in ADAPTER_KEYS))
+    return gathered((k, v) for k, v in named_parameters if any(f".{key}" in f".{k}" for key in PROJECTOR_KEYS))
 
 
 def gathered(named_parameters) -> dict[str, torch.Tensor]:
@@ -55,13 +55,13 @@ def gathered(named_parameters) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_adapter(state: dict[str, torch.Tensor], folder: str) -> None:
+def save_projector(state: dict[str, torch.Tensor], folder: str) -> None:
     """Write `mm_projector.safetensors`: `model.mm_projector.*`, `model.image_newline`, `...token_compressor.*`."""
     os.makedirs(folder, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, os.path.join(folder, ADAPTER_NAME), {"format": "pt"})
+    save_file({k: v.contiguous() for k, v in state.items()}, os.path.join(folder, PROJECTOR_NAME), {"format": "pt"})
 
 
-def load_adapter(model, path: str) -> None:
+def load_projector(model, path: str) -> None:
     """Load projector (newline and token compressor, where both sides have one) into a base model with a vision half.
 
     Args:
@@ -72,7 +72,7 @@ def load_adapter(model, path: str) -> None:
         LlavaError: no such file, no projector in it, or shapes that differ.
     """
     if os.path.isdir(path):
-        path = find_adapter(path) or os.path.join(path, ADAPTER_NAME)
+        path = find_projector(path) or os.path.join(path, PROJECTOR_NAME)
     weights = read_weights(path)
     kind = f"mm_projector_type {getattr(model.config, 'mm_projector_type', None)}"
     pairs = _pairs(model.mm_projector, weights, "mm_projector.", f"{path}: its projector does not fit {kind}")
@@ -109,3 +109,7 @@ def assign(parameter, value):
                 parameter.data.copy_(value)
     else:
         parameter.data.copy_(value)
+
+
+# by the names that these were first known by
+ADAPTER_NAME, load_adapter = PROJECTOR_NAME, load_projector

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from llava.model.adaptive_patches import PatchChoice
-from llava.model.checkpoint import load_adapter
+from llava.model.checkpoint import load_projector
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -116,7 +116,7 @@ class LlavaMetaModel:
             self._build_newline()
         self.describe_vision()
         if getattr(model_args, "pretrain_mm_mlp_adapter", None):
-            load_adapter(self, model_args.pretrain_mm_mlp_adapter)
+            load_projector(self, model_args.pretrain_mm_mlp_adapter)
 
 
 def same_folder(a, b) -> bool:

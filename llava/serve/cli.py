@@ -125,30 +125,30 @@ class Terminal:
 
     def __init__(self, chat, debug: bool = False):
         self.chat, self.debug = chat, debug
-        self.person = chat.interruptible = sys.stdin.isatty()
+        self.interactive = chat.interruptible = sys.stdin.isatty()
         self.started = False  # whether anything of the answer was shown
 
     def run(self) -> None:
-        if self.person:
+        if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (editing and history for input())
             for picture in self.chat.waiting:
-                self.tell(f"{picture.source}: goes with the first message")
-            self.tell("/help lists the commands")
+                self.notify(f"{picture.source}: goes with the first message")
+            self.notify("/help lists the commands")
         while True:
             try:
                 line = self.read()
             except KeyboardInterrupt:
-                if not self.person:
+                if not self.interactive:
                     raise
                 print("\n(/quit or Ctrl-D ends)", flush=True)
                 continue
-            if line is None or not self.obey(line.strip()):
+            if line is None or not self.handle(line.strip()):
                 return
 
     def read(self) -> str | None:
         """The next line; None at the end."""
-        if not self.person:
+        if not self.interactive:
             line = sys.stdin.readline()
             return line or None
         try:
@@ -160,7 +160,7 @@ class Terminal:
             print(file=sys.stderr)
             return None
 
-    def obey(self, line: str) -> bool:
+    def handle(self, line: str) -> bool:
         """Do what a line says; False ends the session."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -170,16 +170,16 @@ class Terminal:
             if command in ("/quit", "/exit"):
                 return False
             if command == "/help":
-                self.tell(COMMANDS)
+                self.notify(COMMANDS)
             elif command == "/clear":
                 self.chat.clear()
-                self.tell("forgotten")
+                self.notify("forgotten")
             elif command == "/image":
                 self.add_pictures(rest)
             elif command == "/save":
-                self.tell(f"saved to {self.chat.save(self.needed(rest, '/save FILE'))}")
+                self.notify(f"saved to {self.chat.save(self.needed(rest, '/save FILE'))}")
             elif self.looks_like_a_command(command):
-                raise LlavaError(f"{command}: found no such command; /help lists them")
+                raise LlavaError(f"{command}: no such command; /help lists them")
             else:
                 self.answer(line)
         except LlavaError as error:
@@ -194,7 +194,7 @@ class Terminal:
     @staticmethod
     def needed(rest: str, usage: str) -> str:
         if not rest:
-            raise LlavaError(f"found nothing after the command, expected {usage}")
+            raise LlavaError(f"nothing after the command, expected {usage}")
         return rest
 
     def add_pictures(self, rest: str) -> None:
@@ -202,9 +202,9 @@ class Terminal:
 
         for source in split_sources([self.needed(rest, "/image PATH")]):
             picture = self.chat.add_picture(source)
-            self.tell(f"{source}: {picture.image.width} x {picture.image.height} pixels, goes with the next message")
+            self.notify(f"{source}: {picture.image.width} x {picture.image.height} pixels, goes with the next message")
         if len(self.chat.pictures) + len(self.chat.waiting) > 1:
-            self.tell("several pictures: each is squared and given one crop, as in training")
+            self.notify("several pictures: each is squared and given one crop, as in training")
 
     def answer(self, text: str) -> None:
         if self.debug:
@@ -214,26 +214,26 @@ class Terminal:
         try:
             answer = self.chat.ask(text, self.show)
         except KeyboardInterrupt:  # before the first token
-            if not self.person:
+            if not self.interactive:
                 raise
         if not self.started:
             self.show("")
         print(flush=True)
         if not answer:
-            self.tell("(no answer; the message is forgotten)")
+            self.notify("(no answer; the message is forgotten)")
 
     def show(self, piece: str) -> None:
         """A piece of an answer."""
-        if self.person and not self.started:
+        if self.interactive and not self.started:
             print("ASSISTANT: ", end="")
         self.started = True
         if sys.stdout.isatty():  # a model must not steer the terminal
             piece = "".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc")
         print(piece, end="", flush=True)
 
-    def tell(self, text: str) -> None:
-        """Something that is no answer, for a person."""
-        if self.person:
+    def notify(self, text: str) -> None:
+        """A notice, which is no part of an answer: at a terminal alone."""
+        if self.interactive:
             print(text, file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
 
 

@@ -39,7 +39,7 @@ def find_pictures(path: str, output_dir: str) -> dict[str, Path]:
     if source.is_file():
         return {source.stem: source}
     if not source.is_dir():
-        raise LlavaError(f"--input-image {path}: found no such file or folder")
+        raise LlavaError(f"--input-image {path}: no such file or folder")
     if os.path.realpath(output_dir) == os.path.realpath(path):
         raise LlavaError(f"--output-dir {output_dir}: is the folder of the pictures, expected another one")
     files = sorted(file for file in source.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())

@@ -12,8 +12,8 @@ from llava.constants import IGNORE_INDEX
 from llava.data.sampler import EpochSampler, LengthGroupedSampler
 from llava.errors import LlavaError
 from llava.families import get_family
-from llava.families.training import is_adapter_only
-from llava.model.checkpoint import adapter_state, save_adapter
+from llava.families.training import trains_projector_alone
+from llava.model.checkpoint import projector_state, save_projector
 from llava.model.lora import is_adapted, restore_lora, save_lora
 from llava.utils import rank0_print
 
@@ -38,7 +38,7 @@ class LLaVATrainer(Trainer):
     @property
     def keeps_projector_alone(self) -> bool:
         """The run leaves the projector in place of a whole model."""
-        return self.family.keeps_projector_alone and is_adapter_only(self.parts)
+        return self.family.keeps_projector_alone and trains_projector_alone(self.parts)
 
     # --- data ---
 
@@ -157,7 +157,7 @@ class LLaVATrainer(Trainer):
             with open(os.path.join(folder, BAD_RECORDS_NAME), "w") as file:
                 json.dump(sorted(self.bad_records), file, indent=1)
         if self.keeps_projector_alone:
-            self.save_adapter(folder)
+            self.save_projector(folder)
 
     def read_bad_records(self, checkpoint: str) -> None:
         """Go on counting from what the run that wrote `checkpoint` had left out."""
@@ -166,8 +166,8 @@ class LLaVATrainer(Trainer):
             with open(path) as file:
                 self.bad_records = set(json.load(file))
 
-    def save_adapter(self, folder: str) -> None:
+    def save_projector(self, folder: str) -> None:
         """Write the projector (newline, token compressor) alone; every rank must call it."""
-        state = adapter_state(self.accelerator.unwrap_model(self.model).named_parameters())
+        state = projector_state(self.accelerator.unwrap_model(self.model).named_parameters())
         if self.args.should_save:
-            save_adapter(state, folder)
+            save_projector(state, folder)

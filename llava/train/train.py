@@ -163,7 +163,7 @@ def save(trainer, out: str):
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.get_text_config().use_cache = True
     if trainer.keeps_projector_alone:
-        trainer.save_adapter(out)
+        trainer.save_projector(out)
         if is_rank0():
             trainer.save_description(out)
     else:

@@ -35,7 +35,7 @@ def test_a_truncated_image_is_an_error(tmp_path, kind):
 
 
 def test_missing_and_not_an_image(tmp_path):
-    with pytest.raises(LlavaError, match="found no such file"):
+    with pytest.raises(LlavaError, match="no such file"):
         load_image(str(tmp_path / "a.png"))
     (tmp_path / "b.png").write_text("hello")
     with pytest.raises(LlavaError, match="cannot be read"):
@@ -86,7 +86,7 @@ def test_time_instruction(frames):
 
 
 def test_bad_folders(tmp_path, frames):
-    with pytest.raises(LlavaError, match="found no such file or folder"):
+    with pytest.raises(LlavaError, match="no such file or folder"):
         load_video(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(LlavaError, match="found no pictures"):

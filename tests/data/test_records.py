@@ -90,7 +90,7 @@ def test_bad_strategy(strategy):
             "unknown key 'sampling': did you mean 'sampling_",
         ),
         ("a.yaml", "datasets:\n- json_path: x.json\n  sampling_strategy: 5", "sampling_strategy: found 5"),
-        ("a.yaml", "datasets:\n- json_path: missing.json", "missing.json: found no such file"),
+        ("a.yaml", "datasets:\n- json_path: missing.json", "missing.json: no such file"),
     ],
 )
 def test_bad_files_in_one_line(tmp_path, name, text, message):
@@ -101,7 +101,7 @@ def test_bad_files_in_one_line(tmp_path, name, text, message):
 
 
 def test_missing_and_not_utf8(tmp_path):
-    with pytest.raises(LlavaError, match=r"none\.json: found no such file"):
+    with pytest.raises(LlavaError, match=r"none\.json: no such file"):
         load_records(tmp_path / "none.json")
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     with pytest.raises(LlavaError, match="not UTF-8"):

@@ -131,7 +131,7 @@ def test_published_prompt():
 
 def test_bad_records(processor, records):
     found = dataset(processor, records)
-    for row, reason in ((4, "found <|image_pad|> in a text"), (5, "3.png: found no such file")):
+    for row, reason in ((4, "found <|image_pad|> in a text"), (5, "3.png: no such file")):
         assert isinstance(found[row], BadRecord) and reason in str(found[row]) and found[row].id == RECORDS[row]["id"]
         assert found[(3, row)] == found[row]
 

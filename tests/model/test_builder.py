@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
 from llava.model.builder import context_length, load_pretrained_model, make_config, read_config
-from llava.model.checkpoint import adapter_state, save_adapter
+from llava.model.checkpoint import projector_state, save_projector
 from llava.model.families import resolve_architecture
 from tests.model import golden
 
@@ -110,11 +110,11 @@ def projector_folder(folder, kind, drop=(), config=None, **extra):
     values = {**json.loads((SOURCE / "config.json").read_text()), **(config or {})}
     (folder / "config.json").write_text(json.dumps(values))
     model = golden.load(SOURCE)[1]
-    state = {k: v + 1 for k, v in adapter_state(model.named_parameters()).items() if not drop or drop not in k}
+    state = {k: v + 1 for k, v in projector_state(model.named_parameters()).items() if not drop or drop not in k}
     if kind == "bin":
         torch.save({**state, **extra}, folder / "mm_projector.bin")
     else:
-        save_adapter({**state, **extra}, str(folder))
+        save_projector({**state, **extra}, str(folder))
     return folder
 
 

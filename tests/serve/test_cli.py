@@ -85,7 +85,7 @@ def test_in_a_pipe(checkpoint, folder, expected, address):  # noqa: F811
     start = "".join(f"{answer}\n" for answer in expected)
     assert out.startswith(start) and len(out) > len(start) and "USER" not in out and "loading" not in out
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    said = ("found no such file", "cannot be read", "/nonsense: found no such command", "expected /image PATH", "/page")
+    said = ("no such file", "cannot be read", "/nonsense: no such command", "expected /image PATH", "/page")
     assert len(errors) == len(said)
     assert all(text in line for text, line in zip(said, errors, strict=True)), errors
     records = load_records(str(saved))
@@ -175,7 +175,7 @@ def test_at_a_terminal(checkpoint, folder, expected):
         person.write("/clear\n")
         assert "forgotten" in person.read_until("USER: ")
         person.write(f"/image {folder / 'gone.png'}\n")
-        assert "found no such file" in person.read_until("USER: ")
+        assert "no such file" in person.read_until("USER: ")
         person.write(f"/image {folder / 'b.png'}\n")
         assert "20 x 60 pixels, goes with the next message" in person.read_until("USER: ")
         person.write("/help\n")
@@ -208,7 +208,7 @@ def visible(text):
         (["--device", "toaster"], "--device"),
         (["--device", "cuda"], "no GPU"),
         (["--dtype", "float17"], "float17"),
-        (["--image-file", "gone.png"], "image gone.png: found no such file"),
+        (["--image-file", "gone.png"], "image gone.png: no such file"),
         (["--image-file", "http://127.0.0.1:1/a.png"], "--allow-remote"),
         (["--image-file", "http://127.0.0.1:1/a.png", "--allow-remote"], "cannot be reached"),
         (["--load-4bit"], "bitsandbytes"),

@@ -244,14 +244,14 @@ REFUSED = [
     (lambda folder: (folder / "config.json").write_text("[]"), [], "config.json: found list, expected keys"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"1234567890"), [], "cannot be read as weights"),
     (lambda folder: (folder / "model.safetensors").unlink(), [], "found no model.safetensors and no pytorch_model"),
-    (save(drop("layernorm_post.bias")), [], "layernorm_post.bias: found no such weights, expected (64,)"),
-    (save(drop("encoder.layers.0.self_attn.v_proj.bias")), [], "v_proj.bias: found no such weights, expected (64,)"),
+    (save(drop("layernorm_post.bias")), [], "layernorm_post.bias: no such weights, expected (64,)"),
+    (save(drop("encoder.layers.0.self_attn.v_proj.bias")), [], "v_proj.bias: no such weights, expected (64,)"),
     (save(lambda state: state | {"fc.bias": torch.ones(2)}), [], "fc.bias: found (2,), expected no such weights"),
     (save(lambda state: {"fc.bias": torch.ones(2)}), [], "1 names without a patch embedding"),
     (save(dict), ["--model_name", "hf_llava_vit_huge_ln"], "'hidden_size': 64"),
     (save(dict), ["--model_name", "huge"], "model name: found 'huge', expected one of hf_llava_vit_small_ln"),
     (change_config(num_attention_heads=1), ["--model_name", TINY], "1 attention heads, expected 2 for " + TINY),
-    (save(dict), ["--config", "nowhere.json"], "nowhere.json: found no such file"),
+    (save(dict), ["--config", "nowhere.json"], "nowhere.json: no such file"),
 ]
 
 
@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path, out, capsys, change, ar
         ("w.pth", None, "cannot be read as weights"),
         ("w.safetensors", None, "cannot be read as weights"),
         ("w.ckpt", None, "found no known ending"),
-        ("none.pth", False, "found nothing there"),
+        ("none.pth", False, "nothing there"),
     ],
 )
 def test_files_that_are_no_weights(tmp_path, out, capsys, name, content, expected):

@@ -231,7 +231,7 @@ def test_a_folder_that_does_not_load_alone_is_told_in_one_line(monkeypatch, tmp_
         ({"model_name": "hf_llava_vit_mid_ln"}, "model name: found 'hf_llava_vit_mid_ln', expected one of"),
         ({"repo_id": "a/b/c"}, "--repo_id: "),
         ({"image_size": 65}, "image_size: found 65, expected a multiple of 16"),
-        ({"weight_path": "nowhere.pth"}, "nowhere.pth: found nothing there"),
+        ({"weight_path": "nowhere.pth"}, "nowhere.pth: nothing there"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(weights, tmp_path, capsys, changes, expected):

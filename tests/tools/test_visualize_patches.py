@@ -153,7 +153,7 @@ def test_pictures_are_read_as_in_training(tmp_path):
             "--min-pixels, --max-pixels: found 9999, 99",
         ),
         (["--alpha", "0.3", "--patch-size", "0"], "base_patch_size: found 0"),
-        (["--alpha", "0.3", "--input-image", "nowhere.png"], "--input-image nowhere.png: found no such file"),
+        (["--alpha", "0.3", "--input-image", "nowhere.png"], "--input-image nowhere.png: no such file"),
         (["--alpha", "0.3", "--input-image", "tests/golden"], "found no pictures in the folder"),
         (["--alpha", "0.3", "--input-image", "."], "found no pictures"),
     ],

@@ -122,7 +122,7 @@ def test_missing_paths(kit, tmp_path, capsys):
         assert stop.value.code == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and key in error
-    assert "found no such file" in fails(kit, capsys, tmp_path / "out", data_path=tmp_path / "nowhere.json")
+    assert "no such file" in fails(kit, capsys, tmp_path / "out", data_path=tmp_path / "nowhere.json")
 
 
 def test_grid_is_missing(kit, tmp_path, capsys):

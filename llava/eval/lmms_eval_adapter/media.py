@@ -79,7 +79,7 @@ def _content(visual):
         if visual.get(key) is not None:
             raise LlavaError(f"video: found {key}, expected a whole video (clips are not cut here)")
     if visual.get("type") == "audio" or "sampling_rate" in visual:
-        raise LlavaError("audio: found one, expected images or video")
+        raise LlavaError("audio: not taken, expected images or video")
     for key in ("url", "path", "image", "video"):
         if visual.get(key) is not None:
             return visual[key]

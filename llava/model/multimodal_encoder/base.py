@@ -214,9 +214,9 @@ class VisionTower(nn.Module, ABC):
         """
         as_list = isinstance(images, (list, tuple))
         if as_list:
-            features = self.features_list([self._own(image) for image in images])
+            features = self.features_list([self._to_device(image) for image in images])
         else:
-            features = self.features(self._own(images))
+            features = self.features(self._to_device(images))
         if packed:
             features = torch.cat(features) if as_list else features.flatten(0, 1)
         elif as_list:
@@ -227,7 +227,7 @@ class VisionTower(nn.Module, ABC):
             return features, [self.token_grid(*image.shape[-2:])[1] for image in images]
         return features
 
-    def _own(self, images):
+    def _to_device(self, images):
         return images.to(device=self.device, dtype=self.dtype)
 
     def encoder_gradient(self):

@@ -196,7 +196,7 @@ class HEVCViTPackingVisionTower(HFVisionTower):
     def attention_for(self, language_model):
         return "eager" if language_model == "eager" else "varlen"  # the fastest that the device has
 
-    def hold(self, encoder):
+    def wrap(self, encoder):
         return encoder
 
     def unused_modules(self):

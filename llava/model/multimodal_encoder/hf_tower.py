@@ -43,12 +43,12 @@ class HFVisionTower(VisionTower):
         """The encoder's attention: it follows the language model, whose custom kinds are its alone."""
         return language_model if language_model in ("eager", "sdpa", "flash_attention_2") else None
 
-    def hold(self, encoder):
+    def wrap(self, encoder):
         """What becomes `vision_tower`: a module whose weights have the names that checkpoints have."""
         return Backbone(encoder, self.keep_layers, self.drop)
 
     def build_empty(self):
-        self.vision_tower = self.hold(
+        self.vision_tower = self.wrap(
             self.model_class._from_config(
                 self.config,
                 attn_implementation=self.attn_implementation,
@@ -84,7 +84,7 @@ class HFVisionTower(VisionTower):
                 raise LlavaError(
                     f"vision tower {self.vision_tower_name!r}: no weights found ({str(error).splitlines()[0][:160]})"
                 ) from None
-        self.vision_tower = self.hold(encoder)
+        self.vision_tower = self.wrap(encoder)
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 

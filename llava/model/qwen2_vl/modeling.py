@@ -87,7 +87,7 @@ class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
         rotary = self.rotary_pos_emb(hidden, layout.centres)
         segments = pack_lengths(layout.lengths, hidden.device)
         for block in self.blocks:
-            hidden = _through(block, hidden, segments, rotary, kwargs)
+            hidden = _run_block(block, hidden, segments, rotary, kwargs)
         merged = self.merger(hidden[layout.merge_index])
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
 
@@ -110,13 +110,13 @@ class AdaptiveQwen2_5_VisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
         images, windows = (pack_lengths(lengths, hidden.device) for lengths in (layout.lengths, window_lengths))
         for number, block in enumerate(self.blocks):
             segments = images if number in self.fullatt_block_indexes else windows
-            hidden = _through(block, hidden, segments, rotary, kwargs)
+            hidden = _run_block(block, hidden, segments, rotary, kwargs)
         hidden = hidden[order.argsort()]
         merged = self.merger(hidden[layout.merge_index])
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
 
 
-def _through(block, hidden, segments, rotary, kwargs):
+def _run_block(block, hidden, segments, rotary, kwargs):
     """One block of a vision encoder; `segments` as `pack_lengths` gives them."""
     cu_seqlens, longest = segments
     return block(hidden, cu_seqlens=cu_seqlens, max_seqlen=longest, position_embeddings=rotary, **kwargs)

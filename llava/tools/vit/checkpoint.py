@@ -47,7 +47,7 @@ def read_state(path: str) -> dict:
     from llavavit.conversion import clean_state_dict, read_weights
 
     if not os.path.exists(path):
-        raise LlavaError(f"{path}: found nothing there, expected a folder or a file of weights")
+        raise LlavaError(f"{path}: nothing there, expected a folder or a file of weights")
     try:
         if os.path.isdir(path):
             return read_weights(path)
@@ -142,7 +142,7 @@ def _read_config(path: str, required: bool) -> dict | None:
     values = _read_json(path)
     if values is None:
         if required:
-            raise LlavaError(f"{path}: found no such file, expected a config.json")
+            raise LlavaError(f"{path}: no such file, expected a config.json")
         return None
     if values.get("model_type") not in CONFIG_CLASSES:
         raise LlavaError(

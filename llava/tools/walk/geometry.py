@@ -187,7 +187,7 @@ def empty_tower(cfg, crop: int | None = None, patch: int | None = None):
 
     name = cfg.mm_vision_tower
     if (crop is None) != (patch is None):
-        raise LlavaError("--crop and --patch: found one of them, expected both or neither")
+        raise LlavaError("--crop and --patch: only used together, expected both or neither")
     if crop is None and getattr(cfg, "mm_vision_config", None) is None:  # what is known needs no network
         crop, patch = KNOWN.get(name, (None, None))
         if name in PUBLISHED:
