@@ -40,7 +40,6 @@ def resolve_path(folder: str | None, name: str, allow_absolute_paths: bool = Fal
         return name
     if not allow_absolute_paths and (os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")):
         raise LlavaError(
-            f"path {name!r}: leaves the folder {folder}, expected a path inside it "
-            "(or set allow_absolute_paths)"
+            f"path {name!r}: leaves the folder {folder}, expected a path inside it (or set allow_absolute_paths)"
         )
     return os.path.join(folder, name)

@@ -8,9 +8,8 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import LlavaError
+from llava.images import PICTURE_SUFFIXES
 
-# endings of picture files, wherever a folder is looked through or a path must tell by itself what it is
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _FOLDER_FPS = 2.0  # LLaVA-NeXT takes a folder of frames for two frames a second ...
 _FOLDER_FRAMES = 10  # ... and gives the model ten of them unless told otherwise
 _MAX_SIDE, _MAX_RATIO = 25_000, 200

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from llava.config.patch_choice import IMPORTANCES, METHODS, NUM_SCALES, PatchChoice
 from llava.errors import LlavaError, report_errors
+from llava.images import PICTURE_SUFFIXES
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 OPTIONS = {  # member of a `PatchChoice` -> the option that gives it
     "method": "--patch-selection-method",
     "alpha": "--alpha",
@@ -42,9 +42,11 @@ def find_pictures(path: str, output_dir: str) -> dict[str, Path]:
         raise LlavaError(f"--input-image {path}: no such file or folder")
     if os.path.realpath(output_dir) == os.path.realpath(path):
         raise LlavaError(f"--output-dir {output_dir}: is the folder of the pictures, expected another one")
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+    files = sorted(file for file in source.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
     if not files:
-        raise LlavaError(f"--input-image {path}: found no pictures in the folder, expected {', '.join(ENDINGS)}")
+        raise LlavaError(
+            f"--input-image {path}: found no pictures in the folder, expected {', '.join(PICTURE_SUFFIXES)}"
+        )
     stems = [file.stem for file in files]
     return {file.stem if stems.count(file.stem) == 1 else file.name: file for file in files}
 
@@ -160,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--input-image", required=True, metavar="P", help=f"a picture, or a folder of {', '.join(ENDINGS)}")
+    add("--input-image", required=True, metavar="P", help=f"a picture, or a folder of {', '.join(PICTURE_SUFFIXES)}")
     add("--output-dir", required=True, metavar="D", help="folder for the results, made where it is missing")
     add("--patch-selection-method", choices=METHODS, default="budget", help="default: budget")
     add("--alpha", type=float, help="budget: share of the tokens to keep; v2: threshold over the mean importance")

@@ -3,7 +3,8 @@
 import os
 
 from llava.errors import LlavaError
-from llava.images.reading import PICTURE_SUFFIXES, load_image, load_video
+from llava.images import PICTURE_SUFFIXES
+from llava.images.reading import load_image, load_video
 
 
 def read_visual(visual, max_frames: int):

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava.errors import LlavaError
+from llava.images import PICTURE_SUFFIXES
 from llava.images.reading import load_image
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 UNKNOWN, GOOD, BAD = 0, 1, 2  # of an image in the cache
 
 
@@ -22,9 +22,9 @@ def find_images(folder: str, key: str) -> list[Path]:
     if not root.is_dir():
         raise LlavaError(f"{key}: found no folder {folder}, expected one with images")
     found = [Path(base, name) for base, _, names in os.walk(root, followlinks=True) for name in names]
-    paths = sorted(path for path in found if path.suffix.lower() in ENDINGS)
+    paths = sorted(path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
     if not paths:
-        raise LlavaError(f"{key}: found no images in {folder}, expected some of {', '.join(ENDINGS)}")
+        raise LlavaError(f"{key}: found no images in {folder}, expected some of {', '.join(PICTURE_SUFFIXES)}")
     return paths
 
 
