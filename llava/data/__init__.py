@@ -17,7 +17,6 @@ _HOMES = {
     "make_supervised_data_module": "module",
     "resolve_path": "paths",
     "resolve_supervise": "preprocess",
-    "text_encoder": "encoding",
     "validate_records": "validate",
 }
 
