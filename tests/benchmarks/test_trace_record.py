@@ -13,12 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def tracer(monkeypatch):
-    """The module, with this file as the project's code."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def tracer(monkeypatch, tmp_path):
+    """The module, with this file and one that is not imported yet as the project's code."""
+    (tmp_path / "imported_late.py").write_text("def at_import():\n    pass\n\n\nat_import()\n")
+    for folder in (tmp_path, ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
     module = importlib.import_module("trace_record")
-    monkeypatch.setattr(module, "PACKAGES", (__file__,))
-    return module
+    monkeypatch.setattr(module, "PACKAGES", (__file__, str(tmp_path)))
+    yield module
+    sys.modules.pop("imported_late", None)
 
 
 def test_a_padded_image_from_record_to_loss(tmp_path):
@@ -61,9 +64,9 @@ class Parts:
         return helper(2)
 
     def compute_loss(self):
-        from wave import Wave_read  # its module's own calls are an import's
+        import imported_late
 
-        return self.compute(Wave_read)
+        return self.compute(imported_late)
 
     def compute(self, kind):
         class Local:
