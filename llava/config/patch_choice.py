@@ -96,8 +96,9 @@ class PatchChoice:
             names: what a member is called in messages.
         """
         method = given.get("method", own["method"])
-        used = () if method in ALL else ("importance", "thresholds" if method == "v1" else "alpha")
-        return cls._named({"method": method, **{member: own[member] for member in used}, **given}, names)
+        unused = MEMBERS if method in ALL else ("alpha",) if method == "v1" else ("thresholds",)
+        own = {member: value for member, value in own.items() if member not in unused}
+        return cls._named({**own, "method": method, **given}, names)
 
     @classmethod
     def from_published(
@@ -114,13 +115,12 @@ class PatchChoice:
         if patch_selection_method in ALL:
             return None
         with _naming(names):
-            values = {
-                "alpha": None if alpha is None else check_alpha(alpha),
-                "thresholds": None if patch_thresholds is None else check_thresholds(patch_thresholds, num_scales),
-            }
-        used = "thresholds" if patch_selection_method == "v1" else "alpha"
-        members = {"method": patch_selection_method, "importance": patch_importance, "num_scales": num_scales}
-        return cls._named({**members, used: values[used]}, names)
+            if alpha is not None:
+                check_alpha(alpha)
+            if patch_thresholds is not None:
+                check_thresholds(patch_thresholds, num_scales)
+        own = dict(method=patch_selection_method, alpha=alpha, thresholds=patch_thresholds, importance=patch_importance)
+        return cls.completed({"num_scales": num_scales}, own, names)
 
     @classmethod
     def parse(cls, text: str, where: str = "selections") -> "PatchChoice | None":
@@ -139,27 +139,23 @@ class PatchChoice:
         if method not in ALL:
             with _naming(names):
                 return cls(**members)
-        for member, value in members.items():
-            if member != "method" and value is not None:
-                called = names["method"].rpartition(" ")[2]
-                raise LlavaError(
-                    f"{names[member]}: found {value} with {called} {method}, expected {', '.join(METHODS)}"
-                )
+        lost = next((member for member in members if member != "method" and members[member] is not None), None)
+        if lost is not None:
+            said = f"{members[lost]} with {names['method'].rpartition(' ')[2]} {method}"
+            raise LlavaError(f"{names[lost]}: found {said}, expected {', '.join(METHODS)}")
         return None
 
     def to_published(self) -> dict:
         """The published arguments that the method uses; of a range of alphas, the middle."""
-        used = {"thresholds": self.thresholds and list(self.thresholds), "alpha": self.middle}
-        members = {"method": self.method, "importance": self.importance, **used}
-        return {PUBLISHED[member]: value for member, value in members.items() if value is not None}
+        values = {"method": self.method, "importance": self.importance, "alpha": self.middle}
+        values |= {"thresholds": self.thresholds and list(self.thresholds)}
+        return {PUBLISHED[member]: value for member, value in values.items() if value is not None}
 
     def to_mapping(self) -> dict:
         """What `from_mapping` reads, for YAML or JSON, without members at their default."""
-        value = self.thresholds if self.method == "v1" else self.alpha
-        mapping = {"method": self.method, "thresholds" if self.method == "v1" else "alpha": value}
-        mapping |= {} if self.importance == "entropy" else {"importance": self.importance}
-        mapping |= {} if self.num_scales == NUM_SCALES else {"num_scales": self.num_scales}
-        return {member: list(value) if isinstance(value, tuple) else value for member, value in mapping.items()}
+        values = {member: getattr(self, member) for member in MEMBERS}
+        values = {member: value for member, value in values.items() if value != getattr(type(self), member, None)}
+        return {member: list(value) if isinstance(value, tuple) else value for member, value in values.items()}
 
     def __str__(self) -> str:
         """What `parse` reads back: budget:0.5, v2:1, v1; of a range the middle, which is what is evaluated."""

@@ -95,6 +95,7 @@ def _merge_patch_keys(run: Run, layers: list[tuple[str, dict]]) -> None:
             if any(value is not None for value in given.values()):
                 raise LlavaError(f"{source}: adaptive_patches and {', '.join(given)} are both given, expected one form")
             members, whole = dict(values["adaptive_patches"] or {"method": "all"}), True
+            run.settings["adaptive_patches"] = Setting(values["adaptive_patches"], source)
         elif given:
             members |= {PATCH_KEYS[name]: value for name, value in given.items()}
             members = {member: value for member, value in members.items() if value is not None}

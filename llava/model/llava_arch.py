@@ -231,9 +231,7 @@ class LlavaMetaForCausalLM:
             None if labels is None else new_labels,
         )
 
-    def _merge(
-        self, input_ids, attention_mask, labels, images, modalities, image_sizes, padding_side, patch_alphas=None
-    ):
+    def _merge(self, input_ids, attention_mask, labels, images, modalities, image_sizes, side, patch_alphas=None):
         """(inputs_embeds [B, S, D], labels [B, S], attention_mask bool [B, S], position_ids [B, S])."""
         device = input_ids.device
         input_ids = input_ids.cpu()
@@ -250,7 +248,7 @@ class LlavaMetaForCausalLM:
             None if labels is None else labels.cpu(),
             [len(tokens) for tokens in visual],
             getattr(self.config, "tokenizer_model_max_length", None),
-            padding_side,
+            side,
         )
         text = self.get_model().embed_tokens(plan.text_ids.to(device))
         values = torch.cat([text, *(tokens.to(text) for tokens in visual)])
@@ -289,17 +287,10 @@ class LlavaMetaForCausalLM:
         if images is None and inputs_embeds is None and self.training and self.get_vision_tower() is not None:
             images = []
         if inputs_embeds is None and images is not None:
+            of_images = modalities, image_sizes, patch_alphas
             _, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
-                    input_ids,
-                    position_ids,
-                    attention_mask,
-                    past_key_values,
-                    labels,
-                    images,
-                    modalities,
-                    image_sizes,
-                    patch_alphas,
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, *of_images
                 )
             )
             if inputs_embeds is not None:

@@ -16,17 +16,11 @@ import os
 import sys
 from pathlib import Path
 
-from llava.config.patch_choice import IMPORTANCES, METHODS, NUM_SCALES, PatchChoice
+from llava.config.patch_choice import IMPORTANCES, MEMBERS, METHODS, NUM_SCALES, PatchChoice
 from llava.errors import LlavaError, report_errors
 from llava.images import PICTURE_SUFFIXES
 
-OPTIONS = {  # member of a `PatchChoice` -> the option that gives it
-    "method": "--patch-selection-method",
-    "alpha": "--alpha",
-    "thresholds": "--thresholds",
-    "importance": "--importance",
-    "num_scales": "--num-scales",
-}
+OPTIONS = {member: f"--{member.replace('_', '-')}" for member in MEMBERS} | {"method": "--patch-selection-method"}
 
 
 def find_pictures(path: str, output_dir: str) -> dict[str, Path]:

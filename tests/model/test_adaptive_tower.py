@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -382,6 +383,18 @@ def test_checkpoint_keeps_the_choice_and_another_can_be_asked_for(tmp_path, enco
         assert every.visual_token_counter()(tuple(image.shape), (112, 112)) == 64 + 8
     with pytest.raises(LlavaError, match="expected square, pad or native"):
         load(folder, overwrite_config={"image_aspect_ratio": "anyres"})
+
+
+@pytest.mark.parametrize("nothing", [None, {"method": "all"}])
+def test_a_run_may_keep_all_patches_of_a_model_that_chose(encoder, nothing):
+    """Config and tower are then those of a model that never did."""
+    model = make(encoder, **NATIVE)
+    given = SimpleNamespace(vision_tower=encoder, adaptive_patches=nothing)
+    model.get_model().initialize_vision_modules(given)
+    assert model.config.adaptive_patches is None and model.get_vision_tower().patch_chooser is None
+    given.adaptive_patches = {"method": "v1"}
+    model.get_model().initialize_vision_modules(given)
+    assert model.config.adaptive_patches == {"method": "v1"} and model.get_vision_tower().patch_chooser is not None
 
 
 def test_evaluation_and_chat_in_bfloat16(tmp_path, encoder):

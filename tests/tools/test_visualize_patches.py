@@ -10,7 +10,12 @@ import torch
 from PIL import Image
 
 from llava.data.images import load_image
-from llava.model.adaptive_patches import patch_entropy, select_patches_by_budget, select_patches_by_threshold_v2
+from llava.model.adaptive_patches import (
+    patch_entropy,
+    select_patches_by_budget,
+    select_patches_by_threshold,
+    select_patches_by_threshold_v2,
+)
 from llava.tools.visualize_patches import main, resized
 from tests.model.adaptive_patches.pictures import GOLDEN
 
@@ -80,6 +85,15 @@ def test_other_importances(tmp_path, importance, thresholds):
     assert len(heat.getcolors(100_000)) > 20
 
 
+@pytest.mark.parametrize("flags, thresholds", [([], [3.0, 2.0]), (["--num-scales", 2], [3.0])])
+def test_thresholds_that_are_known(tmp_path, flags, thresholds):
+    _, stats = run(tmp_path, "--patch-selection-method", "v1", "--alpha", 0.3, *flags)  # which v1 does not use
+    assert stats["options"]["thresholds"] == thresholds
+    maps = patch_entropy(pixels_of(GOLDEN / "image_2.png"), 14, len(thresholds) + 1)
+    masks, _ = select_patches_by_threshold(maps, thresholds)
+    assert stats["pictures"][0]["counts"] == {str(size): int(mask.sum()) for size, mask in masks.items()}
+
+
 def test_a_budget_below_the_largest_patches_says_so(tmp_path, capsys):
     run(tmp_path, "--alpha", 0.01)
     assert "target 1.0%, real 6.2%" in (line := capsys.readouterr().out) and "alone are 16 tokens" in line
@@ -147,6 +161,8 @@ def test_pictures_are_read_as_in_training(tmp_path):
         ([], "--alpha: missing, which budget needs"),
         (["--patch-selection-method", "v1", "--thresholds", "3"], "thresholds: found [3.0], expected 2"),
         (["--patch-selection-method", "v1", "--importance", "laplacian"], "--thresholds: missing"),
+        (["--patch-selection-method", "v1", "--num-scales", "4"], "--thresholds: missing"),
+        (["--alpha", "0.3", "--num-scales", "9"], "--num-scales: found 9, expected a whole number from 1 to 8"),
         (["--alpha", "0.3", "--importance", "reconstruction"], "the reconstruction error of all base patches is 0"),
         (
             ["--alpha", "0.3", "--min-pixels", "9999", "--max-pixels", "99"],

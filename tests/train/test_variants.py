@@ -293,7 +293,7 @@ def test_adaptive_patches(kit, tmp_path, spy):
     assert spy.moved_parts() == ALL
     config = json.loads((first / "config.json").read_text())
     assert config["adaptive_patches"] == adaptive
-    assert spy.trainer.model.get_vision_tower().patch_chooser.alpha == (0.3, 0.7)
+    assert spy.trainer.model.get_vision_tower().patch_chooser.choice.alpha == (0.3, 0.7)
 
     # DeepSpeed's dtype is not for pixels that patches are chosen by
     def in_bfloat16(trainer, batch):

@@ -79,16 +79,9 @@ class PatchTokenizer:
     @classmethod
     def from_choice(cls, choice: PatchChoice, base_patch_size: int, mean, std) -> "PatchTokenizer":
         """With the settings of a `PatchChoice`; of a range of alphas, the middle."""
-        return cls(
-            choice.num_scales,
-            base_patch_size,
-            choice.thresholds,
-            mean,
-            std,
-            method=choice.method,
-            alpha=1.0 if choice.middle is None else choice.middle,
-            importance=choice.importance,
-        )
+        alpha = 1.0 if choice.middle is None else choice.middle
+        method = {"method": choice.method, "importance": choice.importance, "alpha": alpha}
+        return cls(choice.num_scales, base_patch_size, choice.thresholds, mean, std, **method)
 
     def _check_method(self, method) -> None:
         if method not in METHODS:

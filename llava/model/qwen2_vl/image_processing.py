@@ -91,10 +91,6 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
         temporal_patch_size,
         merge_size,
         return_tensors,
-        patch_selection_method=None,
-        alpha=1.0,
-        patch_thresholds=None,
-        patch_importance="entropy",
         device=None,
         **kwargs,
     ) -> BatchFeature:
@@ -111,7 +107,7 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
             temporal_patch_size=temporal_patch_size,
             merge_size=merge_size,
         )
-        choice = PatchChoice.from_published(patch_selection_method, alpha, patch_thresholds, patch_importance)
+        choice = PatchChoice.from_published(**{name: kwargs.pop(name) for name in PUBLISHED.values()})
         if choice is None:
             return super()._preprocess(images, return_tensors=return_tensors, **common, **kwargs)
         if merge_size != MERGE:
