@@ -20,14 +20,18 @@ class CommandLine:
     notices: list[str] = field(default_factory=list)
 
 
-def parse_command_line(argv: list[str]) -> CommandLine:
+def parse_command_line(argv: list[str], keys: dict[str, Key] | None = None, files=("tower",)) -> CommandLine:
     """Read `argv` (without the program's name).
+
+    keys: those that there are (default: those of a training run, and their old names). files: of `config` and `tower`,
+    those that may be given as `--config FILE`.
 
     A boolean key alone means True, `--no_key` False; a list key takes several words; a dash in a key is an underscore;
     the last of two equal keys wins. Raises `LlavaError` for an unknown key or a word that is not the key's type.
     """
-    line, old = CommandLine(), {}
-    rest = list(argv)
+    line, old, rest = CommandLine(), {}, list(argv)
+    old_names = OLD_NAMES if keys is None else {}
+    keys = all_keys() if keys is None else keys
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
@@ -35,10 +39,10 @@ def parse_command_line(argv: list[str]) -> CommandLine:
             continue
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name == "tower":
-            line.tower = text if equals else _next_word(rest, name)
+        if name in files:
+            setattr(line, name, text if equals else _next_word(rest, name))
             continue
-        key, negated = _key_of(name)
+        key, negated = _key_of(name, keys, old_names)
         words = [text] if equals else _take_words(key, rest)
         value = convert_word(key, words, WHERE)
         (old if key.group == "old" else line.values)[key.name] = (not value) if negated else value
@@ -46,14 +50,14 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     return line
 
 
-def _key_of(name: str) -> tuple[Key, bool]:
+def _key_of(name: str, keys: dict[str, Key], old_names: dict) -> tuple[Key, bool]:
     """The key and whether the name negates it (`no_bf16`)."""
-    if name in OLD_NAMES and name not in all_keys():
-        return OLD_NAMES[name].key(name), False
-    positive = all_keys().get(name.removeprefix("no_"))
+    if name in old_names and name not in keys:
+        return old_names[name].key(name), False
+    positive = keys.get(name.removeprefix("no_"))
     if name.startswith("no_") and positive is not None and positive.is_bool:
         return positive, True
-    return find_key(name, WHERE, tuple(OLD_NAMES)), False
+    return find_key(name, WHERE, keys, tuple(old_names)), False
 
 
 def _take_words(key: Key, rest: list[str]) -> list[str]:

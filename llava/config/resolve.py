@@ -123,7 +123,7 @@ def _read_layer(path, content: dict[str, Any], notices: list[str], tower: bool) 
         if name in OLD_NAMES and name not in all_keys():
             key = OLD_NAMES[name].key(name)
         else:
-            key = find_key(name, where, ("tower", *OLD_NAMES))
+            key = find_key(name, where, others=("tower", *OLD_NAMES))
         if tower and not key.tower:
             allowed = ", ".join(item.name for item in own_keys().values() if item.tower)
             raise LlavaError(f"{where}: {name} does not belong in a tower config, expected one of: {allowed}")

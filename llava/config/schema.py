@@ -9,7 +9,7 @@ from typing import Any, Literal, Union
 
 from pydantic import TypeAdapter, ValidationError
 
-from llava.config.keys import GROUPS, REFUSED, REFUSED_IN_CHECKPOINTS
+from llava.config.keys import GROUPS, REFUSED, REFUSED_IN_CHECKPOINTS, KeyGroup
 from llava.config.trainer_fields import trainer_fields
 from llava.errors import LlavaError
 
@@ -66,14 +66,22 @@ def _words(kind) -> str:
     return "mapping" if (typing.get_origin(kind) or kind) is dict else str(kind)
 
 
+def keys_of(group: str, model: type[KeyGroup]) -> dict[str, Key]:
+    """The keys that a group defines."""
+    keys = {}
+    for name, info in model.model_fields.items():
+        extra = info.json_schema_extra["llava"]
+        keys[name] = Key(name, group, info.annotation, info.default, info.description, **extra)
+    return keys
+
+
 @cache
 def own_keys() -> dict[str, Key]:
-    """The keys this project defines, in the order of the key table."""
+    """The keys this project defines for a training run, in the order of the key table."""
     keys = {}
     for group, model in GROUPS.items():
-        for name, info in model.model_fields.items():
-            extra = info.json_schema_extra["llava"]
-            keys[name] = Key(name, group, info.annotation, info.default, info.description, **extra)
+        for name, key in keys_of(group, model).items():
+            keys[name] = key
             for part, entries in REFUSED.get(name, {}).items():
                 for refused, entry in entries.items():
                     kind, default = entry if isinstance(entry, tuple) else (type(entry), entry)
@@ -91,17 +99,16 @@ def all_keys() -> dict[str, Key]:
     return keys
 
 
-@cache
-def alias_names() -> dict[str, str]:
-    return {alias: key.name for key in own_keys().values() for alias in key.aliases}
+def find_key(name: str, where: str, keys: dict[str, Key] | None = None, others: tuple[str, ...] = ()) -> Key:
+    """The key called `name` or an alias of it; `LlavaError` with the nearest valid name otherwise.
 
-
-def find_key(name: str, where: str, extra_names: tuple[str, ...] = ()) -> Key:
-    """The key called `name` or an alias of it; `LlavaError` with the nearest valid name otherwise."""
-    keys = own_keys() if name in own_keys() else all_keys()
-    found = keys.get(alias_names().get(name, name))
+    keys: those that there are (default: those of a training run). others: names that are no keys, but valid as well.
+    """
+    keys = all_keys() if keys is None else keys
+    aliases = {alias: key.name for key in keys.values() for alias in key.aliases}
+    found = keys.get(aliases.get(name, name))
     if found is None:
-        raise unknown_key(name, where, [*all_keys(), *alias_names(), *extra_names])
+        raise unknown_key(name, where, [*keys, *aliases, *others])
     return found
 
 

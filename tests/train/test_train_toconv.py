@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from llava.errors import LlavaError
 from llava.model.multimodal_encoder.token_compressor import TokenCompressor, load_token_compressor
 from llava.train.toconv import run as toconv_run
-from llava.train.toconv.config import all_keys, resolve
+from llava.train.toconv.config import KEYS, resolve
 from llava.train.toconv.images import epoch_batches
 from llava.train.toconv.probe import average_pooling, draw_heat_map, ridge_accuracy
 from llava.train.train_toconv import main
@@ -252,6 +253,9 @@ def test_step_without_a_readable_image_is_skipped(flags, tmp_path, pictures):
         ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
         ({"compression_input_size": 4, "report_to": "wandb"}, "report_to: found wandb, which is not installed"),
         ({"vision_tower": "/no/such"}, "vision tower '/no/such'"),
+        ({"tower": "x.yaml"}, "unknown key 'tower'"),
+        ({"mm_vision_tower": "x"}, "unknown key 'mm_vision_tower'"),
+        ({"evaluation_strategy": "no"}, "unknown key 'evaluation_strategy'"),
     ],
 )
 def test_errors_are_one_line(flags, capsys, monkeypatch, changes, message):
@@ -274,7 +278,18 @@ def test_config_files(tmp_path):
     assert (reference.learning_rate, reference.min_learning_rate, reference.weight_decay) == (1e-4, 1e-6, 0.05)
     assert (reference.adam_beta1, reference.adam_beta2, reference.warmup_epochs) == (0.9, 0.999, 3.0)
     assert (reference.batch_size, reference.lambda_gp, reference.critic_steps) == (64, 10.0, 5)
-    assert all(key.description for key in all_keys().values())
+    assert all(key.description for key in KEYS.values()) and not any(key.only_default for key in KEYS.values())
+
+
+def test_a_config_is_given_like_a_training_runs():
+    demo = str(ROOT / "configs/toconv/demo.yaml")
+    given = resolve(["--config", demo])
+    assert given == resolve([demo]) == resolve([f"--config={demo}"]) and given.resume is True
+    assert resolve([demo, "--no_resume"]).resume is False
+    with pytest.raises(LlavaError, match="two config files"):
+        resolve(["--config", demo, demo])
+    with pytest.raises(LlavaError, match="missing image_folder, output_dir; training images"):
+        resolve(["--vision_tower", "a"])
 
 
 def test_learning_rate():
@@ -340,4 +355,4 @@ def test_two_processes_give_the_losses_of_one(flags, tmp_path):
 def test_help_lists_every_key(capsys):
     main(["--help"])
     printed = capsys.readouterr().out
-    assert all(f"--{name} " in printed for name in all_keys())
+    assert all(f"--{name} " in printed for name in KEYS)

@@ -1,69 +1,65 @@
 """The keys of `llava.train.train_toconv`: one definition each, from which YAML, command line and --help derive."""
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Literal
 
+from pydantic import ConfigDict
+
+from llava.config.commandline import WHERE, parse_command_line
 from llava.config.files import read_yaml
-from llava.config.schema import Key, convert, convert_word, unknown_key
+from llava.config.keys import KeyGroup, key
+from llava.config.schema import convert, find_key, keys_of
 from llava.errors import LlavaError
 
-COMMAND_LINE = "command line"
 
-
-def key(description: str, default=MISSING):
-    return field(default=default, metadata={"description": description})
-
-
-@dataclass(frozen=True)
-class ToConvConfig:
+class ToConvConfig(KeyGroup):
     """A resolved run. Keys that the tower has too are called as in tower configs."""
 
-    vision_tower: str = key("hub id or folder of the vision encoder, which stays frozen")
-    image_folder: str = key("training images, looked for in all subfolders; the first subfolder is an image's class")
-    output_dir: str = key("where checkpoints, heat maps and the log go")
-    mm_vision_tower_type: str | None = key("kind of tower; nothing: as the encoder's config says", None)
-    mm_vision_select_layer: int = key("hidden state that the LLaVA tower will feed to the compressor", -2)
-    compression_input_size: int = key("tokens per side that the tower gives", 24)
-    compression_output_size: int = key("tokens per side that are left", 12)
-    eval_folder: str | None = key("held-out images; nothing: a share of image_folder", None)
-    eval_share: float = key("share of image_folder that is held out where there is no eval_folder", 0.05)
+    model_config = ConfigDict(frozen=True)
+
+    vision_tower: str = key(..., "hub id or folder of the vision encoder, which stays frozen")
+    image_folder: str = key(
+        ..., "training images, looked for in all subfolders; the first subfolder is an image's class"
+    )
+    output_dir: str = key(..., "where checkpoints, heat maps and the log go")
+    mm_vision_tower_type: str | None = key(None, "kind of tower; nothing: as the encoder's config says")
+    mm_vision_select_layer: int = key(-2, "hidden state that the LLaVA tower will feed to the compressor")
+    compression_input_size: int = key(24, "tokens per side that the tower gives")
+    compression_output_size: int = key(12, "tokens per side that are left")
+    eval_folder: str | None = key(None, "held-out images; nothing: a share of image_folder")
+    eval_share: float = key(0.05, "share of image_folder that is held out where there is no eval_folder")
     objective: Literal["sinkhorn", "wgan_gp"] = key(
-        "optimal transport + receptive-field cosine, or critic + decoder", "sinkhorn"
+        "sinkhorn", "optimal transport + receptive-field cosine, or critic + decoder"
     )
-    sinkhorn_weight: float = key("weight of the optimal transport loss", 1.0)
-    field_weight: float = key("weight of the receptive-field cosine loss", 1.0)
-    sinkhorn_epsilon: float = key("entropic regularisation of the optimal transport", 0.1)
-    sinkhorn_iterations: int = key("Sinkhorn iterations", 100)
-    lambda_gp: float = key("wgan_gp: weight of the gradient penalty", 10.0)
-    critic_steps: int = key("wgan_gp: steps of the critic per step of the compressor", 5)
-    adversarial_weight: float = key("wgan_gp: weight of the critic's score beside the reconstruction error", 1.0)
-    epochs: int = key("passes over the training images", 100)
-    batch_size: int = key("images per step, over all processes", 128)
-    learning_rate: float = key("peak learning rate of AdamW", 1e-4)
-    min_learning_rate: float = key("learning rate at the end of the cosine", 1e-6)
-    warmup_epochs: float = key("epochs of linear warm-up", 3.0)
-    weight_decay: float = key("AdamW's weight decay", 0.05)
-    adam_beta1: float = key("AdamW's first beta", 0.9)
-    adam_beta2: float = key("AdamW's second beta", 0.999)
-    bf16: bool = key("run the frozen encoder in bfloat16; the compressor stays in float32", False)
-    num_workers: int = key("processes that read images, per training process", 4)
+    sinkhorn_weight: float = key(1.0, "weight of the optimal transport loss")
+    field_weight: float = key(1.0, "weight of the receptive-field cosine loss")
+    sinkhorn_epsilon: float = key(0.1, "entropic regularisation of the optimal transport")
+    sinkhorn_iterations: int = key(100, "Sinkhorn iterations")
+    lambda_gp: float = key(10.0, "wgan_gp: weight of the gradient penalty")
+    critic_steps: int = key(5, "wgan_gp: steps of the critic per step of the compressor")
+    adversarial_weight: float = key(1.0, "wgan_gp: weight of the critic's score beside the reconstruction error")
+    epochs: int = key(100, "passes over the training images")
+    batch_size: int = key(128, "images per step, over all processes")
+    learning_rate: float = key(1e-4, "peak learning rate of AdamW")
+    min_learning_rate: float = key(1e-6, "learning rate at the end of the cosine")
+    warmup_epochs: float = key(3.0, "epochs of linear warm-up")
+    weight_decay: float = key(0.05, "AdamW's weight decay")
+    adam_beta1: float = key(0.9, "AdamW's first beta")
+    adam_beta2: float = key(0.999, "AdamW's second beta")
+    bf16: bool = key(False, "run the frozen encoder in bfloat16; the compressor stays in float32")
+    num_workers: int = key(4, "processes that read images, per training process")
     feature_cache: str | None = key(
-        "folder for the encoder's tokens: computed once, read from disk in every epoch", None
+        None, "folder for the encoder's tokens: computed once, read from disk in every epoch"
     )
-    save_steps: int = key("also write `last` every so many steps (0: after each epoch alone)", 0)
-    heatmap_epochs: int = key("epochs between heat maps of the similarity per token (0: none)", 5)
-    probe_images: int = key("images, of training and of held-out ones each, for the linear probe (0: none)", 1000)
-    resume: bool = key("go on from output_dir/last where there is one", True)
-    report_to: Literal["none", "wandb"] = key("where the log goes besides output_dir/log.jsonl", "none")
-    seed: int = key("decides weights, order and what is held out", 0)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
+    save_steps: int = key(0, "also write `last` every so many steps (0: after each epoch alone)")
+    heatmap_epochs: int = key(5, "epochs between heat maps of the similarity per token (0: none)")
+    probe_images: int = key(1000, "images, of training and of held-out ones each, for the linear probe (0: none)")
+    resume: bool = key(True, "go on from output_dir/last where there is one")
+    report_to: Literal["none", "wandb"] = key("none", "where the log goes besides output_dir/log.jsonl")
+    seed: int = key(0, "decides weights, order and what is held out")
 
 
-def all_keys() -> dict[str, Key]:
-    """The keys by name."""
-    return {f.name: Key(f.name, "toconv", f.type, f.default, f.metadata["description"]) for f in fields(ToConvConfig)}
+KEYS = keys_of("toconv", ToConvConfig)
+REQUIRED = [name for name, info in ToConvConfig.model_fields.items() if info.is_required()]
 
 
 def resolve(argv: list[str]) -> ToConvConfig:
@@ -72,35 +68,16 @@ def resolve(argv: list[str]) -> ToConvConfig:
     Raises:
         LlavaError: an unknown key (with the nearest valid one), a value that is none, or a required key left out.
     """
-    keys, values, config, rest = all_keys(), {}, None, list(argv)
-    while rest:
-        name, equals, text = rest.pop(0).partition("=")
-        if not name.startswith("--"):
-            raise LlavaError(f"{COMMAND_LINE}: found {name!r}, expected --key value")
-        name = name[2:].replace("-", "_")
-        words = [text] if equals else [rest.pop(0)] if rest and not rest[0].startswith("--") else []
-        if name == "config":
-            if not words:
-                raise LlavaError(f"{COMMAND_LINE}: --config needs a value (a YAML file)")
-            config = words[0]
-        else:
-            values[name] = convert_word(_find(keys, name, COMMAND_LINE), words, COMMAND_LINE)
-    if config is not None:
-        for name, value in read_yaml(config).items():
-            found = convert(_find(keys, name, config), value, config)
-            values.setdefault(name, found)
-    missing = [name for name, entry in keys.items() if entry.default is MISSING and name not in values]
+    line = parse_command_line(argv, KEYS, files=("config",))
+    content = {} if line.config is None else read_yaml(line.config)
+    found = {name: convert(find_key(name, line.config, KEYS), value, line.config) for name, value in content.items()}
+    values = found | line.values
+    missing = [name for name in REQUIRED if name not in values]
     if missing:
-        raise LlavaError(f"{config or COMMAND_LINE}: missing {', '.join(missing)}; {keys[missing[0]].description}")
+        raise LlavaError(f"{line.config or WHERE}: missing {', '.join(missing)}; {KEYS[missing[0]].description}")
     resolved = ToConvConfig(**values)
     _check(resolved)
     return resolved
-
-
-def _find(keys: dict[str, Key], name: str, where: str) -> Key:
-    if name not in keys:
-        raise unknown_key(name, where, [*keys, "config"])
-    return keys[name]
 
 
 def _check(config: ToConvConfig) -> None:
@@ -120,7 +97,7 @@ def _check(config: ToConvConfig) -> None:
 def help_text() -> str:
     """All keys with their types, defaults and meaning."""
     lines = []
-    for name, entry in all_keys().items():
-        default = "required" if entry.default is MISSING else f"default {entry.default}"
+    for name, entry in KEYS.items():
+        default = "required" if name in REQUIRED else f"default {entry.default}"
         lines.append(f"  --{name} ({entry.expected}; {default})\n        {entry.description}")
     return "\n".join(lines)

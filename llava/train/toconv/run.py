@@ -115,7 +115,7 @@ class ToConvRun:
             self._resume()
         self._trim_log()
         if config.report_to == "wandb":
-            self.accelerator.init_trackers("toconv", config=config.to_dict())
+            self.accelerator.init_trackers("toconv", config=config.model_dump())
         if main:
             print(f"{len(self.train_images)} training images, {len(self.eval_images)} held out")
             print(self.compressor.extra_repr())
@@ -237,7 +237,7 @@ class ToConvRun:
             "step": self.step,
             "vision_tower": self.config.vision_tower,
             "mm_vision_select_layer": self.config.mm_vision_select_layer,
-            "training": self.config.to_dict(),
+            "training": self.config.model_dump(),
         }
         grids = grid_metadata(self.compressor)
         _replace(os.path.join(folder, "token_compressor.safetensors"), lambda path: save_file(weights, path, grids))
@@ -246,7 +246,7 @@ class ToConvRun:
             state = {
                 "step": self.step,
                 "best": self.best,
-                "config": self.config.to_dict(),
+                "config": self.config.model_dump(),
                 "compressor": weights,
                 "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -260,7 +260,7 @@ class ToConvRun:
         if not os.path.exists(path):
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, value in self.config.to_dict().items():
+        for name, value in self.config.model_dump().items():
             if name not in FREE_KEYS and state["config"].get(name) != value:
                 raise LlavaError(
                     f"{path}: {name}: found {state['config'].get(name)}, expected {value} as in this run; use another "
