@@ -116,7 +116,7 @@ class Conversation:
         Raises:
             ValueError: the style has no layout, or the turns are out of order for a style that fixes it.
         """
-        return "".join(turn.text for turn in self.turns()) + self._layout().tail
+        return "".join(turn.text for turn in self.turns()) + self._layout.tail
 
     def turns(self, closed: bool = False) -> list[Turn]:
         """The prompt in pieces: what stands before the first turn, then one piece per turn.
@@ -124,7 +124,7 @@ class Conversation:
         The blank between a header and its answer counts as the answer's, since sentencepiece joins it to the word.
         `closed` writes a turn of empty text as a whole turn rather than as one that is still to be generated.
         """
-        layout, messages = self._layout(), self._text_messages()
+        layout, messages = self._layout, self._text_messages()
         head = layout.head if self.system or layout.head_bare is None else layout.head_bare
         pieces = [Turn(self._fill(head))]
         for index, (role, text) in enumerate(messages):
@@ -153,6 +153,7 @@ class Conversation:
         names = ("system", "roles", "offset", "sep", "sep2")
         return {"messages": messages, **{name: getattr(self, name) for name in names}}
 
+    @property
     def _layout(self) -> _Layout:
         if self.sep_style not in _LAYOUTS:
             raise ValueError(f"Invalid style: {self.sep_style}")

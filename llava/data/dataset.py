@@ -46,7 +46,6 @@ class SampleArgs:
 
     Attributes:
         native_resolution: the model's, for image_aspect_ratio native.
-        version, supervise, mm_use_im_start_end: see `llava.data.preprocess`.
         model_max_length: longest sample, in tokens with those of its pictures; None: no limit.
         patch_choice: the `PatchChoice` of a run whose alpha is drawn for each image; else None.
         seed: of the run, for what is drawn.
@@ -63,9 +62,6 @@ class SampleArgs:
     add_time_instruction: bool = False
     early_mix_text: bool = False
     allow_absolute_paths: bool = False
-    version: str = "qwen_1_5"
-    supervise: str | None = None
-    mm_use_im_start_end: bool = False
     model_max_length: int | None = None
     patch_choice: object = None
     seed: int = 0
@@ -94,12 +90,14 @@ class Media:
         kind: "image", "video" or None.
         paths: of the files.
         pictures: PIL images; of a video one list, its frames.
+        sizes: (width, height) of each.
         conversation: the record's, with the times of a video's frames where they are asked for.
     """
 
     kind: str | None
     paths: list[str]
     pictures: list
+    sizes: list[tuple[int, int]]
     conversation: list
 
 
@@ -114,28 +112,22 @@ def read_media(record: dict, args: SampleArgs) -> Media:
     folder = args.video_folder if kind == "video" else args.image_folder
     paths = [resolve_path(folder, name, args.allow_absolute_paths) for name in names]
     if kind != "video":
-        return Media(kind, paths, [load_image(path) for path in paths], conversation)
+        pictures = [load_image(path) for path in paths]
+        return Media(kind, paths, pictures, [picture.size for picture in pictures], conversation)
     video = load_video(paths[0], args.video_fps, args.frames_upbound, args.force_sample)
     if args.add_time_instruction:
         conversation = _with_time(conversation, time_instruction(video))
-    return Media(kind, paths, [video.frames], conversation)
-
-
-def check_image_count(ids: list[int], count: int) -> None:
-    """`LlavaError` unless the conversation has an `<image>` for each of `count` pictures."""
-    found = ids.count(IMAGE_TOKEN_INDEX)
-    if found != count:
-        raise LlavaError(f"conversations: found {found} <image> for {count} images, expected as many")
+    return Media(kind, paths, [video.frames], [video.frames[0].size], conversation)
 
 
 def fit(
-    ids: list[int], labels: list[int], visual: Callable[[int], list[int]], limit: int | None, whole_images: bool
+    ids: list[int], labels: list[int], sizes: list[int], limit: int | None, whole_images: bool
 ) -> tuple[list[int], list[int], int, bool]:
     """A sample, cut where its sequence with every image's tokens in place passes `limit` tokens (None: never).
 
     Args:
         ids, labels: with one -200 for each image.
-        visual: text tokens of the sample -> tokens of each image, in order.
+        sizes: tokens of each image, in order.
         limit: in tokens.
         whole_images: what does not fit whole goes, and all behind it; else an image that begins before the limit
             stays, even if its tokens reach beyond it, and then nothing follows it.
@@ -144,12 +136,13 @@ def fit(
         ids, labels, how many images are left, and whether anything was cut.
 
     Raises:
+        LlavaError: another number of -200 than of images.
         NoLabel: nothing is left to learn.
     """
-    images = ids.count(IMAGE_TOKEN_INDEX)
-    text = len(ids) - images
-    if limit is None or text + sum(sizes := visual(text)) <= limit:
-        return ids, labels, images, False
+    if (found := ids.count(IMAGE_TOKEN_INDEX)) != len(sizes):
+        raise LlavaError(f"conversations: found {found} <image> for {len(sizes)} images, expected as many")
+    if limit is None or len(ids) - len(sizes) + sum(sizes) <= limit:
+        return ids, labels, len(sizes), False
     merged = kept = 0
     end = len(ids)
     for position, token in enumerate(ids):

@@ -102,16 +102,16 @@ class Preprocessor:
     def _plain(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """One image and its caption; whatever else the human's turn says is dropped."""
         text = DEFAULT_IMAGE_TOKEN + turns[1][1].replace(NOISE, "") + self._base.sep
-        return _encode(self.encoder, text, len(DEFAULT_IMAGE_TOKEN), len(text), images=True, bos=True)
+        return encode_spans(self.encoder, text, [(len(DEFAULT_IMAGE_TOKEN), len(text))], images=True, bos=True)
 
     def _by_turn(self, pieces: list[Turn], has_image: bool) -> tuple[list[int], list[int]]:
         head = self.encoder.fixed_ids(pieces[0].text)
         ids, labels = list(head), [IGNORE_INDEX] * len(head)
         for piece in pieces[1:]:
-            begin = end = len(piece.text)
+            spans = []
             if piece.answer_start is not None:
-                begin = 0 if self.llava_next else piece.answer_start
-            piece_ids, piece_labels = _encode(self.encoder, piece.text, begin, end, images=has_image)
+                spans = [(0 if self.llava_next else piece.answer_start, len(piece.text))]
+            piece_ids, piece_labels = encode_spans(self.encoder, piece.text, spans, images=has_image)
             ids += piece_ids
             labels += piece_labels
         if self._special:
@@ -127,10 +127,6 @@ class Preprocessor:
             length += len(piece.text)
         text = "".join(piece.text for piece in pieces)
         return encode_spans(self.encoder, text, spans, has_image, bos=True)
-
-
-def _encode(encoder: TextEncoder, text: str, begin: int, end: int, images: bool, bos: bool = False):
-    return encode_spans(encoder, text, [(begin, end)] if begin < end else [], images, bos)
 
 
 def encode_spans(encoder: TextEncoder, text: str, spans: list[tuple[int, int]], images: bool, bos: bool = False):

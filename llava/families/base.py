@@ -27,6 +27,7 @@ class Loaded:
         template: name of the conversation template whose rules its turns follow.
         count_visual_tokens: of a model whose forward merges images into the text, what one becomes there (see
             `VisualTokenCounter`); else None.
+        preprocessor: LLaVA's `Preprocessor` of conversations; other families write their own chat format.
     """
 
     model: Any
@@ -36,6 +37,7 @@ class Loaded:
     context: int
     template: str
     count_visual_tokens: Any = None
+    preprocessor: Any = None
 
     def without_model(self) -> "Loaded":
         """What makes samples: fit for the processes of a data loader."""

@@ -1,6 +1,5 @@
 """LLaVA: a vision tower and a projector in front of a language model, images merged into the text by the model."""
 
-from functools import lru_cache
 from types import SimpleNamespace
 
 from llava.errors import LlavaError
@@ -45,6 +44,7 @@ class Llava(Family):
 
     def load(self, path, *, base=None, dtype=None, device=None, **overrides) -> Loaded:
         """As the contract; `overrides` are `load_pretrained_model`'s."""
+        from llava.data.preprocess import Preprocessor
         from llava.model.builder import context_limit, load_pretrained_model
         from llava.utils import get_model_name_from_path
 
@@ -52,32 +52,32 @@ class Llava(Family):
         tokenizer, model, image_processor, _ = load_pretrained_model(
             path, base, name, device_map=str(device), torch_dtype=dtype, **overrides
         )
-        template = model.config.conversation_template
-        return Loaded(model, tokenizer, tokenizer, image_processor, context_limit(model.config), template)
+        limit, template = context_limit(model.config), model.config.conversation_template
+        count = image_processor and model.visual_token_counter()
+        preprocessor = Preprocessor(tokenizer, template)
+        return Loaded(model, tokenizer, tokenizer, image_processor, limit, template, count, preprocessor)
 
     def prepare(self, model_args, data_args, training_args):
         from llava.data.dataset import SampleArgs
-        from llava.data.preprocess import resolve_supervise
+        from llava.data.preprocess import Preprocessor, resolve_supervise
         from llava.model.adaptive_patches import PatchChoice
         from llava.model.visual_merge import native_resolution
 
-        supervise = resolve_supervise(model_args.version, data_args.supervise)
+        version = model_args.version
+        supervise = resolve_supervise(version, data_args.supervise)
         model, tokenizer = load_model(model_args, data_args, training_args)
         tower, limit = model.get_vision_tower(), training_args.model_max_length
         choice = PatchChoice.from_mapping(model_args.adaptive_patches)
         args = SampleArgs.from_args(
             data_args,
             native_resolution=None if tower is None else native_resolution(model.config),
-            version=model_args.version,
-            supervise=supervise,
-            mm_use_im_start_end=model_args.mm_use_im_start_end,
             model_max_length=limit,
             patch_choice=choice if choice and choice.draws else None,
             seed=training_args.seed,
         )
-        loaded = Loaded(model, tokenizer, tokenizer, tower and tower.image_processor, limit, model_args.version)
-        loaded.count_visual_tokens = tower and model.visual_token_counter()
-        return loaded, args
+        image_processor, count = (tower.image_processor, model.visual_token_counter()) if tower else (None, None)
+        preprocessor = Preprocessor(tokenizer, version, supervise, model_args.mm_use_im_start_end)
+        return Loaded(model, tokenizer, tokenizer, image_processor, limit, version, count, preprocessor), args
 
     def answer_states(self, inputs, counts, loaded):
         import torch
@@ -115,22 +115,21 @@ class Llava(Family):
         "image" or "video") and, where it is drawn, `patch_alphas`."""
         import torch
 
-        from llava.data.dataset import check_image_count, fit, read_media
-        from llava.images.processing import picture_size, process_pictures
+        from llava.data.dataset import fit, read_media
+        from llava.images.processing import process_pictures
 
-        media = read_media(record, args)
+        media, limit = read_media(record, args), args.model_max_length
         images = process_pictures(media.pictures, loaded.image_processor, args.pixels, media.paths)
-        sizes = [picture_size(picture) for picture in media.pictures]
-        ids, labels = _preprocessor(loaded.tokenizer, args)(media.conversation, has_image=bool(images))
-        check_image_count(ids, len(images))
-
-        def visual(text: int) -> list[int]:
-            return _visual_tokens(images, sizes, media.kind, loaded.count_visual_tokens, args.model_max_length - text)
-
-        ids, labels, kept, cut = fit(ids, labels, visual, args.model_max_length, whole_images=False)
+        ids, labels = loaded.preprocessor(media.conversation, has_image=bool(images))
+        count, pairs = loaded.count_visual_tokens, list(zip(images, media.sizes, strict=True))
+        sizes = [count(image.shape, size, media.kind) for image, size in pairs]
+        # where they depend on what an image shows, that is the most that they can be
+        if limit is not None and count and count.chooser and len(ids) - len(sizes) + sum(sizes) > limit:
+            sizes = [count.of_pixels(image, size, media.kind) for image, size in pairs]
+        ids, labels, kept, cut = fit(ids, labels, sizes, limit, whole_images=False)
         sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": cut}
         if kept:
-            sample.update(images=images[:kept], image_sizes=sizes[:kept], modalities=[media.kind] * kept)
+            sample.update(images=images[:kept], image_sizes=media.sizes[:kept], modalities=[media.kind] * kept)
             if args.patch_choice is not None:
                 sample["patch_alphas"] = [args.patch_choice.draw(args.seed, *at, number) for number in range(kept)]
         return sample
@@ -145,9 +144,9 @@ class Llava(Family):
         from llava.images.processing import pixel_shape
 
         kind, names = media_of(record)
-        ids, _ = _preprocessor(loaded.tokenizer, args)(record["conversations"], has_image=bool(names))
-        count, how = loaded.count_visual_tokens, args.pixels.among(len(sizes))
-        shapes = [pixel_shape(size, loaded.image_processor, how) for size in sizes]
+        ids, _ = loaded.preprocessor(record["conversations"], has_image=bool(names))
+        count = loaded.count_visual_tokens
+        shapes = [pixel_shape(size, loaded.image_processor, args.pixels, len(sizes)) for size in sizes]
         if kind == "video":  # as many frames as there may be; how many a file has shows when it is read
             shapes = [(max(args.frames_upbound, 1), *shape[-3:]) for shape in shapes]
         visual = [count(shape, size, kind) for shape, size in zip(shapes, sizes, strict=True)]
@@ -264,27 +263,6 @@ class Llava(Family):
         super().on_save(model, processor, folder)
         if model.get_vision_tower() is not None:
             model.get_vision_tower().image_processor.save_pretrained(folder)
-
-
-@lru_cache(maxsize=8)
-def _cached_preprocessor(tokenizer, version, supervise, wrapped):
-    from llava.data.preprocess import Preprocessor
-
-    return Preprocessor(tokenizer, version, supervise, wrapped)
-
-
-def _preprocessor(tokenizer, args):
-    return _cached_preprocessor(tokenizer, args.version, args.supervise, bool(args.mm_use_im_start_end))
-
-
-def _visual_tokens(images: list, sizes: list, modality: str, count, room: int) -> list[int]:
-    """Tokens of each image; where they depend on what it shows, the most they can be if that fits into `room`."""
-    if count is None:
-        return [1] * len(images)
-    found = [count(tuple(image.shape), size, modality) for image, size in zip(images, sizes, strict=True)]
-    if sum(found) > room and hasattr(count, "of_pixels"):
-        return [count.of_pixels(image, size, modality) for image, size in zip(images, sizes, strict=True)]
-    return found
 
 
 def load_model(model_args, data_args, training_args):

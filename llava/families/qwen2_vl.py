@@ -200,11 +200,10 @@ class Qwen2VL(Family):
         `image_grid_thw` and, if patches are chosen, `image_patch_levels`."""
         import torch
 
-        from llava.data.dataset import check_image_count, fit, read_media
+        from llava.data.dataset import fit, read_media
 
         media = read_media(record, args)
         ids, labels = self._encode(media.conversation, loaded, bool(media.pictures))
-        check_image_count(ids, len(media.pictures))
         images = []
         for number, (picture, path) in enumerate(zip(media.pictures, media.paths, strict=True)):
             drawn = {} if args.patch_choice is None else {"alpha": args.patch_choice.draw(args.seed, *at, number)}
@@ -212,7 +211,7 @@ class Qwen2VL(Family):
         counts = [self._counts(image)[1] for image in images]
         # an image stands between two marks
         sizes = [count + 2 for count in counts]
-        ids, labels, kept, cut = fit(ids, labels, lambda text: sizes, args.model_max_length, whole_images=True)
+        ids, labels, kept, cut = fit(ids, labels, sizes, args.model_max_length, whole_images=True)
         ids, labels = _expand(ids, labels, counts, loaded.tokenizer)
         sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": cut}
         return sample | _joined(images[:kept])

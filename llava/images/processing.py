@@ -1,6 +1,6 @@
 """Pictures to pixels: the tower's image processor, with LLaVA-NeXT's padding and crops around it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llava.errors import LlavaError
 from llava.images.geometry import (
@@ -77,10 +77,9 @@ class PixelOptions:
     image_grid_pinpoints: object = None
     native: NativeResolution | None = None
 
-    def among(self, count: int) -> "PixelOptions":
-        """For a sample of `count` pictures: several are squared and get one crop each, unless they keep their size."""
-        several = count > 1 and self.native is None
-        return replace(self, image_aspect_ratio="pad") if several else self
+    def aspect_ratio(self, pictures: int) -> str | None:
+        """For a sample of so many pictures: several are squared and get one crop each, unless they keep their size."""
+        return "pad" if pictures > 1 and self.native is None else self.image_aspect_ratio
 
 
 def process_pictures(pictures, processor, options: PixelOptions, names=None) -> list:
@@ -97,32 +96,32 @@ def process_pictures(pictures, processor, options: PixelOptions, names=None) -> 
     Raises:
         LlavaError: a shape that the processor cannot take, such as 2000 x 1 pixels.
     """
-    options, found = options.among(len(pictures)), []
+    aspect_ratio, grid, native = options.aspect_ratio(len(pictures)), options.image_grid_pinpoints, options.native
+    found = []
     for number, picture in enumerate(pictures):
         try:
-            found.append(_process_picture(picture, processor, options))
+            if isinstance(picture, list):
+                found.append(process_clip(picture, processor, native))
+            else:
+                found.append(process_image(picture, processor, aspect_ratio, grid, native))
         except LlavaError:
             raise
         except (ValueError, ZeroDivisionError) as error:
-            size = picture_size(picture)
-            which = "" if names is None else f" {names[number]}"
+            which, (width, height) = "" if names is None else f" {names[number]}", picture_size(picture)
             raise LlavaError(
-                f"image{which}: found {size[0]}x{size[1]} pixels that cannot be processed ({error})"
+                f"image{which}: found {width}x{height} pixels that cannot be processed ({error})"
             ) from None
     return found
 
 
-def _process_picture(picture, processor, options: PixelOptions):
-    if not isinstance(picture, list):
-        return process_image(
-            picture, processor, options.image_aspect_ratio, options.image_grid_pinpoints, options.native
-        )
-    if options.native is None:  # frames have no crops
-        return processor.preprocess(picture, return_tensors="pt")["pixel_values"]
+def process_clip(frames: list, processor, native=None):
+    """Tensor [T, 3, H, W] of a clip's frames, which have no crops."""
+    if native is None:
+        return processor.preprocess(frames, return_tensors="pt")["pixel_values"]
     import torch
 
-    size = options.native(*picture[0].size)
-    return torch.stack([process_native_image(frame, processor, size) for frame in picture])
+    size = native(*frames[0].size)
+    return torch.stack([process_native_image(frame, processor, size) for frame in frames])
 
 
 def picture_size(picture) -> tuple[int, int]:
@@ -130,10 +129,10 @@ def picture_size(picture) -> tuple[int, int]:
     return picture[0].size if isinstance(picture, list) else picture.size
 
 
-def pixel_shape(size, processor, options: PixelOptions) -> tuple[int, ...]:
-    """The shape of `process_pictures`'s result for one picture of (width, height); nothing is processed."""
+def pixel_shape(size, processor, options: PixelOptions, pictures: int = 1) -> tuple[int, ...]:
+    """The shape of `process_pictures`'s result for one of so many pictures, of (width, height); none is processed."""
     crop, base = processor_sides(processor)
-    if options.image_aspect_ratio is not None and "anyres" in options.image_aspect_ratio:
+    if "anyres" in (options.aspect_ratio(pictures) or ""):
         width, height = select_best_resolution(size, parse_grid_pinpoints(options.image_grid_pinpoints, base))
         return 1 + -(-width // crop) * -(-height // crop), 3, crop, crop
     if options.native is not None:

@@ -82,12 +82,14 @@ class LlavaMetaForCausalLM:
     def visual_token_counter(self) -> VisualTokenCounter:
         """Function (pixel shape, (width, height), modality) -> tokens that one `<image>` becomes."""
         rules, patch = MergeRules.from_config(self.config), self.get_vision_tower().config.patch_size
-        return VisualTokenCounter(rules, self._projected_grid(), patch, self._chooser())
+        return VisualTokenCounter(rules, self._projected_grid, patch, self._chooser)
 
+    @property
     def _projected_grid(self):
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
         return ProjectedGrid(self.get_vision_tower().token_grid, kind)
 
+    @property
     def _chooser(self):
         """How the tower chooses patches, None where it keeps all."""
         return self.get_vision_tower().patch_chooser
@@ -104,7 +106,7 @@ class LlavaMetaForCausalLM:
         """
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
-        if self._chooser() is not None:
+        if self._chooser is not None:
             return self._encode_chosen(images, kind, patch_alphas)
         if patch_alphas is not None:
             raise LlavaError(f"patch_alphas: found {len(patch_alphas)}, expected none: the tower keeps all patches")
@@ -119,7 +121,7 @@ class LlavaMetaForCausalLM:
             packed = projector(packed, grids=[grid for grid, n in zip(grids, frames, strict=True) for _ in range(n)])
         else:
             packed = projector(packed)
-        count_of = self._projected_grid()
+        count_of = self._projected_grid
         return list(packed.split([count_of(*i.shape[-2:])[0] * n for i, n in zip(images, frames, strict=True)]))
 
     def _encode_chosen(self, images, kind, patch_alphas):
@@ -129,7 +131,7 @@ class LlavaMetaForCausalLM:
         packed = tower(images, packed=True, chosen=chosen).to(self.dtype)
         if kind not in MERGERS:
             return list(projector(packed).split(chosen.lengths))
-        count_of = self._projected_grid()
+        count_of = self._projected_grid
         for image in images:
             count_of(*image.shape[-2:])  # refuses an odd side
         order, tokens = chosen.merged()
@@ -144,7 +146,7 @@ class LlavaMetaForCausalLM:
         newline = model.image_newline if rules.unpad else None
         crops = [image if image.ndim == 4 else image[None] for image in images]
         features = self._encode_crops(crops, modalities, patch_alphas)
-        grid_of = self._projected_grid()
+        grid_of = self._projected_grid
         merged = []
         for i, (feature, crop) in enumerate(zip(features, crops, strict=True)):
             size = (crop.shape[-1], crop.shape[-2]) if image_sizes is None else image_sizes[i]
@@ -157,7 +159,7 @@ class LlavaMetaForCausalLM:
     def _encode_crops(self, crops, modalities, patch_alphas):
         """[K_i, C, H_i, W_i] of every image, its crops or frames -> its features [K_i, n_i, D], all in one call."""
         whole = [self.get_vision_tower().sees_time and kind == "video" for kind in modalities]
-        chooses = self._chooser() is not None
+        chooses = self._chooser is not None
         if chooses and any(len(c) > 1 and not clip for c, clip in zip(crops, whole, strict=True)):
             raise LlavaError(f"adaptive_patches: found an image of {max(map(len, crops))} crops, expected one")
         if not chooses and not any(whole) and len({c.shape[1:] for c in crops}) == 1:
@@ -295,7 +297,7 @@ class LlavaMetaForCausalLM:
             )
             if inputs_embeds is not None:
                 input_ids = None
-                if self.training and self._may_drop_mask():
+                if self.training and self._may_drop_mask:
                     attention_mask = None
         inputs = dict(
             input_ids=input_ids,
@@ -314,6 +316,7 @@ class LlavaMetaForCausalLM:
             out.loss = torch.where(supervised, out.loss, torch.zeros_like(out.loss))
         return out
 
+    @property
     def _may_drop_mask(self):
         """Causal attention never looks at padding on the right, and without a mask SDPA takes its fast kernel."""
         right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"

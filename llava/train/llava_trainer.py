@@ -32,6 +32,7 @@ class LLaVATrainer(Trainer):
     def __init__(self, *args, parts: set[str], family=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.parts, self.family = parts, family or get_family("llava")
+        self.float32_inputs = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
         self.bad_records: set[str] = set()  # "id: reason"
 
@@ -99,8 +100,8 @@ class LLaVATrainer(Trainer):
 
     def _prepare_inputs(self, inputs):
         """As `Trainer`'s, but for what must not become DeepSpeed's bfloat16."""
-        names = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
-        apart = {name: [value.to(self.args.device) for value in inputs[name]] for name in names if name in inputs}
+        names = [name for name in self.float32_inputs if name in inputs]
+        apart = {name: [value.to(self.args.device) for value in inputs[name]] for name in names}
         rest = {name: value for name, value in inputs.items() if name not in apart}
         return super()._prepare_inputs(rest) | apart
 

@@ -19,12 +19,25 @@ def talk(*texts: str) -> list[dict]:
     return [{"from": ("human", "gpt")[at % 2], "value": text} for at, text in enumerate(texts)]
 
 
-def llava_parts(tokenizer, image_processor=None, count_visual_tokens=None, **args):
+def llava_parts(
+    tokenizer, image_processor=None, count=None, version="qwen_1_5", supervise=None, mm_use_im_start_end=False, **args
+):
     """(family, loaded, args) of LLaVA for a data set, without a model; `args` are `SampleArgs`."""
     from llava.data.dataset import SampleArgs
+    from llava.data.preprocess import Preprocessor
     from llava.families import get_family
     from llava.families.base import Loaded
 
-    args = SampleArgs(**args)
-    loaded = Loaded(None, tokenizer, tokenizer, image_processor, 4096, args.version, count_visual_tokens)
-    return get_family("llava"), loaded, args
+    count = count or Counter()
+    prepare = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end)
+    loaded = Loaded(None, tokenizer, tokenizer, image_processor, 4096, version, count, prepare)
+    return get_family("llava"), loaded, SampleArgs(**args)
+
+
+class Counter:
+    """In place of a model's: each crop or frame has four tokens, an image one more."""
+
+    chooser = None
+
+    def __call__(self, shape, size, modality):
+        return 4 * (shape[0] if len(shape) == 4 else 1) + (modality == "image")

@@ -38,17 +38,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def count(shape, size, modality):
-    crops = shape[0] if len(shape) == 4 else 1
-    return crops * 4 + (1 if modality == "image" else 0)
-
-
 def module(folder, records=RECORDS, version="qwen_1_5", model_max_length=None, name="qwen", **options):
     (folder / "train.json").write_text(json.dumps(records))
     folders = {"image_folder": str(folder), "video_folder": str(folder)}
     data_args = SimpleNamespace(data_path=str(folder / "train.json"), **folders, **options)
     options |= {"version": version, "model_max_length": model_max_length}
-    parts = llava_parts(tokenizer(name), PROCESSOR, count, **folders, **options)
+    parts = llava_parts(tokenizer(name), PROCESSOR, **folders, **options)
     return make_data(read_records(data_args, version=version, refused={}), *parts)
 
 
@@ -109,9 +104,9 @@ def test_truncation_is_that_of_the_merged_sequence(limit):
     kept = sorted(set(merged(ids, visual)[:limit]))
     if limit == 1:  # the first token is nobody's prediction
         with pytest.raises(NoLabel, match="no label left after truncation to 1 tokens"):
-            fit(ids, labels, lambda text: visual, limit, whole_images=False)
+            fit(ids, labels, visual, limit, whole_images=False)
         return
-    found_ids, found_labels, images, cut = fit(ids, labels, lambda text: visual, limit, whole_images=False)
+    found_ids, found_labels, images, cut = fit(ids, labels, visual, limit, whole_images=False)
     assert found_ids == [ids[at] for at in kept]
     assert found_labels == [labels[at] for at in kept]
     assert images == found_ids.count(-200) and cut == (limit < 14)

@@ -193,9 +193,9 @@ def test_truncation_never_cuts_an_image():
     ]:
         if not any(label != -100 for label in labels[1:kept]):
             with pytest.raises(NoLabel):
-                fit(ids, labels, lambda text: visual, limit, whole_images=True)
+                fit(ids, labels, visual, limit, whole_images=True)
             continue
-        found = fit(ids, labels, lambda text: visual, limit, whole_images=True)
+        found = fit(ids, labels, visual, limit, whole_images=True)
         assert found == (ids[:kept], labels[:kept], images, kept < 5), limit
 
 
