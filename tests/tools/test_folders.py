@@ -33,6 +33,9 @@ def test_a_folder_is_there_whole_or_as_it_was(tmp_path):
 def test_what_is_read_is_not_replaced(tmp_path, source):
     with pytest.raises(LlavaError, match="holds the weights that are read"):
         fill(tmp_path, tmp_path / source, "", overwrite=True)
-    (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(LlavaError, match="holds the weights that are read"):
-        fill(tmp_path / "link", tmp_path / source, "", overwrite=True)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    for out, link in (("model", "else/link"), ("else/link", "model")):
+        with pytest.raises(LlavaError, match="holds the weights that are read"):
+            fill(tmp_path / out, tmp_path / link / source, "", overwrite=True)
