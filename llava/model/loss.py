@@ -81,3 +81,11 @@ def supervised_training(*inputs: str):
         return model_class
 
     return decorate
+
+
+@functools.cache
+def training_class(stock):
+    """`supervised_training` for a class of transformers that needs nothing else, under its own name: by that transformers
+    finds the names of its weights, and a saved folder is transformers' own."""
+    own = type(stock.__name__, (stock,), {"__module__": stock.__module__, "__doc__": stock.__doc__})
+    return supervised_training()(own)

@@ -1,4 +1,4 @@
-"""A random Qwen2-VL or Qwen2.5-VL of a few thousand weights, with tokenizer and image processor, as a stock folder."""
+"""A random Qwen2-VL, Qwen2.5-VL or Qwen3-VL of a few thousand weights, with tokenizer and image processor, as a stock folder."""
 
 from pathlib import Path
 
@@ -22,13 +22,24 @@ VISION = {
         fullatt_block_indexes=[1],
         tokens_per_second=2,
     ),
+    "qwen3_vl": dict(
+        depth=3,
+        hidden_size=32,
+        num_heads=2,
+        intermediate_size=48,
+        out_hidden_size=64,
+        num_position_embeddings=16,  # 4 x 4, between which every grid interpolates
+        deepstack_visual_indexes=[0, 1],
+    ),
 }
+MROPE = {"qwen3_vl": dict(mrope_section=[4, 2, 2], mrope_interleaved=True)}  # shares of the 8 rotary pairs of a head
+IMAGES = {"qwen3_vl": dict(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)}  # what its published file says
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def make_folder(folder: Path, kind: str = "qwen2_vl") -> str:
     """Folder that stock transformers loads: model (`kind` is a key of `VISION`), tokenizer, image processor."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
@@ -42,8 +53,10 @@ def make_folder(folder: Path, kind: str = "qwen2_vl") -> str:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            head_dim=16,
             max_position_embeddings=2048,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+            | MROPE.get(kind, {}),
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -64,8 +77,18 @@ def make_folder(folder: Path, kind: str = "qwen2_vl") -> str:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 280 * 280}).save_pretrained(folder)
+    image_processor(kind, 4, 20).save_pretrained(folder)
     return str(folder)
+
+
+def image_processor(kind: str, fewest: int, most: int):
+    """Of an image at least `fewest` squared patches, and `most` squared at most."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    options = IMAGES.get(kind, {})
+    side = options.get("patch_size", 14)
+    size = {"shortest_edge": (fewest * side) ** 2, "longest_edge": (most * side) ** 2}
+    return Qwen2VLImageProcessorPil(size=size, **options)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
