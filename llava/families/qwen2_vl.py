@@ -52,9 +52,7 @@ class Qwen2VL(Family):
             raise LlavaError(f"tower {run.tower}: {self.title} has its own vision encoder, expected no tower config")
         super().check(run)
         if run["supervise"] == "llava_next":
-            raise LlavaError(
-                f"supervise: found llava_next, expected answers_only: {self.title}'s template has no other"
-            )
+            raise LlavaError(f"supervise: found llava_next, expected answers_only ({self.title} has no other)")
         if "mm_token_compressor" in (run["mm_tunable_parts"] or ""):
             raise LlavaError(f"mm_tunable_parts: names mm_token_compressor, which {self.title} does not have")
 

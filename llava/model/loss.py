@@ -85,7 +85,7 @@ def supervised_training(*inputs: str):
 
 @functools.cache
 def training_class(stock):
-    """`supervised_training` for a class of transformers that needs nothing else, under its own name: by that transformers
-    finds the names of its weights, and a saved folder is transformers' own."""
+    """A class of transformers with `supervised_training` and its own name, by which transformers finds the names of
+    its weights and which saved folders carry."""
     own = type(stock.__name__, (stock,), {"__module__": stock.__module__, "__doc__": stock.__doc__})
     return supervised_training()(own)

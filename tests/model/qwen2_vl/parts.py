@@ -1,4 +1,4 @@
-"""A random Qwen2-VL, Qwen2.5-VL or Qwen3-VL of a few thousand weights, with tokenizer and image processor, as a stock folder."""
+"""A random Qwen2-VL, 2.5-VL or 3-VL of a few thousand weights, with tokenizer and image processor: a stock folder."""
 
 from pathlib import Path
 
