@@ -32,7 +32,17 @@ VISION = {
         deepstack_visual_indexes=[0, 1],
     ),
 }
-MROPE = {"qwen3_vl": dict(mrope_section=[4, 2, 2], mrope_interleaved=True)}  # shares of the 8 rotary pairs of a head
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TEXT = {  # of the language model
+    "qwen2_vl": dict(num_hidden_layers=2, rope_parameters=ROPE | {"mrope_section": [2, 3, 3]}),
+    "qwen2_5_vl": dict(num_hidden_layers=2, rope_parameters=ROPE | {"mrope_section": [2, 3, 3]}),
+    # a layer behind the two that features of the vision encoder's layers are added to
+    "qwen3_vl": dict(
+        num_hidden_layers=3,
+        rope_parameters=ROPE | {"mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        head_dim=16,
+    ),
+}
 IMAGES = {"qwen3_vl": dict(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)}  # what its published file says
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -50,16 +60,13 @@ def make_folder(folder: Path, kind: str = "qwen2_vl") -> str:
             vocab_size=len(tokenizer),
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=16,
             max_position_embeddings=2048,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-            | MROPE.get(kind, {}),
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **TEXT[kind],
         ),
         vision_config=VISION[kind],
         image_token_id=ids["<|image_pad|>"],
