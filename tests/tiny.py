@@ -62,17 +62,20 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, s
 
 
 def qwen2_vl(folder: Path, kind: str = "qwen2_vl") -> str:
-    """Folder of a random Qwen2-VL (qwen2_5_vl: Qwen2.5-VL) with a chat template; it sees 8 x 8 patches or more."""
-    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+    """Folder of a random Qwen2-VL (or of its later kinds) with a chat template; it sees 8 x 8 patches or more."""
+    from transformers import AutoTokenizer
 
     from playground.make_demo_model import CHAT_TEMPLATE
-    from tests.model.qwen2_vl.parts import make_folder
+    from tests.model.qwen2_vl.parts import image_processor, make_folder
 
     make_folder(folder, kind)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
+    if kind == "qwen3_vl":  # it adds no system text
+        start, end = (CHAT_TEMPLATE.index(text) for text in ("{% if loop.first", "<|im_start|>{{"))
+        tokenizer.chat_template = CHAT_TEMPLATE[:start] + CHAT_TEMPLATE[end:]
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 112 * 112, "longest_edge": 224 * 224}).save_pretrained(folder)
+    image_processor(kind, 8, 16).save_pretrained(folder)
     return str(folder)
 
 

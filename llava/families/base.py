@@ -40,8 +40,8 @@ class Loaded:
     preprocessor: Any = None
 
     def without_model(self) -> "Loaded":
-        """What makes samples: fit for the processes of a data loader."""
-        return replace(self, model=None)
+        """What makes samples, and no more: fit for the processes of a data loader."""
+        return replace(self, model=None, processor=None)
 
 
 class Length(NamedTuple):
@@ -61,6 +61,16 @@ def device_and_dtype(device=None, dtype=None):
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return device, dtype or ("float32" if device.type == "cpu" else "bfloat16")
+
+
+def left_padded(rows: list[list[int]], loaded: Loaded) -> dict:
+    """`input_ids` and `attention_mask` [B, L] of token ids, padded on the left, on the model's device."""
+    import torch
+
+    width, pad, device = max(map(len, rows)), loaded.tokenizer.pad_token_id, loaded.model.device
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 class Family(ABC):

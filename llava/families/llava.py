@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from llava.errors import LlavaError
-from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype
+from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype, left_padded
 
 _SAVED_MODEL_KEYS = (
     *("mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_use_im_start_end"),
@@ -191,15 +191,9 @@ class Llava(Family):
         return sorted(ids - {None}), [text for text in stop_strings(template) if text not in special]
 
     def inputs(self, prompts, pictures, loaded):
-        import torch
-
         from llava.images.processing import picture_size
 
-        width, pad = max(map(len, prompts)), loaded.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        device = loaded.model.device
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        inputs = left_padded(prompts, loaded)
         if flat := [picture for row in pictures for picture in row]:
             inputs["images"] = [pixels for row in pictures for pixels in self._pixels(row, loaded)]
             inputs["image_sizes"] = [picture_size(picture) for picture in flat]

@@ -4,26 +4,21 @@ Their prompts have `<|vision_start|>`, a `<|image_pad|>` for each token of the i
 has `<image>`; here too that is IMAGE_TOKEN_INDEX until the images are known.
 """
 
+from llava.config.keys import PATCH_KEYS
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Turn
 from llava.errors import LlavaError
-from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype
+from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype, left_padded
 from llava.utils import rank0_print
 
-SYSTEM = "You are a helpful assistant."  # where a record has no system text of its own
 START, PAD, END = IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _OPEN = "<|im_start|>assistant\n"
-_MODEL_KEYS = {
+_KEYS = {
     *("model_name_or_path", "mm_tunable_parts", "freeze_backbone", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
-    *("unfreeze_language_model", "delay_load"),
+    *("unfreeze_language_model", "delay_load", "data_path", "image_folder", "allow_absolute_paths", "lazy_preprocess"),
+    *("is_multimodal", "early_mix_text", "min_pixels", "max_pixels", "supervise"),
 }
-_DATA_KEYS = {
-    *("data_path", "image_folder", "allow_absolute_paths", "lazy_preprocess", "is_multimodal", "early_mix_text"),
-    *("min_pixels", "max_pixels", "supervise", "adaptive_patches"),
-    *("patch_selection_method", "patch_alpha", "patch_thresholds", "patch_importance"),
-}
-_IMAGE_KEYS = ("pixel_values", "image_grid_thw", "image_patch_levels")
 _SIZES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # pixels, whatever the names say
 
 
@@ -35,35 +30,29 @@ class Qwen2VL(Family):
         "mm_vision_tower": ("model.visual.",),
         "mm_language_model": ("",),
     }
-    keys = frozenset(_MODEL_KEYS | _DATA_KEYS)
+    keys = frozenset({*_KEYS, *PATCH_KEYS, "adaptive_patches"})
     refused = {"mm_token_compressor_lr": "there is no token compressor"}  # noqa: RUF012
-    no_such_key = "Qwen2-VL has a vision encoder, projector, chat template and image sizes of its own"
     order_by_seed = True
-    system = SYSTEM
-    adaptive = True  # whether it can keep large patches where an image holds little
+    system: str | None = "You are a helpful assistant."  # where a conversation has none of its own
 
-    def model_class(self):
-        from llava.model.qwen2_vl import AdaptiveQwen2VLForConditionalGeneration
+    @property
+    def no_such_key(self) -> str:
+        return f"{self.title} has a vision encoder, projector, chat template and image sizes of its own"
 
-        return AdaptiveQwen2VLForConditionalGeneration
+    def classes(self) -> tuple:
+        """(model class, processor class)."""
+        from llava.model import qwen2_vl as models
 
-    def processor_class(self):
-        from llava.model.qwen2_vl import AdaptiveQwen2VLProcessor
-
-        return AdaptiveQwen2VLProcessor
+        return models.AdaptiveQwen2VLForConditionalGeneration, models.AdaptiveQwen2VLProcessor
 
     # --- settings ---
 
     def check(self, run) -> None:
         if run.tower is not None:
-            raise LlavaError(
-                f"tower {run.tower}: {self.title} has a vision encoder of its own, expected no tower config"
-            )
+            raise LlavaError(f"tower {run.tower}: {self.title} has its own vision encoder, expected no tower config")
         super().check(run)
         if run["supervise"] == "llava_next":
-            raise LlavaError(
-                f"supervise: found llava_next, expected answers_only: {self.title}'s template has no other here"
-            )
+            raise LlavaError(f"supervise: found llava_next, expected answers_only ({self.title} has no other)")
         if "mm_token_compressor" in (run["mm_tunable_parts"] or ""):
             raise LlavaError(f"mm_tunable_parts: names mm_token_compressor, which {self.title} does not have")
 
@@ -87,7 +76,7 @@ class Qwen2VL(Family):
             overrides["device_map"] = device
         attention = overrides.pop("attn_implementation", None) or best_attention(dtype, on_cpu)
         model = load_weights(
-            self.model_class(), source, with_projector=True, dtype=dtype, attn_implementation=attention, **overrides
+            self.classes()[0], source, with_projector=True, dtype=dtype, attn_implementation=attention, **overrides
         )[0]
         if adapted:
             model = load_lora(model, path)
@@ -104,7 +93,7 @@ class Qwen2VL(Family):
         """
         self._check_type(path)
         try:
-            processor = self.processor_class().from_pretrained(path, **kwargs)
+            processor = self.classes()[1].from_pretrained(path, **kwargs)
         except (OSError, ValueError) as error:
             raise LlavaError(f"{path}: no processor ({str(error).splitlines()[0][:160]})") from None
         tokenizer = processor.tokenizer
@@ -135,10 +124,10 @@ class Qwen2VL(Family):
 
         path, limit = model_args.model_name_or_path, training_args.model_max_length
         check_no_adapter(path)
-        processor, choice = self.make_processor(path, data_args, training_args)
+        processor, choice = self.make_processor(path, training_args)
         self.check_chat_template(processor, path)
         model = load_weights(
-            self.model_class(),
+            self.classes()[0],
             path,
             with_projector=True,
             dtype=weights_dtype(training_args),
@@ -150,7 +139,7 @@ class Qwen2VL(Family):
         args = SampleArgs.from_args(data_args, model_max_length=limit, patch_choice=choice, seed=training_args.seed)
         return self._loaded(model, processor, limit), args
 
-    def make_processor(self, path: str, data_args, training_args):
+    def make_processor(self, path: str, training_args):
         """The model's processor with the run's sizes and selection, and what alpha is drawn from, or None.
 
         The image processor, which is saved with the model, has the middle of such a range.
@@ -208,9 +197,8 @@ class Qwen2VL(Family):
         for number, (picture, path) in enumerate(zip(media.pictures, media.paths, strict=True)):
             drawn = {} if args.patch_choice is None else {"alpha": args.patch_choice.draw(args.seed, *at, number)}
             images.append(self._process(picture, loaded, f" {path}", **drawn))
-        counts = [self._counts(image)[1] for image in images]
-        # an image stands between two marks
-        sizes = [count + 2 for count in counts]
+        counts = [self.picture_tokens(image, loaded)[0][1] for image in images]
+        sizes = [count + 2 for count in counts]  # an image stands between two marks
         ids, labels, kept, cut = fit(ids, labels, sizes, args.model_max_length, whole_images=True)
         ids, labels = _expand(ids, labels, counts, loaded.tokenizer)
         sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": cut}
@@ -224,17 +212,9 @@ class Qwen2VL(Family):
             reason = f"image{which}: found {picture.width}x{picture.height} pixels that cannot be processed"
             raise LlavaError(f"{reason} ({error})") from None
 
-    def _counts(self, image: dict) -> tuple[int, int]:
-        """(vision tokens, tokens of the language model) of one processed image."""
-        from llava.model.qwen2_vl.layout import MERGE, token_counts
-
-        if "image_patch_levels" in image:
-            return token_counts(image["image_patch_levels"], image["image_grid_thw"])[0]
-        return len(image["pixel_values"]), len(image["pixel_values"]) // MERGE**2
-
     def collate(self, samples, loaded, args):
-        """As the contract. A batch without images gets one of four patches, as a masked token behind the last row: it
-        has no influence, but each of several processes runs the vision encoder in each step, as ZeRO-3 and DDP need."""
+        """As the contract. A batch without images gets one of a single token, masked, behind the last row: it has no
+        influence, but each of several processes runs the vision encoder in each step, as ZeRO-3 and DDP need."""
         import torch
 
         from llava.data.collator import pad_rows
@@ -248,19 +228,21 @@ class Qwen2VL(Family):
             for key, fill in (("input_ids", pad), ("labels", IGNORE_INDEX), ("attention_mask", 0)):
                 batch[key] = torch.cat([batch[key], torch.full((rows, 1), fill)], dim=1)
             batch["input_ids"][-1, -1] = image_token
-            images = [self._no_image(loaded.image_processor)]
-        keys = [key for key in _IMAGE_KEYS if key in images[0]]
+            images = [self._no_image(loaded)]
+        keys = [key for key in loaded.image_processor.model_input_names if key in images[0]]
         batch |= {key: torch.cat([image[key] for image in images]) for key in keys}
         batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
         return batch
 
-    def _no_image(self, processor) -> dict:
+    def _no_image(self, loaded: Loaded) -> dict:
+        """The smallest image: one token."""
         import torch
 
-        values = 3 * processor.temporal_patch_size * processor.patch_size**2
-        image = {"pixel_values": torch.zeros(4, values), "image_grid_thw": torch.tensor([[1, 2, 2]])}
-        if getattr(processor, "adaptive_patches", None) is not None:
-            image["image_patch_levels"] = torch.ones(4, dtype=torch.uint8)
+        images = loaded.image_processor
+        side, values = images.merge_size, 3 * images.temporal_patch_size * images.patch_size**2
+        image = {"pixel_values": torch.zeros(side**2, values), "image_grid_thw": torch.tensor([[1, side, side]])}
+        if self.patch_choice(loaded) is not None:
+            image["image_patch_levels"] = torch.ones(side**2, dtype=torch.uint8)
         return image
 
     def length(self, record, sizes, loaded, args) -> Length:
@@ -294,17 +276,15 @@ class Qwen2VL(Family):
         render = processor if getattr(processor, "chat_template", None) is not None else processor.tokenizer
         if render.chat_template is None:
             return
-        turns = [("human", "<image>\nWhat?"), ("gpt", "A b."), ("human", "So?")]
-        messages = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "A b."}]},
-            {"role": "user", "content": [{"type": "text", "text": "So?"}]},
-        ]
-        for system in (None, "Be brief."):
-            first = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-            own = [] if system is None else [("system", system)]
-            theirs = render.apply_chat_template(first + messages, tokenize=False, add_generation_prompt=True)
-            ours = "".join(turn.text for turn in self.chat_turns(own + turns)) + _OPEN
+        turns = [("system", "Be brief."), ("human", f"{DEFAULT_IMAGE_TOKEN}\nWhat?"), ("gpt", "A b."), ("human", "So?")]
+        for chat in (turns[1:], turns):
+            messages = []
+            for speaker, text in chat:
+                images = [{"type": "image"}] * text.count(DEFAULT_IMAGE_TOKEN)
+                words = [{"type": "text", "text": text.removeprefix(f"{DEFAULT_IMAGE_TOKEN}\n")}]
+                messages.append({"role": _ROLES[speaker], "content": images + words})
+            theirs = render.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ours = "".join(turn.text for turn in self.chat_turns(chat)) + _OPEN
             if theirs != ours.replace(DEFAULT_IMAGE_TOKEN, "".join(IMAGE_TOKENS)):
                 raise LlavaError(f"{where}: its chat template writes {theirs!r}, expected {self.title}'s")
 
@@ -344,38 +324,29 @@ class Qwen2VL(Family):
         return encode_spans(text_encoder(loaded.tokenizer), text, [], images=True)[0]
 
     def inputs(self, prompts, pictures, loaded):
-        import torch
-
         flat = [picture for row in pictures for picture in row]
         if any(isinstance(picture, list) for picture in flat):
             raise LlavaError(f"video: found a clip, expected images or text ({self.title})")
         images = [self._process(picture, loaded) for picture in flat]
-        left = iter([self._counts(image)[1] for image in images])
-        rows = []
-        for prompt in prompts:
-            check = prompt.count(IMAGE_TOKEN_INDEX)
-            rows.append(_expand(prompt, prompt, [next(left) for _ in range(check)], loaded.tokenizer)[0])
-        width, pad = max(map(len, rows)), loaded.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-            "mm_token_type_ids": (ids == loaded.tokenizer.convert_tokens_to_ids(PAD)).long(),
-            **_joined(images),
-        }
-        return {key: value.to(loaded.model.device) for key, value in inputs.items()}
+        left = iter([self.picture_tokens(image, loaded)[0][1] for image in images])
+        counts = [[next(left) for _ in range(prompt.count(IMAGE_TOKEN_INDEX))] for prompt in prompts]
+        rows = [_expand(row, row, sizes, loaded.tokenizer)[0] for row, sizes in zip(prompts, counts, strict=True)]
+        inputs = left_padded(rows, loaded)
+        kinds = (inputs["input_ids"] == loaded.tokenizer.convert_tokens_to_ids(PAD)).long()
+        shown = {key: value.to(loaded.model.device) for key, value in _joined(images).items()}
+        return {**inputs, "mm_token_type_ids": kinds, **shown}
 
     def sequence_length(self, inputs, loaded):
         visual = int(inputs["mm_token_type_ids"].sum())
         return int(inputs["attention_mask"].sum()) - visual, visual
 
     def picture_tokens(self, inputs, loaded):
-        from llava.model.qwen2_vl.layout import MERGE, token_counts
-
         if "image_patch_levels" in inputs:
+            from llava.model.qwen2_vl.layout import token_counts
+
             return token_counts(inputs["image_patch_levels"], inputs["image_grid_thw"])
         sizes = [] if "image_grid_thw" not in inputs else inputs["image_grid_thw"].prod(1).tolist()
-        return [(size, size // MERGE**2) for size in sizes]
+        return [(size, size // loaded.image_processor.merge_size**2) for size in sizes]
 
     def choose_patches(self, loaded, choice):
         loaded.image_processor.adaptive_patches = choice
@@ -400,17 +371,11 @@ class Qwen2_5_VL(Qwen2VL):
 
     name, title = "qwen2_5_vl", "Qwen2.5-VL"
     model_types = ("qwen2_5_vl",)
-    no_such_key = Qwen2VL.no_such_key.replace(Qwen2VL.title, title)
 
-    def model_class(self):
-        from llava.model.qwen2_vl import AdaptiveQwen2_5_VLForConditionalGeneration
+    def classes(self):
+        from llava.model import qwen2_vl as models
 
-        return AdaptiveQwen2_5_VLForConditionalGeneration
-
-    def processor_class(self):
-        from llava.model.qwen2_vl import AdaptiveQwen2_5_VLProcessor
-
-        return AdaptiveQwen2_5_VLProcessor
+        return models.AdaptiveQwen2_5_VLForConditionalGeneration, models.AdaptiveQwen2_5_VLProcessor
 
 
 def _expand(ids: list[int], labels: list[int], counts: list[int], tokenizer) -> tuple[list[int], list[int]]:

@@ -9,10 +9,17 @@ from llava.model.qwen2_vl.image_processing import AdaptiveQwen2VLImageProcessor
 from llava.model.qwen2_vl.layout import token_counts
 
 
-class _AdaptiveProcessor:
-    """What both processors have in common."""
+class PillowProcessor:
+    """In front of a processor class of transformers: images are read by Pillow, whatever is installed.
 
-    stock_class = None
+    Without torchvision, which transformers' video processors need, it takes no videos.
+
+    Attributes:
+        stock_class: transformers' class, which saved folders name.
+        image_class: the image processor that it has, whatever a folder names.
+    """
+
+    stock_class = image_class = None
 
     @classmethod
     def get_attributes(cls):
@@ -21,9 +28,9 @@ class _AdaptiveProcessor:
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # transformers would build the image processor that the folder names, which is the stock one
-        image_processor = AdaptiveQwen2VLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        ours = AdaptiveQwen2VLImageProcessor.valid_kwargs.__annotations__
+        # transformers would build the image processor that the folder names
+        image_processor = cls.image_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        ours = cls.image_class.valid_kwargs.__annotations__
         rest = {key: value for key, value in kwargs.items() if key not in ours}
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **rest)
         if "video_processor" not in cls.get_attributes():
@@ -40,6 +47,12 @@ class _AdaptiveProcessor:
         self.image_processor.save_pretrained(save_directory)
         return saved
 
+
+class _AdaptiveProcessor(PillowProcessor):
+    """What both processors have in common."""
+
+    image_class = AdaptiveQwen2VLImageProcessor
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The image tokens that stand for one image in the prompt."""
         levels, grids = image_inputs.get("image_patch_levels"), image_inputs["image_grid_thw"]
@@ -55,7 +68,7 @@ class AdaptiveQwen2VLProcessor(_AdaptiveProcessor, Qwen2VLProcessor):
     """As transformers' processor of Qwen2-VL; its image processor is `AdaptiveQwen2VLImageProcessor`.
 
     `from_pretrained` takes a stock Qwen2-VL folder too, and settings of the image processor beside it. Of a call they
-    are set in `images_kwargs`. Without torchvision, which transformers' video processor needs, it takes no videos.
+    are set in `images_kwargs`.
     """
 
     stock_class = Qwen2VLProcessor

@@ -1,4 +1,4 @@
-"""A random Qwen2-VL or Qwen2.5-VL of a few thousand weights, with tokenizer and image processor, as a stock folder."""
+"""A random Qwen2-VL, 2.5-VL or 3-VL of a few thousand weights, with tokenizer and image processor: a stock folder."""
 
 from pathlib import Path
 
@@ -22,13 +22,34 @@ VISION = {
         fullatt_block_indexes=[1],
         tokens_per_second=2,
     ),
+    "qwen3_vl": dict(
+        depth=3,
+        hidden_size=32,
+        num_heads=2,
+        intermediate_size=48,
+        out_hidden_size=64,
+        num_position_embeddings=16,  # 4 x 4, between which every grid interpolates
+        deepstack_visual_indexes=[0, 1],
+    ),
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TEXT = {  # of the language model
+    "qwen2_vl": dict(num_hidden_layers=2, rope_parameters=ROPE | {"mrope_section": [2, 3, 3]}),
+    "qwen2_5_vl": dict(num_hidden_layers=2, rope_parameters=ROPE | {"mrope_section": [2, 3, 3]}),
+    # a layer behind the two that features of the vision encoder's layers are added to
+    "qwen3_vl": dict(
+        num_hidden_layers=3,
+        rope_parameters=ROPE | {"mrope_section": [4, 2, 2], "mrope_interleaved": True},
+        head_dim=16,
+    ),
+}
+IMAGES = {"qwen3_vl": dict(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)}  # what its published file says
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def make_folder(folder: Path, kind: str = "qwen2_vl") -> str:
     """Folder that stock transformers loads: model (`kind` is a key of `VISION`), tokenizer, image processor."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
@@ -39,14 +60,13 @@ def make_folder(folder: Path, kind: str = "qwen2_vl") -> str:
             vocab_size=len(tokenizer),
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=2048,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **TEXT[kind],
         ),
         vision_config=VISION[kind],
         image_token_id=ids["<|image_pad|>"],
@@ -64,8 +84,18 @@ def make_folder(folder: Path, kind: str = "qwen2_vl") -> str:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 280 * 280}).save_pretrained(folder)
+    image_processor(kind, 4, 20).save_pretrained(folder)
     return str(folder)
+
+
+def image_processor(kind: str, fewest: int, most: int):
+    """Of an image at least `fewest` squared patches, and `most` squared at most."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    options = IMAGES.get(kind, {})
+    side = options.get("patch_size", 14)
+    size = {"shortest_edge": (fewest * side) ** 2, "longest_edge": (most * side) ** 2}
+    return Qwen2VLImageProcessorPil(size=size, **options)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -42,12 +42,12 @@ def folder(tmp_path_factory, kind):
 
 @pytest.fixture(scope="module")
 def processor(folder, kind):
-    return KINDS[kind].processor_class().from_pretrained(folder)
+    return KINDS[kind].classes()[1].from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def model(folder, kind):
-    return KINDS[kind].model_class().from_pretrained(folder).eval()
+    return KINDS[kind].classes()[0].from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def stock(folder, kind):
 @pytest.fixture(scope="module")
 def stock_processor(folder, kind, processor):
     class StockProcessor(STOCK[kind][1]):  # which without torchvision cannot be made
-        get_attributes = KINDS[kind].processor_class().get_attributes
+        get_attributes = KINDS[kind].classes()[1].get_attributes
 
     return StockProcessor(Qwen2VLImageProcessorPil.from_pretrained(folder), processor.tokenizer)
 
