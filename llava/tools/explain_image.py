@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_geometry(args, rest: list[str]):
     """(geometry, resolved run or None) as the command line asks."""
-    from llava.tools.walk import geometry
+    from llava.families import llava_geometry as geometry
 
     names = {"image_aspect_ratio": args.image_aspect_ratio, "mm_patch_merge_type": args.mm_patch_merge_type}
     changes = {name: value for name, value in names.items() if value is not None}

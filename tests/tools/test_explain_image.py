@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.families import llava_geometry as geometry_of
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.tools.explain_image import main
-from llava.tools.walk import geometry as geometry_of
 from llava.tools.walk.steps import tokens, walk
 from llava.tools.walk.stock import stock_count
 from tests import tiny
