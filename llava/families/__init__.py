@@ -6,22 +6,24 @@ To add one, write its file and add its row to `FAMILIES`.
 import importlib
 import json
 import os
+from functools import cache
 
 from llava.errors import LlavaError
 
 # name -> module:class; a family but LLaVA's is called as the model_type of its checkpoints
 FAMILIES = {
-    "llava": "llava:Llava",
-    "qwen2_vl": "qwen2_vl:Qwen2VL",
-    "qwen2_5_vl": "qwen2_vl:Qwen2_5_VL",
-    "qwen3_vl": "qwen3_vl:Qwen3VL",
+    "llava": "llava.families.llava:Llava",
+    "qwen2_vl": "llava.families.qwen2_vl:Qwen2VL",
+    "qwen2_5_vl": "llava.families.qwen2_vl:Qwen2_5_VL",
+    "qwen3_vl": "llava.families.qwen3_vl:Qwen3VL",
 }
 
 
+@cache
 def get_family(name: str):
     """The family of a name in `FAMILIES`; made once."""
     module, cls = FAMILIES[name].split(":")
-    return getattr(importlib.import_module(f"llava.families.{module}"), cls)()
+    return getattr(importlib.import_module(module), cls)()
 
 
 def family_of(path: str, download: bool = True):
