@@ -106,27 +106,12 @@ def load_pretrained_model(
     on_cpu = not torch.cuda.is_available() or (isinstance(device_map, str) and device_map == "cpu")
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = quantisation("load_8bit/load_4bit", 4 if load_4bit else 8)
-    values = read_config(model_path)
     if is_lora(model_path):
         model_base = base_of_adapter(model_path, model_base)
-        values.pop("quantization_config", None)  # of the training run; the base's weights are not stored that way
-    architecture = resolve_architecture(values, model_name, model_path, model_base)
-    model_class, config_class = model_classes(architecture)
-    config = customized_config
-    if config is None:
-        config = make_config(model_path, config_class, values, overwrite_config)
-    else:
-        for key, value in (overwrite_config or {}).items():
-            setattr(config, key, value)
-
-    if model_base is not None and os.path.isdir(
-        os.path.join(model_path, getattr(config, "mm_vision_tower", None) or "")
-    ):
-        # transformers is about to write the base's name over the checkpoint's, in which this folder lies
-        config.mm_vision_tower = os.path.join(model_path, config.mm_vision_tower)
+    architecture, config = _checkpoint_config(model_path, model_base, model_name, customized_config, overwrite_config)
     dtype = pick_dtype(torch_dtype, on_cpu)
     model, missing = load_weights(
-        model_class,
+        model_classes(architecture)[0],
         model_base or model_path,
         with_projector=model_base is None,
         config=config,
@@ -151,6 +136,23 @@ def load_pretrained_model(
     if tower is not None:
         model.initialize_vision_tokenizer(model.config, tokenizer)
     return tokenizer, model, tower and tower.image_processor, context_length(model.config)
+
+
+def _checkpoint_config(path, base, name, config, overwrite):
+    """(architecture, config) of a checkpoint; arguments as `load_pretrained_model`'s."""
+    values = read_config(path)
+    if is_lora(path):
+        values.pop("quantization_config", None)  # of the training run; the base's weights are not stored that way
+    architecture = resolve_architecture(values, name, path, base)
+    if config is None:
+        config = make_config(path, model_classes(architecture)[1], values, overwrite)
+    else:
+        for key, value in (overwrite or {}).items():
+            setattr(config, key, value)
+    if base is not None and os.path.isdir(os.path.join(path, getattr(config, "mm_vision_tower", None) or "")):
+        # transformers is about to write the base's name over the checkpoint's, in which this folder lies
+        config.mm_vision_tower = os.path.join(path, config.mm_vision_tower)
+    return architecture, config
 
 
 CAPPING_ATTENTION = ("eager", "flash_attention_2", "flex_attention")  # sdpa would leave a soft cap out

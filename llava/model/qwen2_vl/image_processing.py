@@ -1,5 +1,7 @@
 """Qwen2-VL's image processor that keeps large patches where a picture holds little."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
@@ -76,60 +78,32 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
         """What is saved; it names transformers' class, which reads the same file and keeps all patches."""
         return super().to_dict() | {"image_processor_type": "Qwen2VLImageProcessor"}
 
-    def _preprocess(
-        self,
-        images,
-        do_resize,
-        size,
-        resample,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        patch_size,
-        temporal_patch_size,
-        merge_size,
-        return_tensors,
-        device=None,
-        **kwargs,
-    ) -> BatchFeature:
-        common = dict(
-            do_resize=do_resize,
-            size=size,
-            resample=resample,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-            patch_size=patch_size,
-            temporal_patch_size=temporal_patch_size,
-            merge_size=merge_size,
-        )
-        choice = PatchChoice.from_published(**{name: kwargs.pop(name) for name in PUBLISHED.values()})
+    def _preprocess(self, images, *, return_tensors=None, device=None, **settings) -> BatchFeature:
+        choice = PatchChoice.from_published(**{name: settings.pop(name) for name in PUBLISHED.values()})
         if choice is None:
-            return super()._preprocess(images, return_tensors=return_tensors, **common, **kwargs)
-        if merge_size != MERGE:
-            raise LlavaError(f"merge_size: found {merge_size}, expected {MERGE} with adaptive patches")
+            return super()._preprocess(images, return_tensors=return_tensors, **settings)
+        use = SimpleNamespace(**settings)
+        patch_size = use.patch_size
+        if use.merge_size != MERGE:
+            raise LlavaError(f"merge_size: found {use.merge_size}, expected {MERGE} with adaptive patches")
         # it looks at pixels of 0..1
         selector = PatchTokenizer.from_choice(choice, patch_size, mean=[0.0] * 3, std=[1.0] * 3)
         rows, grids, maps = [], [], []
         for image in images:
-            if do_resize:
-                image = self.resize(image, size=size, resample=resample, factor=patch_size * merge_size)
+            if use.do_resize:
+                image = self.resize(image, size=use.size, resample=use.resample, factor=patch_size * MERGE)
             image = np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32)
             pixels = torch.from_numpy(image)[None].contiguous().to(device)  # channel by channel, which is read faster
-            levels = select(pixels, selector, scale=1 / 255 if do_rescale else 1.0)
+            levels = select(pixels, selector, scale=1 / 255 if use.do_rescale else 1.0)
             # pooled before they are rescaled and normalised: both are then done for what is kept of the image alone
             patches = pooled_patches(pixels, kept_patches(levels, order="cells"), patch_size)
-            if do_rescale:
-                patches = patches.double().mul_(rescale_factor).float()  # in float64, as transformers has it
-            if do_normalize:
-                mean, std = (patches.new_tensor(values)[:, None, None] for values in (image_mean, image_std))
+            if use.do_rescale:
+                patches = patches.double().mul_(use.rescale_factor).float()  # in float64, as transformers has it
+            if use.do_normalize:
+                mean, std = (patches.new_tensor(values)[:, None, None] for values in (use.image_mean, use.image_std))
                 patches = (patches - mean) / std
             # a picture is a clip whose frames are alike
-            clips = patches[:, :, None].expand(-1, -1, temporal_patch_size, -1, -1)
+            clips = patches[:, :, None].expand(-1, -1, use.temporal_patch_size, -1, -1)
             rows.append(clips.reshape(len(patches), -1))
             grids.append([1, *levels.shape[1:]])
             maps.append(levels.flatten().cpu().numpy())
