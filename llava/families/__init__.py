@@ -23,16 +23,17 @@ def get_family(name: str):
     return getattr(importlib.import_module(f"llava.families.{module}"), cls)()
 
 
-def family_of(path: str):
+def family_of(path: str, *, network: bool = True):
     """The family of a checkpoint or language model: a folder, or a hub id. Reads config.json and no weights.
 
     A LoRA adapter's folder without a config is of its base's family. What is out of reach (a hub id without network) is
-    told by its name; everything that is no other family's is LLaVA's, which says itself what it does not know.
+    told by its name; everything that is no other family's is LLaVA's, which says itself what it does not know. Without
+    `network` only what is on this machine is read.
 
     Raises:
         LlavaError: a config.json that is no JSON.
     """
-    config = _read_config(path)
+    config = _read_config(path, network)
     if config is None:
         name = os.path.basename(os.path.normpath(path)).lower().replace("-", "_").replace(".", "_")
         # the longest name first, so that a part of it does not win
@@ -42,19 +43,27 @@ def family_of(path: str):
     return get_family(found if found in FAMILIES else "llava")
 
 
-def _read_config(path: str) -> dict | None:
+def family_of_run(run):
+    """The family of a resolved run, which needs no network where the name of its model or its vision tower tells."""
+    path = run["model_name_or_path"]
+    found = family_of(path, network=False)
+    return found if found.name != "llava" or run["vision_tower"] else family_of(path)
+
+
+def _read_config(path: str, network: bool) -> dict | None:
     """config.json of a folder, of the base of an adapter's folder, or of a hub repository; None out of reach."""
     if os.path.isdir(path):
         file = os.path.join(path, "config.json")
         adapter = os.path.join(path, "adapter_config.json")
         if not os.path.isfile(file) and os.path.isfile(adapter):
             base = (_read_json(adapter) or {}).get("base_model_name_or_path")
-            return _read_config(base) if base and base != path else None
+            return _read_config(base, network) if base and base != path else None
         return _read_json(file) if os.path.isfile(file) else None
     from transformers.utils import cached_file
 
     try:
-        file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
+        local = {} if network else {"local_files_only": True}
+        file = cached_file(path, "config.json", **local, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         return None
     return None if file is None else _read_json(file)

@@ -4,6 +4,8 @@ Their prompts have `<|vision_start|>`, a `<|image_pad|>` for each token of the i
 has `<image>`; here too that is IMAGE_TOKEN_INDEX until the images are known.
 """
 
+from types import SimpleNamespace
+
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Turn
 from llava.errors import LlavaError
@@ -159,6 +161,15 @@ class Qwen2VL(Family):
         processor.tokenizer.model_max_length = training_args.model_max_length
         processor.tokenizer.padding_side = "right"
         images, settings = processor.image_processor, training_args.run_config
+        choice = self.set_run_images(images, settings, path)
+        saved = f" (saved: {choice.middle})" if choice and choice.draws else ""
+        rank0_print(f"patches: {choice.description + saved if choice else 'all'}")
+        return processor, choice if choice and choice.draws else None
+
+    def set_run_images(self, images, settings, path: str):
+        """Give the image processor of `path` the run's sizes and the run's choice of patches, which is returned."""
+        from llava.config.checks import patch_names
+
         given = {side: settings[key] for side, key in _SIZES if settings.source(key) != "default"}
         images.size = {**dict(images.size), **given}
         if images.size["shortest_edge"] > images.size["longest_edge"]:
@@ -166,20 +177,12 @@ class Qwen2VL(Family):
                 f"min_pixels and max_pixels: found {images.size['shortest_edge']} and {images.size['longest_edge']} "
                 f"(keys, or the image processor of {path}), expected the first not above the second"
             )
-        return processor, self.set_run_choice(images, settings)
-
-    def set_run_choice(self, images, settings):
-        """Let the image processor choose patches as the run says; returns the choice if alpha is drawn, else None."""
-        from llava.config.checks import patch_names
-
         if settings.source("adaptive_patches") == "default":
             choice = images.adaptive_patches
         else:
             choice = images.completed(settings["adaptive_patches"] or {"method": "all"}, patch_names(settings))
         images.adaptive_patches = choice
-        saved = f" (saved: {choice.middle})" if choice and choice.draws else ""
-        rank0_print(f"patches: {choice.description + saved if choice else 'all'}")
-        return choice if choice and choice.draws else None
+        return choice
 
     def answer_states(self, inputs, counts, loaded):
         import torch
@@ -271,6 +274,35 @@ class Qwen2VL(Family):
         merge = images.merge_size**2
         tokens = len(ids) - len(sizes) + sum(patches // merge + 2 for patches in grids)
         return Length(tokens, sum(grids), self.patch_choice(loaded) is None and args.patch_choice is None)
+
+    # --- what a model's files say, without its weights ---
+
+    def geometry(self, path, run=None, **options):
+        from llava.families.geometry import RowGeometry
+        from llava.model.qwen2_vl.image_processing import load_image_processor
+
+        for name in options:
+            raise LlavaError(f"--{name}: {self.title} has image sizes of its own, expected no --{name}")
+        if run is not None:
+            self.check(run)
+        images, published = load_image_processor(path)
+        choice = images.adaptive_patches if run is None else self.set_run_images(images, run, path)
+        source = path if run is None else run.config or "the command line"
+        layout = f"{self.title}'s own encoder, patch {images.patch_size} px"
+        return RowGeometry.of(
+            images,
+            source=source + (f"; image processor as published for {path}" if published else ""),
+            layout=layout + (f"; adaptive patches ({choice.description})" if choice else ""),
+            choice=choice,
+            marks=(START, END),
+        )
+
+    def load_text(self, path, run=None):
+        from transformers import AutoConfig
+
+        processor = self.load_processor(path)
+        model = None if run else SimpleNamespace(config=AutoConfig.from_pretrained(path))
+        return self._loaded(model, processor, run and run["model_max_length"])
 
     # --- prompts and answers ---
 
