@@ -49,6 +49,13 @@ def family_of(path: str, download: bool = True):
     return get_family(found if found in FAMILIES else "llava")
 
 
+def family_of_run(run):
+    """The family of a resolved run, which needs no network where the name of its model or its vision tower tells."""
+    path = run["model_name_or_path"]
+    found = family_of(path, download=False)
+    return found if found.name != "llava" or run["vision_tower"] else family_of(path)
+
+
 def _read_config(path: str, download: bool) -> dict | None:
     """config.json of a folder, of the base of an adapter's folder, or of a hub repository; None out of reach."""
     if os.path.isdir(path):

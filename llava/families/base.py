@@ -196,6 +196,30 @@ class Family(ABC):
         """How long a record's sample will be, from its text and the (width, height) of its pictures, none of which is
         read. Not cut to `args.model_max_length`."""
 
+    # --- what a model's files say, without its weights ---
+
+    @abstractmethod
+    def geometry(self, path: str | None, run=None, **options):
+        """What becomes of a photo, a `Geometry`.
+
+        Args:
+            path: the model's folder or hub id; None: what is published.
+            run: a resolved run that starts from it, which then decides.
+            **options: of the family's own, in place of what the files say.
+
+        Raises:
+            LlavaError: files that are out of reach, or an option that the family does not have.
+        """
+
+    @abstractmethod
+    def load_text(self, path: str, run=None) -> Loaded:
+        """What writes and counts prompts, as a model, or a resolved `run`, has it; of `Loaded.model` it is only the
+        config that may be there.
+
+        Raises:
+            LlavaError: there is no tokenizer, or it is not this family's.
+        """
+
     # --- prompts and answers ---
 
     @abstractmethod

@@ -5,12 +5,6 @@ from types import SimpleNamespace
 from llava.errors import LlavaError
 from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype, left_padded
 
-_SAVED_MODEL_KEYS = (
-    *("mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_use_im_start_end"),
-    *("mm_use_im_patch_token", "mm_tunable_parts", "unfreeze_mm_vision_tower", "tune_mm_mlp_adapter"),
-)
-_SAVED_DATA_KEYS = ("image_aspect_ratio", "add_time_instruction", "force_sample")
-
 
 class Llava(Family):
     name = "llava"
@@ -60,6 +54,7 @@ class Llava(Family):
     def prepare(self, model_args, data_args, training_args):
         from llava.data.dataset import SampleArgs
         from llava.data.preprocess import Preprocessor, resolve_supervise
+        from llava.families.llava_training import load_model
         from llava.model.adaptive_patches import PatchChoice
         from llava.model.visual_merge import native_resolution
 
@@ -153,6 +148,29 @@ class Llava(Family):
         patches = sum(count.patches(shape) for shape in shapes)
         exact = kind != "video" and count.chooser is None
         return Length(len(ids) - len(sizes) + sum(visual), patches, exact)
+
+    # --- what a model's files say, without its weights ---
+
+    def geometry(self, path, run=None, **options):
+        from llava.families.llava_geometry import geometry
+
+        return geometry(path, run, **options)
+
+    def load_text(self, path, run=None):
+        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
+        from llava.model.builder import context_limit, load_tokenizer, read_config
+        from llava.model.families import LANGUAGE_MODELS, resolve_architecture
+
+        config = {} if run else read_config(path)
+        limit = run["model_max_length"] if run else context_limit(SimpleNamespace(**config))
+        template = run["version"] if run else config.get("conversation_template")
+        template = template or LANGUAGE_MODELS[resolve_architecture(config, path)].template
+        wrapped = run["mm_use_im_start_end"] if run else config.get("mm_use_im_start_end", False)
+        tokenizer = load_tokenizer(path)
+        if wrapped:
+            tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        model = SimpleNamespace(config=SimpleNamespace(mm_use_im_start_end=wrapped))
+        return Loaded(model, tokenizer, tokenizer, None, limit, template)
 
     # --- prompts and answers ---
 
@@ -257,115 +275,3 @@ class Llava(Family):
         super().on_save(model, processor, folder)
         if model.get_vision_tower() is not None:
             model.get_vision_tower().image_processor.save_pretrained(folder)
-
-
-def load_model(model_args, data_args, training_args):
-    """(model with its vision half, tokenizer), config filled with all that inference needs to know."""
-    from llava.families.training import (
-        attention_for,
-        check_no_adapter,
-        quantisation_for,
-        readable_weights,
-        weights_dtype,
-    )
-    from llava.model import builder
-    from llava.model.families import model_classes
-
-    path = model_args.model_name_or_path
-    check_no_adapter(path)
-    values = builder.read_config(path)
-    architecture = architecture_for(model_args, values)
-    model_class, config_class = model_classes(architecture)
-    config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
-    dtype = weights_dtype(training_args)
-    with readable_weights(path):
-        model = model_class.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention_for(training_args, config),
-            cache_dir=training_args.cache_dir,
-            quantization_config=quantisation_for(training_args),
-        )
-    model.config.use_cache = False
-    tokenizer = builder.load_tokenizer(
-        path, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
-    )
-    if model_args.vision_tower is not None:
-        with readable_weights(model_args.vision_tower):
-            model.get_model().initialize_vision_modules(model_args)
-        model.get_vision_tower().to(dtype=dtype)
-        model.get_model().mm_projector.to(dtype=dtype)
-        check_new_tokens(model_args, training_args, tokenizer)
-        model.initialize_vision_tokenizer(model_args, tokenizer)
-    describe(model, model_args, data_args, training_args)
-    return model, tokenizer
-
-
-def architecture_for(model_args, values) -> str:
-    """The model class to train, from `model_class_name` or the checkpoint."""
-    from llava.model.families import LANGUAGE_MODELS, resolve_architecture
-
-    if model_args.model_class_name is None:
-        return resolve_architecture(values, model_args.model_name_or_path)
-    name = f"{model_args.model_class_name}ForCausalLM"
-    if name not in LANGUAGE_MODELS:
-        expected = ", ".join(known.removesuffix("ForCausalLM") for known in LANGUAGE_MODELS)
-        raise LlavaError(f"model_class_name: found {model_args.model_class_name!r}, expected one of {expected}")
-    return name
-
-
-def rope_overrides(model_args, values) -> dict:
-    """Config changes for `rope_scaling_factor` and `rope_scaling_type`, both or neither."""
-    factor, kind = model_args.rope_scaling_factor, model_args.rope_scaling_type
-    if factor is None and kind is None:
-        return {}
-    if factor is None or kind is None:
-        raise LlavaError("rope_scaling_factor and rope_scaling_type: one is set without the other")
-    theta = values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    return {"rope_scaling": None, "rope_parameters": {"rope_type": kind, "factor": factor, "rope_theta": theta}}
-
-
-def check_new_tokens(model_args, training_args, tokenizer):
-    """Refuse to add <im_start> and <im_end> in a run that would neither train nor keep their embeddings."""
-    from llava.constants import DEFAULT_IM_START_TOKEN
-    from llava.families.training import trains_projector_alone, tunable_parts
-
-    projector_alone = trains_projector_alone(tunable_parts(model_args, training_args))
-    if not model_args.mm_use_im_start_end or not (projector_alone or training_args.lora_enable):
-        return
-    if DEFAULT_IM_START_TOKEN not in tokenizer.get_vocab():
-        raise LlavaError(
-            "mm_use_im_start_end: adds tokens whose embeddings a run of the projector alone, or of LoRA adapters, "
-            "would leave untrained and lose; train mm_language_model whole or leave it out in this stage"
-        )
-
-
-def describe(model, model_args, data_args, training_args):
-    """Write into the model's config what LLaVA-NeXT's inference reads from it, and the conversation template."""
-    from llava.images.geometry import parse_grid_pinpoints
-    from llava.images.processing import processor_sides
-
-    config = model.config
-    config.architectures = [type(model).__name__]  # not the language model's, as it came
-    config.conversation_template = model_args.version
-    config.tokenizer_padding_side = "right"
-    config.tokenizer_model_max_length = training_args.model_max_length
-    if model_args.vision_tower is None:
-        return
-    for args, keys in ((model_args, _SAVED_MODEL_KEYS), (data_args, _SAVED_DATA_KEYS)):
-        for key in keys:
-            setattr(config, key, getattr(args, key))
-    config.image_grid_pinpoints = None
-    if data_args.image_aspect_ratio == "native":
-        config.min_pixels, config.max_pixels = data_args.min_pixels, data_args.max_pixels
-        if not model.get_vision_tower().any_size:
-            raise LlavaError(
-                f"image_aspect_ratio native: the tower {config.mm_vision_tower} takes images of one size; expected one "
-                "that takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
-            )
-    if "anyres" in data_args.image_aspect_ratio:
-        side = processor_sides(model.get_vision_tower().image_processor)[1]
-        grid = parse_grid_pinpoints(data_args.image_grid_pinpoints, side)
-        config.image_grid_pinpoints = data_args.image_grid_pinpoints = [list(pair) for pair in grid]
-    config.mm_projector_lr, config.mm_vision_tower_lr = training_args.mm_projector_lr, training_args.mm_vision_tower_lr

@@ -1,4 +1,4 @@
-"""What a model does with a photo, as far as its config says: found without any weights.
+"""What LLaVA does with a photo, as far as its config says: found without any weights.
 
 The tower is built by the class that a training run would take, on PyTorch's meta device, so that its token layout,
 compression and image processor are the real ones.
@@ -6,11 +6,11 @@ compression and image processor are the real ones.
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 from llava.errors import LlavaError
+from llava.families.geometry import Geometry, View
 
 # LLaVA-NeXT as published (CLIP ViT-L/14 at 336 pixels), for a call that names nothing else
 GRID = "[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]"
@@ -19,59 +19,75 @@ CROP, PATCH = 336, 14
 KNOWN = {"lmms-lab-encoder/onevision-encoder-large": (448, 14)}
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """All that decides what becomes of a photo.
+@dataclass(frozen=True, kw_only=True)
+class CropGeometry(Geometry):
+    """Of a tower with LLaVA-NeXT's image handling; `chooser` is its `PatchChooser`, or None."""
 
-    source: where it comes from, for people.
-    processor: the tower's image processor.
-    rules: the model's `MergeRules`.
-    token_grid: (height, width) of a crop in pixels -> (tokens, (h, w) or None), after tower and projector.
-    native: the model's `NativeResolution` where images keep their size, else None.
-    patch: pixels of the encoder's patch.
-    layout: how tokens are made of patches, for people.
-    stock: whether transformers has a model of this make.
-    chooser: the tower's `PatchChooser` where it keeps patches by what they hold, else None.
-    """
-
-    source: str
-    processor: object
-    rules: object
-    token_grid: Callable
-    native: object
-    patch: int
-    layout: str
-    stock: bool
     chooser: object = None
 
-    def counter(self):
-        from llava.model.visual_merge import VisualTokenCounter
+    def view(self, photo, alone=True):
+        from llava.images.processing import process_image
+        from llava.model.multimodal_encoder.patch_choice import count_tokens
 
-        return VisualTokenCounter(self.rules, self.token_grid, self.patch, self.chooser)
+        aspect_ratio = self.rules.image_aspect_ratio if alone else "pad"
+        pixels = process_image(photo, self.processor, aspect_ratio, self.rules.image_grid_pinpoints, self.native)
+        made = f"pixel_values {list(pixels.shape)}"
+        pixels = pixels if pixels.ndim == 4 else pixels[None]
+        if self.chooser is None:
+            return View(pixels, made)
+        levels = self.chooser.levels(pixels)
+        return View(pixels, made, levels[0], count_tokens(levels, self.merges))
+
+
+def geometry(path, run=None, *, grid=None, crop=None, patch=None, image_aspect_ratio=None, mm_patch_merge_type=None):
+    """As `Family.geometry`, and without a path LLaVA-NeXT as published.
+
+    Args:
+        grid: candidate resolutions of a CLIP-like tower of `crop` and `patch` pixels, in place of the path's.
+        crop, patch: without a grid, pixels of a tower whose own config is out of reach.
+        image_aspect_ratio, mm_patch_merge_type: in place of the checkpoint's.
+    """
+    if run is not None:
+        return run_geometry(run, crop, patch)
+    named = {"image_aspect_ratio": image_aspect_ratio, "mm_patch_merge_type": mm_patch_merge_type}
+    named = {name: value for name, value in named.items() if value is not None}
+    if path is not None and grid is None:
+        return checkpoint_geometry(path, crop, patch, named)
+    crop, patch = CROP if crop is None else crop, PATCH if patch is None else patch
+    if grid is None and crop != CROP:
+        raise LlavaError(f'--crop {crop}: expected a --grid of that crop, for example "(1x1),...,(2x2)"')
+    source = "LLaVA-NeXT as published" if grid is None else "--grid"
+    return plain_geometry(grid or GRID, crop, patch, source=source, **named)
 
 
 def plain_geometry(
-    grid: str, crop: int, patch: int, aspect_ratio: str = "anyres", kind: str = "spatial_unpad", source: str = "--grid"
-) -> Geometry:
+    grid: str,
+    crop: int,
+    patch: int,
+    image_aspect_ratio: str = "anyres",
+    mm_patch_merge_type: str = "spatial_unpad",
+    source: str = "--grid",
+) -> CropGeometry:
     """A CLIP-like tower of `crop` pixels in patches of `patch`, with `grid` as its candidate resolutions."""
     from transformers import CLIPImageProcessorPil
 
     from llava.images.geometry import parse_grid_pinpoints
     from llava.model.multimodal_encoder.base import FixedGrid
-    from llava.model.visual_merge import MergeRules
+    from llava.model.visual_merge import MergeRules, check_merge_options
 
-    check_options(kind, aspect_ratio)
+    check_merge_options(mm_patch_merge_type, image_aspect_ratio)
     if not 0 < patch <= crop:
         raise LlavaError(f"--crop, --patch: found {crop}, {patch}, expected pixels, the patch not above the crop")
-    if aspect_ratio == "native":
+    if image_aspect_ratio == "native":
         raise LlavaError("image_aspect_ratio native: needs a tower's own rules; expected --config or --model-path")
     rules = MergeRules(
-        mm_patch_merge_type=kind,
-        image_aspect_ratio=aspect_ratio,
+        mm_patch_merge_type=mm_patch_merge_type,
+        image_aspect_ratio=image_aspect_ratio,
         image_grid_pinpoints=[list(pair) for pair in parse_grid_pinpoints(grid, crop)],
     )
-    return Geometry(
+    return CropGeometry(
         source=source,
+        handling=f"{image_aspect_ratio}, merged as {mm_patch_merge_type}",
         processor=CLIPImageProcessorPil(size={"shortest_edge": crop}, crop_size={"height": crop, "width": crop}),
         rules=rules,
         token_grid=FixedGrid(crop // patch),
@@ -82,7 +98,7 @@ def plain_geometry(
     )
 
 
-def run_geometry(run, crop: int | None = None, patch: int | None = None) -> Geometry:
+def run_geometry(run, crop: int | None = None, patch: int | None = None) -> CropGeometry:
     """What a training run would do; `run` is a resolved `llava.config` run, `crop` and `patch` as `config_geometry`."""
     values = {name: run[name] for name in run.settings}
     if not values.get("vision_tower"):
@@ -104,7 +120,7 @@ def _stored_tower(checkpoint: str | None, tower: str) -> dict:
     return {key: content.get(key) for key in ("mm_vision_config", "mm_image_processor_config")}
 
 
-def checkpoint_geometry(path: str, crop: int | None = None, patch: int | None = None, changes=None) -> Geometry:
+def checkpoint_geometry(path: str, crop: int | None = None, patch: int | None = None, changes=None) -> CropGeometry:
     """What a checkpoint does; folder or hub id. `changes`: config values to use in place of its own."""
     from llava.model.builder import make_config, read_config
     from llava.model.families import model_classes, resolve_architecture
@@ -117,7 +133,7 @@ def checkpoint_geometry(path: str, crop: int | None = None, patch: int | None = 
     return config_geometry(config, path, crop, patch)
 
 
-def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None = None) -> Geometry:
+def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None = None) -> CropGeometry:
     """From a model's config, or anything with its attributes.
 
     Args:
@@ -128,10 +144,10 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
     from llava.model.multimodal_encoder.builder import tower_type
     from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
     from llava.model.vision_settings import check_combination
-    from llava.model.visual_merge import MergeRules, native_resolution
+    from llava.model.visual_merge import MergeRules, check_merge_options, native_resolution
 
     rules = MergeRules.from_config(cfg)
-    check_options(rules.mm_patch_merge_type, rules.image_aspect_ratio)
+    check_merge_options(rules.mm_patch_merge_type, rules.image_aspect_ratio)
     check_combination(cfg)
     tower = empty_tower(cfg, crop, patch)
     cfg.mm_vision_config = tower.config.to_dict()
@@ -154,8 +170,9 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
     if chooser is not None:
         parts.append(f"adaptive patches ({chooser.choice.description})")
     parts.append(f"projector {projector}" + (", which merges four tokens to one" if projector in MERGERS else ""))
-    return Geometry(
+    return CropGeometry(
         source=source,
+        handling=f"{rules.image_aspect_ratio}, merged as {rules.mm_patch_merge_type}",
         processor=tower.image_processor,
         rules=rules,
         token_grid=ProjectedGrid(tower.token_grid, projector),
@@ -163,15 +180,9 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
         patch=tower.config.patch_size,
         layout="; ".join(parts),
         stock=kind in ("clip", "siglip") and compressor is None and projector not in MERGERS,
+        choice=chooser and chooser.choice,
         chooser=chooser,
     )
-
-
-def check_options(kind: str, aspect_ratio: str) -> None:
-    """Refuse an unknown merge kind or image handling, as training does."""
-    from llava.model.vision_settings import check_merge_options
-
-    check_merge_options(kind, aspect_ratio)
 
 
 def empty_tower(cfg, crop: int | None = None, patch: int | None = None):

@@ -4,16 +4,15 @@ Their prompts have `<|vision_start|>`, a `<|image_pad|>` for each token of the i
 has `<image>`; here too that is IMAGE_TOKEN_INDEX until the images are known.
 """
 
+from types import SimpleNamespace
+
 from llava.config.keys import PATCH_KEYS
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import Turn
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
-from llava.families.base import Family, Length, Loaded, Turns, device_and_dtype, left_padded
+from llava.families.base import Family, Length, Loaded, device_and_dtype, left_padded
+from llava.families.qwen_chat import IMAGE_TOKENS, PAD, QwenChat
 from llava.utils import rank0_print
 
-START, PAD, END = IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_OPEN = "<|im_start|>assistant\n"
 _KEYS = {
     *("model_name_or_path", "mm_tunable_parts", "freeze_backbone", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
     *("unfreeze_language_model", "delay_load", "data_path", "image_folder", "allow_absolute_paths", "lazy_preprocess"),
@@ -22,7 +21,7 @@ _KEYS = {
 _SIZES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # pixels, whatever the names say
 
 
-class Qwen2VL(Family):
+class Qwen2VL(QwenChat, Family):
     name, title = "qwen2_vl", "Qwen2-VL"
     model_types = ("qwen2_vl",)
     parts = {  # noqa: RUF012
@@ -148,6 +147,15 @@ class Qwen2VL(Family):
         processor.tokenizer.model_max_length = training_args.model_max_length
         processor.tokenizer.padding_side = "right"
         images, settings = processor.image_processor, training_args.run_config
+        choice = self.set_run_images(images, settings, path)
+        saved = f" (saved: {choice.middle})" if choice and choice.draws else ""
+        rank0_print(f"patches: {choice.description + saved if choice else 'all'}")
+        return processor, choice if choice and choice.draws else None
+
+    def set_run_images(self, images, settings, path: str):
+        """Give the image processor of `path` the run's sizes and the run's choice of patches, which is returned."""
+        from llava.config.checks import patch_names
+
         given = {side: settings[key] for side, key in _SIZES if settings.source(key) != "default"}
         images.size = {**dict(images.size), **given}
         if images.size["shortest_edge"] > images.size["longest_edge"]:
@@ -155,20 +163,12 @@ class Qwen2VL(Family):
                 f"min_pixels and max_pixels: found {images.size['shortest_edge']} and {images.size['longest_edge']} "
                 f"(keys, or the image processor of {path}), expected the first not above the second"
             )
-        return processor, self.set_run_choice(images, settings)
-
-    def set_run_choice(self, images, settings):
-        """Let the image processor choose patches as the run says; returns the choice if alpha is drawn, else None."""
-        from llava.config.checks import patch_names
-
         if settings.source("adaptive_patches") == "default":
             choice = images.adaptive_patches
         else:
             choice = images.completed(settings["adaptive_patches"] or {"method": "all"}, patch_names(settings))
         images.adaptive_patches = choice
-        saved = f" (saved: {choice.middle})" if choice and choice.draws else ""
-        rank0_print(f"patches: {choice.description + saved if choice else 'all'}")
-        return choice if choice and choice.draws else None
+        return choice
 
     def answer_states(self, inputs, counts, loaded):
         import torch
@@ -192,7 +192,7 @@ class Qwen2VL(Family):
         from llava.data.dataset import fit, read_media
 
         media = read_media(record, args)
-        ids, labels = self._encode(media.conversation, loaded, bool(media.pictures))
+        ids, labels = self.encode(media.conversation, loaded, bool(media.pictures))
         images = []
         for number, (picture, path) in enumerate(zip(media.pictures, media.paths, strict=True)):
             drawn = {} if args.patch_choice is None else {"alpha": args.patch_choice.draw(args.seed, *at, number)}
@@ -248,80 +248,41 @@ class Qwen2VL(Family):
     def length(self, record, sizes, loaded, args) -> Length:
         images = loaded.image_processor
         grids = [images.get_number_of_image_patches(height, width, {}) for width, height in sizes]
-        ids, _ = self._encode(record["conversations"], loaded, bool(sizes))
+        ids, _ = self.encode(record["conversations"], loaded, bool(sizes))
         merge = images.merge_size**2
         tokens = len(ids) - len(sizes) + sum(patches // merge + 2 for patches in grids)
         return Length(tokens, sum(grids), self.patch_choice(loaded) is None and args.patch_choice is None)
 
+    # --- what a model's files say, without its weights ---
+
+    def geometry(self, path, run=None, **options):
+        from llava.families.geometry import RowGeometry
+        from llava.model.qwen2_vl.image_processing import load_image_processor
+
+        for name in options:
+            raise LlavaError(f"--{name}: {self.title} has image sizes of its own, expected no --{name}")
+        if run is not None:
+            self.check(run)
+        images, published = load_image_processor(path)
+        choice = images.adaptive_patches if run is None else self.set_run_images(images, run, path)
+        source = path if run is None else run.config or "the command line"
+        layout = f"{self.title}'s own encoder, patch {images.patch_size} px"
+        return RowGeometry.of(
+            images,
+            source=source + (f"; image processor as published for {path}" if published else ""),
+            layout=layout + (f"; adaptive patches ({choice.description})" if choice else ""),
+            choice=choice,
+            marks=(START, END),
+        )
+
+    def load_text(self, path, run=None):
+        from transformers import AutoConfig
+
+        processor = self.load_processor(path)
+        model = None if run else SimpleNamespace(config=AutoConfig.from_pretrained(path))
+        return self._loaded(model, processor, run and run["model_max_length"])
+
     # --- prompts and answers ---
-
-    def chat_turns(self, turns: Turns) -> list[Turn]:
-        """A conversation as the chat template writes it, piece by piece; the first piece is the system's.
-
-        An `<image>` stays `<image>`; a newline right behind one, as LLaVA's data has it, is left out, since the
-        template's own prompts have none there. A system turn at the front takes the place of the family's own text.
-        """
-        system = self.system
-        if turns and turns[0][0] == "system":
-            system, turns = turns[0][1], turns[1:]
-        pieces = [] if system is None else [Turn(f"<|im_start|>system\n{system}<|im_end|>\n")]
-        for speaker, text in turns:
-            header = f"<|im_start|>{_ROLES[speaker]}\n"
-            body = text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN) + "<|im_end|>"
-            pieces += [Turn(header + body, len(header) if speaker == "gpt" else None), Turn("\n")]
-        return pieces
-
-    def check_chat_template(self, processor, where: str) -> None:
-        """Refuse a model whose chat template writes something else than `chat_turns`; one without a template passes."""
-        render = processor if getattr(processor, "chat_template", None) is not None else processor.tokenizer
-        if render.chat_template is None:
-            return
-        turns = [("system", "Be brief."), ("human", f"{DEFAULT_IMAGE_TOKEN}\nWhat?"), ("gpt", "A b."), ("human", "So?")]
-        for chat in (turns[1:], turns):
-            messages = []
-            for speaker, text in chat:
-                images = [{"type": "image"}] * text.count(DEFAULT_IMAGE_TOKEN)
-                words = [{"type": "text", "text": text.removeprefix(f"{DEFAULT_IMAGE_TOKEN}\n")}]
-                messages.append({"role": _ROLES[speaker], "content": images + words})
-            theirs = render.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ours = "".join(turn.text for turn in self.chat_turns(chat)) + _OPEN
-            if theirs != ours.replace(DEFAULT_IMAGE_TOKEN, "".join(IMAGE_TOKENS)):
-                raise LlavaError(f"{where}: its chat template writes {theirs!r}, expected {self.title}'s")
-
-    def _encode(self, source: list, loaded: Loaded, images: bool) -> tuple[list[int], list[int]]:
-        """Ids (-200 marks an image) and labels of one conversation: answers, with the token that ends them.
-
-        Raises:
-            LlavaError: not a conversation, or one that spells out image tokens.
-        """
-        from llava.data.preprocess import encode_spans
-        from llava.data.turns import leading_system, place_image, read_turns
-        from llava.text_encoding import text_encoder
-
-        encoder, system = text_encoder(loaded.tokenizer), leading_system(source)
-        turns = [(speaker, place_image(text) if images else text) for speaker, text in read_turns(source)]
-        ids: list[int] = []
-        labels: list[int] = []
-        for turn in self.chat_turns(turns if system is None else [("system", system), *turns]):
-            spans = [] if turn.answer_start is None else [(turn.answer_start, len(turn.text))]
-            more_ids, more_labels = encode_spans(encoder, turn.text, spans, images)
-            ids += more_ids
-            labels += more_labels
-        if loaded.tokenizer.convert_tokens_to_ids(PAD) in ids:
-            raise LlavaError(f"conversations: found {PAD} in a text, expected <image> for an image")
-        return ids, labels
-
-    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None) -> str:
-        from llava.data.turns import place_image
-
-        placed = [(speaker, place_image(text) if speaker == "human" else text) for speaker, text in turns]
-        return "".join(turn.text for turn in self.chat_turns(placed)) + _OPEN + (answer or "")
-
-    def tokens(self, text, loaded):
-        from llava.data.preprocess import encode_spans
-        from llava.text_encoding import text_encoder
-
-        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=True)[0]
 
     def inputs(self, prompts, pictures, loaded):
         flat = [picture for row in pictures for picture in row]

@@ -1,7 +1,8 @@
-"""Show, step by step, what LLaVA-NeXT's image handling makes of a photo, and how many tokens it costs.
+"""Show, step by step, what a model's image handling makes of a photo, and how many tokens it costs.
 
     python -m llava.tools.explain_image photo.jpg                                # LLaVA-NeXT as published, CLIP-L/336
     python -m llava.tools.explain_image photo.jpg --config configs/train/finetune_onevision.yaml --output walk.png
+    python -m llava.tools.explain_image photo.jpg --config configs/train/finetune_qwen2_vl.yaml
     python -m llava.tools.explain_image photo.jpg --model-path checkpoints/mine --prompt "What is shown?"
     python -m llava.tools.explain_image photo.jpg --grid "(1x1),...,(6x6)" --crop 384 --patch 14
 
@@ -14,15 +15,29 @@ from typing import NamedTuple
 
 from llava.errors import LlavaError, report_errors
 
+# options about sizes -> the training key that each stands for
+OPTIONS = {
+    "image_aspect_ratio": "image_aspect_ratio",
+    "mm_patch_merge_type": "mm_patch_merge_type",
+    "grid": "image_grid_pinpoints",
+    "crop": None,
+    "patch": None,
+}
+
 
 class Prompt(NamedTuple):
-    """A rendered prompt: its text, `tokens` of it that are text, and the longest sequence, with that limit's name."""
+    """A rendered prompt.
+
+    tokens: of `text`, without `<image>`.
+    template, source, limit_name: for people, also where tokenizer and limit come from.
+    limit: the longest sequence in tokens.
+    """
 
     text: str
     template: str
     tokens: int
     source: str
-    limit: int | None
+    limit: int
     limit_name: str
 
 
@@ -54,47 +69,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_geometry(args, rest: list[str]):
-    """(geometry, resolved run or None) as the command line asks."""
-    from llava.families import llava_geometry as geometry
+    """(family, geometry, resolved run or None) as the command line asks."""
+    from llava.families import family_of, family_of_run, get_family
 
-    names = {"image_aspect_ratio": args.image_aspect_ratio, "mm_patch_merge_type": args.mm_patch_merge_type}
-    changes = {name: value for name, value in names.items() if value is not None}
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if args.config is not None:
         from llava.config.resolve import resolve
 
-        changes |= {} if args.grid is None else {"image_grid_pinpoints": args.grid}
-        run = resolve([args.config, *(f"--{name}={value}" for name, value in changes.items()), *rest])
-        return geometry.run_geometry(run, args.crop, args.patch), run
+        keys = {key: options.pop(name) for name, key in OPTIONS.items() if key is not None and name in options}
+        run = resolve([args.config, *(f"--{key}={value}" for key, value in keys.items()), *rest])
+        family = family_of_run(run)
+        return family, family.geometry(run["model_name_or_path"], run, **options), run
     if rest:
         raise LlavaError(f"command line: {' '.join(rest)}: a training key needs --config; see --help")
-    if args.model_path is not None and args.grid is None:
-        return geometry.checkpoint_geometry(args.model_path, args.crop, args.patch, changes), None
-    named = {"aspect_ratio": args.image_aspect_ratio, "kind": args.mm_patch_merge_type}
-    crop, patch = (
-        (geometry.CROP if args.crop is None else args.crop),
-        (geometry.PATCH if args.patch is None else args.patch),
-    )
-    if args.grid is None and args.crop is not None and args.crop != geometry.CROP:
-        raise LlavaError(f'--crop {args.crop}: expected a --grid of that crop, for example "(1x1),...,(2x2)"')
-    options = {name: value for name, value in named.items() if value is not None}
-    options["source"] = "LLaVA-NeXT as published" if args.grid is None else "--grid"
-    return geometry.plain_geometry(args.grid or geometry.GRID, crop, patch, **options), None
+    family = get_family("llava") if args.model_path is None else family_of(args.model_path)
+    return family, family.geometry(args.model_path, **options), None
 
 
-def read_prompt(args, run) -> Prompt:
+def read_prompt(args, family, run) -> Prompt:
     """The question in its template, counted.
 
     Raises:
         LlavaError: no tokenizer is named or it is out of reach, or the question has more than one `<image>`.
     """
-    from types import SimpleNamespace
-
-    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-    from llava.conversation import get_template
-    from llava.data.turns import place_image
-    from llava.model.builder import context_limit, load_tokenizer, read_config
-    from llava.model.families import LANGUAGE_MODELS, resolve_architecture
-    from llava.text_encoding import tokenizer_image_token
+    from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+    from llava.inference.engine import Inference
 
     source = args.model_path or (run and run["model_name_or_path"])
     if not source:
@@ -102,22 +101,12 @@ def read_prompt(args, run) -> Prompt:
     question = args.prompt if DEFAULT_IMAGE_TOKEN in args.prompt else f"{DEFAULT_IMAGE_TOKEN}\n{args.prompt}"
     if question.count(DEFAULT_IMAGE_TOKEN) > 1:
         raise LlavaError(f"--prompt: found {question.count(DEFAULT_IMAGE_TOKEN)} <image>, expected one at most")
-    config = read_config(args.model_path) if args.model_path else {}
-    wrapped = run["mm_use_im_start_end"] if run else config.get("mm_use_im_start_end", False)
-    name = args.conv_mode or (run and run["version"]) or config.get("conversation_template")
-    name = name or LANGUAGE_MODELS[resolve_architecture(config, source)].template
-    conversation = get_template(name)
-    tokenizer = load_tokenizer(source)
-    if wrapped:
-        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    question = place_image(question, "mmtag" in conversation.version, wrapped)
-    conversation.append_message(conversation.roles[0], question)
-    conversation.append_message(conversation.roles[1], None)
-    text = conversation.get_prompt()
-    ids = tokenizer_image_token(text, tokenizer)
-    limit = run["model_max_length"] if run else context_limit(SimpleNamespace(**config))
-    count = sum(token != IMAGE_TOKEN_INDEX for token in ids)
-    return Prompt(text, name, count, source, limit, "model_max_length" if run else "the checkpoint's context")
+    loaded = Inference(family, family.load_text(source, run), args.conv_mode).loaded
+    text = family.prompt_text([("human", question)], loaded)
+    count = sum(token != IMAGE_TOKEN_INDEX for token in family.tokens(text, loaded))
+    template = f"template {loaded.template}" if family.chooses_template else f"chat template of {family.name}"
+    limit_name = "model_max_length" if run else "the checkpoint's context"
+    return Prompt(text, template, count, source, loaded.context, limit_name)
 
 
 @report_errors
@@ -131,8 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     from llava.tools.walk.steps import walk
     from llava.tools.walk.stock import stock_count
 
-    geometry, run = read_geometry(args, rest)
-    prompt = None if args.prompt is None else read_prompt(args, run)
+    family, geometry, run = read_geometry(args, rest)
+    prompt = None if args.prompt is None else read_prompt(args, family, run)
     try:
         steps = walk(photo, geometry)
     except LlavaError as error:

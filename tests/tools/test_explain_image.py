@@ -1,6 +1,7 @@
 """`python -m llava.tools.explain_image`: its numbers are the model's, the reference's and transformers'."""
 
 import random
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,11 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.data.dataset import SampleArgs
+from llava.errors import LlavaError
+from llava.families import get_family
 from llava.families import llava_geometry as geometry_of
+from llava.inference.engine import Inference
 from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.adaptive_patches import PatchChoice
+from llava.model.visual_merge import VisualTokenCounter
 from llava.tools.explain_image import main
 from llava.tools.walk.steps import tokens, walk
 from llava.tools.walk.stock import stock_count
+from llava.tools.walk.text import kept_sizes
 from tests import tiny
 from tests.model import golden, small
 
@@ -123,7 +131,8 @@ def test_a_tower_is_described_without_its_weights(towers):
     cfg.mm_vision_config = cfg.mm_image_processor_config = None
     found = geometry_of.config_geometry(cfg, "here")
     assert found.processor.to_dict() == model.get_vision_tower().image_processor.to_dict()
-    assert found.counter()((3, 56, 56), (9, 9)) == model.visual_token_counter()((3, 56, 56), (9, 9)) == 17
+    count = VisualTokenCounter(found.rules, found.token_grid, found.patch)
+    assert count((3, 56, 56), (9, 9)) == model.visual_token_counter()((3, 56, 56), (9, 9)) == 17
 
 
 # --- transformers ---
@@ -217,7 +226,7 @@ def test_the_whole_processors_of_transformers_agree(stage, monkeypatch):
             vision_feature_select_strategy="full",
             vision_aspect_ratio="anyres_max_2",
         )
-        geometry = plain(aspect_ratio="anyres_max_2")
+        geometry = plain(image_aspect_ratio="anyres_max_2")
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     for size in ((1100, 808), (300, 900), (700, 701)):
         found = walk(photo(*size), geometry)
@@ -268,6 +277,19 @@ def test_the_sequence_with_a_prompt(shot, capsys):
     assert f"of 4,096 (the checkpoint's context), {4096 - embeds.shape[1]:,} are left" in out
 
 
+def test_the_marks_of_a_run_are_in_its_prompt(shot, capsys):
+    """A run with <im_start> and <im_end> around its images has two tokens more."""
+    given = ["--config", "configs/train/finetune_next.yaml", "--prompt", "What?"]
+    given += ["--model-path", str(golden.GOLDEN / "qwen_clip_anyres_unpad")]
+    counts = []
+    for wrapped in ("false", "true"):
+        main([shot, *given, "--mm_use_im_start_end", wrapped])
+        out = capsys.readouterr().out
+        assert ("<im_start><image><im_end>" in "".join(out.split())) == (wrapped == "true")
+        counts.append(int(out.split("text tokens  ")[1].split()[0]))
+    assert counts[1] == counts[0] + 2
+
+
 def test_a_training_config(shot, capsys):
     main([shot, "--config", "configs/train/finetune_next.yaml"])
     assert "2,340 visual tokens" in capsys.readouterr().out
@@ -309,6 +331,159 @@ def test_every_handling_is_drawn(case, towers, tmp_path, capsys):
     main([str(tmp_path / "p.png"), "--model-path", str(tmp_path), "--output", str(tmp_path / "walk.png")])
     assert Image.open(tmp_path / "walk.png").width == 1360
     assert "visual tokens" in capsys.readouterr().out
+
+
+# --- Qwen2-VL ---
+
+QWEN_CONFIG = ["--config", "configs/train/finetune_qwen2_vl.yaml"]
+SELECTIONS = [None, "v1", "v2:0.8", "budget:0.5"]
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+def qwen(request, tmp_path_factory):
+    """(folder, family, loaded)."""
+    folder = tiny.qwen2_vl(tmp_path_factory.mktemp(request.param), request.param)
+    family = get_family(request.param)
+    return folder, family, family.load(folder, device="cpu")
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A photo with something in its upper half and nothing in the lower one."""
+    made = photo(1100, 808)
+    made.paste((90, 140, 60), (0, 404, 1100, 808))
+    made.save(tmp_path / "p.png")
+    return str(tmp_path / "p.png")
+
+
+def choose(folder, loaded, selection):
+    """Let the folder's image processor, and the loaded one, have a selection."""
+    choice = PatchChoice.parse(selection or "none")
+    loaded.image_processor.adaptive_patches = choice
+    loaded.image_processor.save_pretrained(folder)
+    return choice
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_qwen2_vl_counts_as_its_samples_and_prompts(qwen, selection, mixed, tmp_path, capsys):
+    folder, family, loaded = qwen
+    choose(folder, loaded, selection)
+    geometry = family.geometry(folder)
+    record = {"image": "p.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
+    record["conversations"].append({"from": "gpt", "value": "A temple."})
+    pad = loaded.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    engine = Inference(family, loaded)
+    for size in ((1100, 808), *SIZES[2:]):
+        if size != (1100, 808):
+            photo(*size).save(tmp_path / "p.png")
+        picture = Image.open(mixed).convert("RGB")
+        found = walk(picture, geometry)
+        inputs = engine.inputs([engine.prompt([("human", "<image>\nWhat?")])], [[picture]])
+        patches = 4 * found.total if selection is None else sum(kept_sizes(found, geometry).values())
+        assert family.picture_tokens(inputs, loaded) == [(patches, found.total)]
+        assert f"pixel_values {list(inputs['pixel_values'].shape)}, " in found.made
+        sample = family.sample(record, loaded, SampleArgs(image_folder=str(tmp_path), model_max_length=4096))
+        assert int((sample["input_ids"] == pad).sum()) == found.total == found.base_tokens
+        if selection is not None:
+            assert torch.equal(found.levels.flatten(), inputs["image_patch_levels"])
+        main([mixed, "--model-path", folder, "--prompt", "What?"])
+        out = capsys.readouterr().out
+        text, visual = family.sequence_length(inputs, loaded)
+        assert f"sequence     {visual} + 2 + {text - 2} = {inputs['input_ids'].shape[1]} tokens" in out
+        assert f"{visual} visual tokens" in out and max(map(len, out.splitlines())) < 100
+
+
+def test_qwen2_vl_photos_are_seen_as_they_are_resized(qwen, mixed):
+    """Chosen patches or not, what is drawn is the whole photo in the size of the encoder."""
+    folder, family, loaded = qwen
+    for selection in (None, "budget:0.5"):
+        choose(folder, loaded, selection)
+        found = walk(Image.open(mixed), family.geometry(folder))
+        assert found.resized == (252, 168) and found.pixels.shape == (1, 3, 168, 252)
+        small = np.asarray(Image.open(mixed).resize((252, 168), Image.Resampling.BICUBIC)) / 255
+        images = loaded.image_processor
+        expected = (small - np.array(images.image_mean)) / np.array(images.image_std)
+        assert np.abs(found.pixels[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
+
+
+def test_qwen2_vl_is_printed_and_drawn(qwen, mixed, tmp_path, capsys):
+    folder, _, loaded = qwen
+    pages = []
+    for selection, texts in (
+        (None, ("12 x 18 (rows x columns) of 14 px = 216", "6 x 9 = 54: 2x2 patches make one")),
+        ("budget:0.5", ("adaptive patches (budget, alpha 0.5)", "108: ", "image_patch_levels [216]")),
+    ):
+        choose(folder, loaded, selection)
+        main([mixed, "--model-path", folder, "--output", str(tmp_path / "walk.png")])
+        out = capsys.readouterr().out
+        for text in (
+            *("1,100 x 808 -> 252 x 168", "multiples of 28, 12,544 to 50,176", "image_grid_thw [[1, 12, 18]]"),
+            *("<|vision_start|> in front", "<|vision_end|> behind", *texts),
+        ):
+            assert text in " ".join(out.split()), (text, out)
+        page = np.asarray(Image.open(tmp_path / "walk.png").convert("RGB")).astype(int)
+        assert page.shape[1] == 1360 and (np.abs(page - (232, 119, 34)).max(axis=2) <= 2).sum() > 200  # the marks
+        pages.append(page)
+    assert pages[0].shape != pages[1].shape or (pages[0] != pages[1]).any()
+
+
+def test_qwen2_vl_of_a_training_config_needs_no_network(shot, capsys, monkeypatch):
+    """The sizes are the released models', with the run's keys above them; 1100 and 808 are 39 and 29 times 28."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.append(args) or [])
+    all_patches = [*QWEN_CONFIG, "--adaptive_patches", "{method: all}"]
+    main([shot, *all_patches])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1,131 visual tokens" in out and "58 x 78 (rows x columns) of 14 px = 4,524" in out
+    assert "as published for Qwen/Qwen2-VL-7B-Instruct" in out and "3,136 to 1,003,520 pixels" in out
+    main([shot, *all_patches, "--max_pixels", "401408", "--model_name_or_path", "Qwen/Qwen2.5-VL-3B-Instruct"])
+    out = " ".join(capsys.readouterr().out.split())
+    # 401,408 = 512 * 28 * 28; 26 * 19 = 494
+    assert "Qwen2.5-VL's own encoder" in out and "494 visual tokens" in out
+    main([shot, *QWEN_CONFIG])
+    assert "at alpha 0.6, the middle of its range" in " ".join(capsys.readouterr().out.split())
+    family = get_family("qwen2_vl")
+    assert family.geometry("Qwen/Qwen2-VL-7B-Instruct").native == (28, 3136, 12845056)
+    main([shot, "--config", "configs/train/finetune_next.yaml"])  # nor does a run that names a tower
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--image_aspect_ratio", "pad"], "image_aspect_ratio is 'pad', but Qwen2-VL has"),
+        (["--tower", "configs/towers/clip_l336.yaml"], "expected no tower config"),
+        (["--crop", "336"], "--crop: Qwen2-VL has image sizes of its own"),
+        (["--min_pixels", "99999999"], "min_pixels and max_pixels: found 99999999 and 1003520"),
+        (["--adaptive_patches", "{method: nope}"], "method: found 'nope'"),
+        (["--prompt", "What?"], "Qwen/Qwen2-VL-7B-Instruct: no "),
+        (["--model_name_or_path", "acme/Qwen2-VL-mine"], "acme/Qwen2-VL-mine: no image processor"),
+    ],
+)
+def test_faults_with_qwen2_vl_are_one_line(shot, flags, said, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as caught:
+        main([shot, *QWEN_CONFIG, *flags])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_photos_and_options_that_qwen2_vl_does_not_take(qwen, shot, capsys):
+    folder, family, _ = qwen
+    with pytest.raises(LlavaError, match="found 2000x5 pixels that cannot be processed"):
+        walk(photo(2000, 5), family.geometry(folder))
+    for flags, said in (
+        (["--grid", "(1x1),...,(2x2)"], "--grid: "),
+        (["--prompt", "What?", "--conv-mode", "qwen_1_5"], "has a chat template of its own"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([shot, "--model-path", folder, *flags])
+        err = capsys.readouterr().err
+        assert caught.value.code == 2 and said in err and err.count("\n") == 1, err
+
+
+# --- faults ---
 
 
 @pytest.mark.parametrize(

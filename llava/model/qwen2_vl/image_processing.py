@@ -1,5 +1,6 @@
 """Qwen2-VL's image processor that keeps large patches where a picture holds little."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,10 @@ from llava.config.patch_choice import NUM_SCALES, PUBLISHED, THRESHOLDS
 from llava.errors import LlavaError
 from llava.model.adaptive_patches import PatchChoice, PatchTokenizer, kept_patches, pooled_patches
 from llava.model.qwen2_vl.layout import MERGE
+
+# beginning of released models' names -> what their image processors say; the rest is the class's default
+_SIZES = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}
+RELEASED = {"Qwen/Qwen2-VL-": _SIZES, "Qwen/Qwen2.5-VL-": _SIZES}
 
 
 class AdaptiveQwen2VLImageProcessorKwargs(Qwen2VLImageProcessorKwargs, total=False):
@@ -114,6 +119,22 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
             "image_patch_levels": np.concatenate(maps),
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def load_image_processor(path: str) -> tuple[AdaptiveQwen2VLImageProcessor, bool]:
+    """The image processor of a folder or hub id, and whether it is as published: for a released model that is not
+    here, nothing is asked of the hub.
+
+    Raises:
+        LlavaError: there is none.
+    """
+    known = [] if os.path.isdir(path) else [RELEASED[name] for name in RELEASED if path.startswith(name)]
+    try:
+        return AdaptiveQwen2VLImageProcessor.from_pretrained(path, local_files_only=bool(known)), False
+    except (OSError, ValueError) as error:
+        if not known:
+            raise LlavaError(f"{path}: no image processor ({str(error).splitlines()[0][:160]})") from None
+        return AdaptiveQwen2VLImageProcessor(**known[0]), True
 
 
 def _published(kwargs: dict) -> dict:

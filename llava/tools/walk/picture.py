@@ -23,7 +23,7 @@ from llava.drawing.page import (
 from llava.drawing.panels import patch_panel
 from llava.errors import LlavaError
 from llava.tools.walk.steps import Walk
-from llava.tools.walk.text import cuts_middle, kept_sizes, rc, wh
+from llava.tools.walk.text import cuts_middle, kept_sizes, merges_map, rc, wh
 
 GAP = 32  # pixels
 PANEL_HEIGHT, TOKENS_HEIGHT, SKETCH = 380, 460, (136, 112)
@@ -43,7 +43,7 @@ def draw(photo: Image.Image, name: str, walk: Walk, geometry, prompt, output: st
         draw_candidates(page, photo, walk)
     draw_pixels(page, photo, walk, geometry)
     draw_tokens(page, walk, geometry)
-    draw_total(page, walk, prompt)
+    draw_total(page, walk, prompt, len(geometry.marks))
     try:
         page.finished().save(output)
     except (OSError, ValueError, KeyError) as error:
@@ -53,8 +53,7 @@ def draw(photo: Image.Image, name: str, walk: Walk, geometry, prompt, output: st
 def heading(page: Page, name: str, walk: Walk, geometry) -> None:
     title = f"{os.path.basename(name)}: {wh(walk.size)} pixels become {walk.total:,} visual tokens"
     page.text(MARGIN, page.top, title, 26, width=WIDTH - 2 * MARGIN)
-    rules = geometry.rules
-    below = f"{rules.image_aspect_ratio}, {rules.mm_patch_merge_type}; {geometry.layout}; {geometry.source}"
+    below = f"{geometry.handling}; {geometry.layout}; {geometry.source}"
     page.text(MARGIN, page.top + 40, below, 15, FAINT, width=WIDTH - 2 * MARGIN)
     page.top += 84
 
@@ -112,8 +111,8 @@ def seen_canvas(walk: Walk, processor) -> Image.Image:
 
 def draw_pixels(page: Page, photo: Image.Image, walk: Walk, geometry) -> None:
     """The photo, the canvas with its crops, and the base view."""
-    k, _, height, width = walk.pixels.shape
-    section(page, "Pixels", f"pixel_values {list(walk.pixels.shape) if k > 1 else list(walk.pixels.shape[1:])}")
+    height, width = walk.pixels.shape[-2:]
+    section(page, "Pixels", walk.made)
     canvas = seen_canvas(walk, geometry.processor)
     views = [(photo, "photo", wh(walk.size))]
     if walk.best is not None:
@@ -161,7 +160,8 @@ def draw_tokens(page: Page, walk: Walk, geometry) -> None:
     if walk.levels is not None:
         draw_patches(page, walk, geometry)
         return
-    section(page, "Visual tokens", "a cell for each, in the colour of its place; newline tokens in orange")
+    note = "a cell for each, in the colour of its place"
+    section(page, "Visual tokens", note + ("; newline tokens in orange" if walk.newline_tokens else ""))
     if walk.crop_grid is None:
         text = f"{walk.total:,} tokens, a class token of every crop among them: they have no place in a grid"
         page.text(MARGIN, page.top, text)
@@ -169,9 +169,15 @@ def draw_tokens(page: Page, walk: Walk, geometry) -> None:
         return
     has_map = walk.cells is not None and walk.map_tokens > 0
     left, room = MARGIN, (WIDTH - 2 * MARGIN, TOKENS_HEIGHT)
+    base_room = ((WIDTH - 2 * MARGIN - GAP) // (2 if merges_map(geometry) else 3), TOKENS_HEIGHT)
+    rest = left + base_room[0] + GAP, (WIDTH - 2 * MARGIN - GAP - base_room[0], TOKENS_HEIGHT)
+    view = to_image(walk.pixels[0], geometry.processor)
+    if merges_map(geometry):
+        h, w = geometry.patches(walk.pixels)
+        note = f"{h} x {w} of {geometry.patch} px = {h * w:,}, 2x2 of which make one token"
+        mosaic(page, view.resize((w, h), Image.Resampling.BOX), left, base_room, "patches", note)
+        left, room = rest
     if walk.base_tokens:
-        base_room = ((WIDTH - 2 * MARGIN - GAP) // 3, TOKENS_HEIGHT)
-        view = to_image(walk.pixels[0], geometry.processor)
         h, w = walk.crop_grid
         title = "base tokens" if walk.map_tokens else "tokens"
         note = f"{h} x {w} = {walk.base_tokens:,}"
@@ -179,7 +185,7 @@ def draw_tokens(page: Page, walk: Walk, geometry) -> None:
         if extra:
             note += f", and {extra} newline"
         mosaic(page, view.resize((w, h), Image.Resampling.BOX), left, base_room, title, note, last=extra)
-        left, room = left + base_room[0] + GAP, (WIDTH - 2 * MARGIN - GAP - base_room[0], TOKENS_HEIGHT)
+        left, room = rest
     if has_map or walk.map_tokens:
         down, across = walk.crops
         rows, columns = walk.full or (down * walk.crop_grid[0], across * walk.crop_grid[1])
@@ -204,7 +210,9 @@ def draw_tokens(page: Page, walk: Walk, geometry) -> None:
 
 def draw_patches(page: Page, walk: Walk, geometry) -> None:
     """The view with an outline around each kept patch."""
-    section(page, "Kept patches", "each is a token of the encoder; large ones where the picture holds little")
+    merged = f"; 2x2 of the smallest make one of the {walk.crop_tokens:,} visual tokens" if geometry.merges else ""
+    note = "each is a token of the encoder; large ones where the picture holds little" + merged
+    section(page, "Kept patches", note)
     view = to_image(walk.pixels[0], geometry.processor)
     counts = kept_sizes(walk, geometry)
     zoom = max(round(TOKENS_HEIGHT / view.height), 1)
@@ -243,19 +251,19 @@ def mosaic(page: Page, colours: Image.Image, left: int, room, title: str, note: 
     page.text(centre, page.top + room[1] + 34, note, 14, FAINT, "ma", width=room[0])
 
 
-def draw_total(page: Page, walk: Walk, prompt) -> None:
+def draw_total(page: Page, walk: Walk, prompt, marks: int) -> None:
     """The sum, as a bar in proportion and in words."""
-    words = f"{walk.total:,} visual tokens"
+    words = f"{walk.total:,} visual tokens" + (f" + {marks} marks" if marks else "")
     if prompt is not None:
-        words += f" + {prompt.tokens:,} text tokens = a sequence of {walk.total + prompt.tokens:,}"
-        if prompt.limit is not None:
-            words += f", of {prompt.limit:,}"
+        words += f" + {prompt.tokens:,} text tokens = a sequence of {walk.total + marks + prompt.tokens:,}"
+        words += f", of {prompt.limit:,}"
     section(page, "Total", words)
     single = walk.pixels.shape[0] == 1
     parts = [
         (walk.base_tokens, "tokens" if single else "base", BLUE),
         (walk.map_tokens, "map" if walk.cells is not None else "crops", GREEN),
         (walk.newline_tokens, "newline", ORANGE),
+        (marks, "marks", ORANGE),
         (prompt.tokens if prompt else 0, "text", FAINT),
     ]
     total, left, key = sum(count for count, _, _ in parts), float(MARGIN), MARGIN

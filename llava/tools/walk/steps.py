@@ -20,8 +20,7 @@ from llava.images.geometry import (
     resolution_fit,
     select_best_resolution,
 )
-from llava.images.processing import process_image, processor_sides
-from llava.model.multimodal_encoder.patch_choice import count_tokens
+from llava.images.processing import processor_sides
 from llava.model.visual_merge import merge_visual_tokens, unpad_image
 
 BASE, MAP, NEWLINE, ROW, COLUMN = range(5)  # channels of a marked feature
@@ -40,18 +39,20 @@ class Candidate(NamedTuple):
 class Walk:
     """What became of a photo. Sizes are (width, height) in pixels, maps (rows, columns) in tokens.
 
-    pixels: [K, 3, H, W], the base view first where there are crops.
+    pixels, made, levels: as `llava.families.geometry.View` has them.
     candidates, best: of anyres, best first; None and [] elsewhere.
     canvas: what the photo is laid on before it is cut or resized, and `box` (left, top, right, bottom) its place there.
     crops: (down, across).
     crop_grid: tokens (h, w) of one crop, None where a class token is among them.
     full, unpadded, final: the map of all crops, without padding, and as it is kept; None where there is no map.
     cells: for a map, [rows, columns, 2]: the place (row, column) on the full map that each kept token stands for.
-    levels: of a tower that chooses patches, [rows, columns]: 1, 2, 3 for 1, 2, 4 base patches a side, else None.
+    among_others: tokens where the photo is one of several in a sample; None where that makes no difference.
     """
 
     size: tuple[int, int]
     pixels: torch.Tensor
+    made: str
+    levels: torch.Tensor | None
     candidates: list[Candidate]
     best: tuple[int, int] | None
     canvas: tuple[int, int] | None
@@ -67,8 +68,7 @@ class Walk:
     map_tokens: int
     newline_tokens: int
     total: int
-    among_others: int | None  # tokens where the photo is one of several in a sample
-    levels: torch.Tensor | None
+    among_others: int | None
 
     @property
     def resized(self) -> tuple[int, int] | None:
@@ -82,7 +82,8 @@ def walk(photo: Image.Image, geometry) -> Walk:
         LlavaError: sizes that no image processor takes, or a layout that the model refuses.
     """
     rules, processor = geometry.rules, geometry.processor
-    pixels = _process(photo, geometry, rules.image_aspect_ratio)
+    view = _view(photo, geometry)
+    pixels = view.pixels
     candidates, best, canvas, box = [], None, None, None
     crops = (1, 1)
     if "anyres" in rules.image_aspect_ratio:
@@ -98,34 +99,22 @@ def walk(photo: Image.Image, geometry) -> Walk:
     elif rules.native:
         canvas, box = (pixels.shape[-1], pixels.shape[-2]), (0, 0, pixels.shape[-1], pixels.shape[-2])
     found = {"candidates": candidates, "best": best, "canvas": canvas, "box": box, "crops": crops}
+    among_others = None
     if not rules.native:
-        one = _process(photo, geometry, "pad")
-        found["among_others"] = tokens(one.shape, (1, 1), photo.size, geometry, choice(one, geometry)[1])["total"]
-    else:
-        found["among_others"] = None
-    found["levels"], chosen = choice(pixels, geometry)
-    return Walk(size=photo.size, pixels=pixels, **found, **tokens(pixels.shape, crops, photo.size, geometry, chosen))
+        one = _view(photo, geometry, alone=False)
+        among_others = tokens(one.pixels.shape, (1, 1), photo.size, geometry, one.tokens)["total"]
+    counts = tokens(pixels.shape, crops, photo.size, geometry, view.tokens)
+    seen = {"pixels": pixels, "made": view.made, "levels": view.levels}
+    return Walk(size=photo.size, **seen, **found, **counts, among_others=among_others)
 
 
-def choice(pixels, geometry) -> tuple[torch.Tensor | None, int | None]:
-    """(levels [rows, columns], tokens) of pixels [1, 3, H, W], of a tower that chooses patches; else (None, None)."""
-    chooser = geometry.chooser
-    if chooser is None:
-        return None, None
-    levels = chooser.levels(pixels)
-    return levels[0], count_tokens(levels, geometry.token_grid.merges)
-
-
-def _process(photo, geometry, aspect_ratio) -> torch.Tensor:
+def _view(photo, geometry, alone=True):
     try:
-        pixels = process_image(
-            photo, geometry.processor, aspect_ratio, geometry.rules.image_grid_pinpoints, geometry.native
-        )
+        return geometry.view(photo, alone)
     except LlavaError:
         raise
     except (ValueError, ZeroDivisionError) as error:
         raise LlavaError(f"found {photo.width}x{photo.height} pixels that cannot be processed ({error})") from None
-    return pixels if pixels.ndim == 4 else pixels[None]
 
 
 def tokens(shape, crops: tuple[int, int], size: tuple[int, int], geometry, chosen: int | None = None) -> dict:

@@ -27,9 +27,8 @@ def lines(name: str, walk: Walk, geometry, prompt=None, stock=None, every_candid
         stock: `(class, tokens)` of transformers' processor, or None.
         every_candidate: list all of a large grid.
     """
-    rules = geometry.rules
     found = step("photo", f"{name}: {wh(walk.size)} pixels, width x height")
-    found += step("handling", f"{rules.image_aspect_ratio}, merged as {rules.mm_patch_merge_type}; {geometry.source}")
+    found += step("handling", f"{geometry.handling}; {geometry.source}")
     found += step("tower", tower_text(walk, geometry))
     if walk.candidates:
         found += ["", *candidates(walk, every_candidate)]
@@ -43,7 +42,7 @@ def lines(name: str, walk: Walk, geometry, prompt=None, stock=None, every_candid
     if stock is not None:
         found += ["", *step("transformers", stock_text(stock, walk.total))]
     if prompt is not None:
-        found += ["", *prompt_steps(prompt, walk.total)]
+        found += ["", *prompt_steps(prompt, walk.total, len(geometry.marks))]
     return found
 
 
@@ -90,8 +89,7 @@ def candidates(walk: Walk, every: bool) -> list[str]:
 
 def pixel_steps(walk: Walk, geometry) -> list[tuple[str, str]]:
     """(step, text) up to the pixels that the tower gets."""
-    k, _, height, width = walk.pixels.shape
-    shape = f"pixel_values {list(walk.pixels.shape) if k > 1 else list(walk.pixels.shape[1:])}"
+    height, width = walk.pixels.shape[-2:]
     if walk.best is not None:
         left, top, right, bottom = walk.box
         pads = (left, walk.best[0] - right, top, walk.best[1] - bottom)
@@ -103,18 +101,19 @@ def pixel_steps(walk: Walk, geometry) -> list[tuple[str, str]]:
             ("padded", f"to {wh(walk.best)} with black: {padded}"),
             ("crops", f"{down} down x {across} across = {down * across} of {wh((width, height))}"),
             ("base view", f"the whole photo squeezed to {wh((width, height))}, not padded; it goes first"),
-            ("pixels", shape),
+            ("pixels", walk.made),
         ]
     if walk.canvas is not None and not geometry.rules.native:
         colour = tuple(int(255 * value) for value in geometry.processor.image_mean)
         how = "is square already" if walk.canvas == walk.size else f"to {wh(walk.canvas)}, border of colour {colour}"
-        return [("squared", how), ("resized", f"to {wh((width, height))}"), ("pixels", shape)]
+        return [("squared", how), ("resized", f"to {wh((width, height))}"), ("pixels", walk.made)]
     if geometry.rules.native:
-        unit = geometry.native.multiple
+        sizes = geometry.native
         change = walk.size[0] / walk.size[1] / (width / height) - 1
-        text = f"{wh(walk.size)} -> {wh((width, height))}, multiples of {unit} (aspect changed by {abs(change):.1%})"
-        return [("resized", text), ("pixels", shape)]
-    return [("resized", square_text(walk, geometry)), ("pixels", shape)]
+        rule = f"multiples of {sizes.multiple}, {sizes.min_pixels:,} to {sizes.max_pixels:,} pixels in all"
+        text = f"{wh(walk.size)} -> {wh((width, height))}, aspect changed by {abs(change):.1%} ({rule})"
+        return [("resized", text), ("pixels", walk.made)]
+    return [("resized", square_text(walk, geometry)), ("pixels", walk.made)]
 
 
 def square_text(walk: Walk, geometry) -> str:
@@ -135,14 +134,18 @@ def cuts_middle(processor) -> bool:
 def token_steps(walk: Walk, geometry) -> list[tuple[str, str]]:
     """(step, text) from features to visual tokens."""
     steps = []
+    if walk.levels is not None or merges_map(geometry):
+        h, w = geometry.patches(walk.pixels)
+        steps.append(("patches", f"{h} x {w} (rows x columns) of {geometry.patch} px = {h * w:,}"))
     if walk.levels is not None:
-        kept = ", ".join(f"{count:,} of {size} px" for size, count in kept_sizes(walk, geometry).items())
-        whole = f"{rc(walk.levels.shape)} of {geometry.patch} px = {walk.levels.numel():,}"
-        steps.append(("patches", f"{whole}; kept: {kept}"))
+        steps.append(("kept", kept_text(walk, geometry)))
     if walk.base_tokens:
         what = "base tokens" if walk.pixels.shape[0] > 1 else "tokens"
         grid = f"{rc(walk.crop_grid)} = " if walk.crop_grid else ""
-        steps.append((what, f"{grid}{walk.base_tokens:,}"))
+        how = ": 2x2 patches make one" if geometry.merges else ""
+        if how and walk.levels is not None:
+            how = f": 2x2 patches of {geometry.patch} px make one, and so does each larger patch"
+        steps.append((what, f"{grid}{walk.base_tokens:,}{how}"))
     elif walk.pixels.shape[0] > 1:
         steps.append(("base tokens", "none: nobase leaves the base view out"))
     if walk.final is not None:
@@ -152,13 +155,29 @@ def token_steps(walk: Walk, geometry) -> list[tuple[str, str]]:
     if walk.newline_tokens:
         where = "one ends each row of the map" if walk.final is not None else "one, after the only crop"
         steps.append(("newlines", f"{walk.newline_tokens:,}: {where}"))
+    if geometry.marks:
+        start, end = geometry.marks
+        steps.append(("marks", f"2, of the text: {start} in front of the tokens, {end} behind them"))
     return steps
+
+
+def merges_map(geometry) -> bool:
+    """Whether the patches of the whole photo form one grid, 2x2 of which make a token."""
+    return geometry.rules.native and geometry.merges
 
 
 def kept_sizes(walk: Walk, geometry) -> dict[int, int]:
     """{patch size in pixels: kept patches of it}, of a tower that chooses."""
-    levels = range(1, geometry.chooser.choice.num_scales + 1)
+    levels = range(1, geometry.choice.num_scales + 1)
     return {geometry.patch << i - 1: int((walk.levels == i).sum()) >> 2 * (i - 1) for i in levels}
+
+
+def kept_text(walk: Walk, geometry) -> str:
+    """How many patches are kept of each size."""
+    sizes, choice = kept_sizes(walk, geometry), geometry.choice
+    middle = f" at alpha {choice.middle}, the middle of its range" if choice.draws else ""
+    kept = ", ".join(f"{count:,} of {size} px" for size, count in sizes.items())
+    return f"{sum(sizes.values()):,}{middle}: {kept}"
 
 
 def map_text(walk: Walk, geometry) -> str:
@@ -189,15 +208,14 @@ def stock_text(stock: tuple[str, int], total: int) -> str:
     )
 
 
-def prompt_steps(prompt, visual: int) -> list[str]:
+def prompt_steps(prompt, visual: int, marks: int) -> list[str]:
     """The text around the image and the length of the whole sequence."""
     shown = prompt.text if len(prompt.text) <= 400 else f"{prompt.text[:200]} ... {prompt.text[-200:]}"
-    found = step("prompt", f"template {prompt.template}: {shown!r}")
+    found = step("prompt", f"{prompt.template}: {shown!r}")
     found += step("text tokens", f"{prompt.tokens:,} around <image>, by the tokenizer of {prompt.source}")
-    length = visual + prompt.tokens
-    found += step("sequence", f"{visual:,} + {prompt.tokens:,} = {length:,} tokens")
-    if prompt.limit is not None:
-        room = prompt.limit - length
-        text = f"{room:,} are left" if room >= 0 else f"{-room:,} too many: the end would be cut off"
-        found += step("", f"of {prompt.limit:,} ({prompt.limit_name}), {text}")
-    return found
+    parts = [part for part in (visual, marks, prompt.tokens) if part]
+    length = sum(parts)
+    found += step("sequence", f"{' + '.join(f'{part:,}' for part in parts)} = {length:,} tokens")
+    room = prompt.limit - length
+    text = f"{room:,} are left" if room >= 0 else f"{-room:,} too many: the end would be cut off"
+    return found + step("", f"of {prompt.limit:,} ({prompt.limit_name}), {text}")

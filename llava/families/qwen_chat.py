@@ -1,0 +1,91 @@
+"""The chat format of Qwen's vision-language models: prompts, and training tokens with their labels."""
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import Turn
+from llava.errors import LlavaError
+from llava.families.base import Loaded, Turns
+
+IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+PAD = IMAGE_TOKENS[1]
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_OPEN = "<|im_start|>assistant\n"
+
+
+class QwenChat:
+    """How a family writes its conversations, before `Family`.
+
+    Attributes:
+        title: the model's name in messages.
+        system: the system text where a conversation has none; None: there is none then.
+    """
+
+    title: str
+    system: str | None
+
+    def chat_turns(self, turns: Turns) -> list[Turn]:
+        """A conversation as the chat template writes it, piece by piece; the first piece is the system's.
+
+        An `<image>` stays `<image>`; a newline right behind one, as LLaVA's data has it, is left out, since the
+        template's own prompts have none there. A system turn at the front takes the place of the family's own text.
+        """
+        system = self.system
+        if turns and turns[0][0] == "system":
+            system, turns = turns[0][1], turns[1:]
+        pieces = [] if system is None else [Turn(f"<|im_start|>system\n{system}<|im_end|>\n")]
+        for speaker, text in turns:
+            header = f"<|im_start|>{_ROLES[speaker]}\n"
+            body = text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN) + "<|im_end|>"
+            pieces += [Turn(header + body, len(header) if speaker == "gpt" else None), Turn("\n")]
+        return pieces
+
+    def check_chat_template(self, processor, where: str) -> None:
+        """Refuse a model whose chat template writes something else than `chat_turns`; one without a template passes."""
+        render = processor if getattr(processor, "chat_template", None) is not None else processor.tokenizer
+        if render.chat_template is None:
+            return
+        turns = [("system", "Be brief."), ("human", f"{DEFAULT_IMAGE_TOKEN}\nWhat?"), ("gpt", "A b."), ("human", "So?")]
+        for chat in (turns[1:], turns):
+            messages = []
+            for speaker, text in chat:
+                images = [{"type": "image"}] * text.count(DEFAULT_IMAGE_TOKEN)
+                words = [{"type": "text", "text": text.removeprefix(f"{DEFAULT_IMAGE_TOKEN}\n")}]
+                messages.append({"role": _ROLES[speaker], "content": images + words})
+            theirs = render.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ours = "".join(turn.text for turn in self.chat_turns(chat)) + _OPEN
+            if theirs != ours.replace(DEFAULT_IMAGE_TOKEN, "".join(IMAGE_TOKENS)):
+                raise LlavaError(f"{where}: its chat template writes {theirs!r}, expected {self.title}'s")
+
+    def encode(self, source: list, loaded: Loaded, images: bool) -> tuple[list[int], list[int]]:
+        """Ids (-200 marks an image) and labels of one conversation: answers, with the token that ends them.
+
+        Raises:
+            LlavaError: not a conversation, or one that spells out image tokens.
+        """
+        from llava.data.preprocess import encode_spans
+        from llava.data.turns import leading_system, place_image, read_turns
+        from llava.text_encoding import text_encoder
+
+        encoder, system = text_encoder(loaded.tokenizer), leading_system(source)
+        turns = [(speaker, place_image(text) if images else text) for speaker, text in read_turns(source)]
+        ids: list[int] = []
+        labels: list[int] = []
+        for turn in self.chat_turns(turns if system is None else [("system", system), *turns]):
+            spans = [] if turn.answer_start is None else [(turn.answer_start, len(turn.text))]
+            more_ids, more_labels = encode_spans(encoder, turn.text, spans, images)
+            ids += more_ids
+            labels += more_labels
+        if loaded.tokenizer.convert_tokens_to_ids(PAD) in ids:
+            raise LlavaError(f"conversations: found {PAD} in a text, expected <image> for an image")
+        return ids, labels
+
+    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None) -> str:
+        from llava.data.turns import place_image
+
+        placed = [(speaker, place_image(text) if speaker == "human" else text) for speaker, text in turns]
+        return "".join(turn.text for turn in self.chat_turns(placed)) + _OPEN + (answer or "")
+
+    def tokens(self, text, loaded):
+        from llava.data.preprocess import encode_spans
+        from llava.text_encoding import text_encoder
+
+        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=True)[0]
