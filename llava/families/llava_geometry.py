@@ -73,7 +73,8 @@ def plain_geometry(
 
     from llava.images.geometry import parse_grid_pinpoints
     from llava.model.multimodal_encoder.base import FixedGrid
-    from llava.model.visual_merge import MergeRules, check_merge_options
+    from llava.model.vision_settings import check_merge_options
+    from llava.model.visual_merge import MergeRules
 
     check_merge_options(mm_patch_merge_type, image_aspect_ratio)
     if not 0 < patch <= crop:
@@ -143,8 +144,8 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
     from llava.images.processing import processor_sides
     from llava.model.multimodal_encoder.builder import tower_type
     from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
-    from llava.model.vision_settings import check_combination
-    from llava.model.visual_merge import MergeRules, check_merge_options, native_resolution
+    from llava.model.vision_settings import check_combination, check_merge_options
+    from llava.model.visual_merge import MergeRules, native_resolution
 
     rules = MergeRules.from_config(cfg)
     check_merge_options(rules.mm_patch_merge_type, rules.image_aspect_ratio)

@@ -154,8 +154,6 @@ class Qwen2VL(QwenChat, Family):
 
     def set_run_images(self, images, settings, path: str):
         """Give the image processor of `path` the run's sizes and the run's choice of patches, which is returned."""
-        from llava.config.checks import patch_names
-
         given = {side: settings[key] for side, key in _SIZES if settings.source(key) != "default"}
         images.size = {**dict(images.size), **given}
         if images.size["shortest_edge"] > images.size["longest_edge"]:
@@ -163,6 +161,12 @@ class Qwen2VL(QwenChat, Family):
                 f"min_pixels and max_pixels: found {images.size['shortest_edge']} and {images.size['longest_edge']} "
                 f"(keys, or the image processor of {path}), expected the first not above the second"
             )
+        return self.set_run_choice(images, settings)
+
+    def set_run_choice(self, images, settings):
+        """Let the image processor choose patches as the run says; returns the choice, None for all patches."""
+        from llava.config.checks import patch_names
+
         if settings.source("adaptive_patches") == "default":
             choice = images.adaptive_patches
         else:
@@ -272,7 +276,7 @@ class Qwen2VL(QwenChat, Family):
             source=source + (f"; image processor as published for {path}" if published else ""),
             layout=layout + (f"; adaptive patches ({choice.description})" if choice else ""),
             choice=choice,
-            marks=(START, END),
+            marks=IMAGE_TOKENS[::2],
         )
 
     def load_text(self, path, run=None):
