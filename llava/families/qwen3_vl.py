@@ -28,8 +28,8 @@ class Qwen3VL(Qwen2VL):
 def _classes():
     import transformers as stock
 
-    from llava.model.loss import training_class
     from llava.model.qwen2_vl.processing import PillowProcessor
+    from llava.model.stock import training_class
 
     class Qwen3VLProcessor(PillowProcessor, stock.Qwen3VLProcessor):
         stock_class, image_class = stock.Qwen3VLProcessor, stock.Qwen2VLImageProcessorPil

@@ -81,11 +81,3 @@ def supervised_training(*inputs: str):
         return model_class
 
     return decorate
-
-
-@functools.cache
-def training_class(stock):
-    """A class of transformers with `supervised_training` and its own name, by which transformers finds the names of
-    its weights and which saved folders carry."""
-    own = type(stock.__name__, (stock,), {"__module__": stock.__module__, "__doc__": stock.__doc__})
-    return supervised_training()(own)

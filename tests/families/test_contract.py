@@ -111,6 +111,17 @@ def test_save_and_load(kit, whole):
     assert loaded.tokenizer(text).input_ids == whole.trainer.train_dataset.loaded.tokenizer(text).input_ids
 
 
+def test_names_of_saved_weights(kit, inference, tmp_path, monkeypatch):
+    """The published ones, also under ZeRO-3, which leaves a model with all renamings that transformers knows of it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    renamings = get_model_conversion_mapping(inference.model)
+    assert renamings
+    monkeypatch.setattr(inference.model, "_weight_conversions", renamings, raising=False)
+    inference.model.save_pretrained(tmp_path)
+    assert weights(tmp_path).keys() == load_file(f"{kit.checkpoint}/model.safetensors").keys()
+
+
 def test_samples_can_be_made_in_another_process(whole):
     data = whole.trainer.train_dataset
     again = pickle.loads(pickle.dumps(data))

@@ -34,6 +34,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 from llava.errors import LlavaError
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl.layout import MERGE, PatchLayout
+from llava.model.stock import SavesStockNames
 from llavavit.varlen_attention import pack_lengths, varlen_attention
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
@@ -283,7 +284,7 @@ class AdaptiveQwen2_5_VLModel(_AdaptiveModel, Qwen2_5_VLModel):
     vision_class, text_class = AdaptiveQwen2_5_VisionTransformer, Qwen2_5_VLTextModel
 
 
-class _AdaptiveGeneration:
+class _AdaptiveGeneration(SavesStockNames):
     """A model with its output layer."""
 
     model_class = stock_class = None
@@ -295,11 +296,7 @@ class _AdaptiveGeneration:
         self.post_init()
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As transformers'; weights have the published names, and the folder names transformers' class for others.
-
-        Left to itself, transformers would prefix names twice where a model was loaded under ZeRO-3.
-        """
-        self._weight_conversions = get_checkpoint_conversion_mapping(type(self).__name__)
+        """As transformers'; weights have the published names, and the folder names transformers' class for others."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             self.config.architectures = [self.stock_class.__name__]
