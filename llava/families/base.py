@@ -213,8 +213,8 @@ class Family(ABC):
 
     @abstractmethod
     def load_text(self, path: str, run=None) -> Loaded:
-        """What writes and counts prompts, as a model, or a resolved `run`, has it; of `Loaded.model` it is only the
-        config that may be there.
+        """What writes and counts the prompts of a model, or of a resolved `run` with that model's tokenizer;
+        `Loaded.model` holds a config at most.
 
         Raises:
             LlavaError: there is no tokenizer, or it is not this family's.
