@@ -39,16 +39,14 @@ def check_choices(task: str, rows: list[dict], accuracy: float, questions: list,
     """The ten losses are those of the next token's logits after the prompt; the accuracy is that of the likeliest."""
     import torch
 
-    from llava.data.images import load_image
-    from llava.eval.questions import build_prompt
+    from llava.images.reading import load_image
 
     digits = [inference.tokens(str(digit)) for digit in range(10)]
     assert all(len(ids) == 1 for ids in digits), "a digit is not one token: there is no formula to compare with"
     faults, correct, chosen = [], 0, set()
     for row in rows:
         question = questions[row["doc_id"]]
-        prompt = inference.tokens(build_prompt(question, inference.template))
-        inputs = inference.inputs([prompt], [[load_image(path) for path in question.paths]])
+        inputs = inference.inputs([inference.prompt(question.turns)], [[load_image(path) for path in question.paths]])
         with torch.no_grad():
             logs = inference.model(**inputs).logits[0, -1].double().log_softmax(-1)[[ids[0] for ids in digits]]
         losses = torch.tensor([float(choice[0]) for choice in row["filtered_resps"]], dtype=torch.float64)
@@ -64,8 +62,8 @@ def check_choices(task: str, rows: list[dict], accuracy: float, questions: list,
 
 def main() -> int:
     from llava.data.records import read_file
-    from llava.eval.inference import Inference
     from llava.eval.questions import read_questions
+    from llava.inference.engine import Inference
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exact", required=True, help="what llava.eval.exact_match wrote")
