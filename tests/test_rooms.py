@@ -1,10 +1,13 @@
 """Which room of the house may import which: arrows point one way, and what a model is called is asked in two rooms."""
 
 import ast
+import importlib
+import pkgutil
 from pathlib import Path
 
 import pytest
 
+import llava
 from llava.conversation import conv_templates
 from llava.families import FAMILIES
 
@@ -138,3 +141,46 @@ def test_such_questions_are_found():
     ):
         assert len(asked_names(text)) == 1
     assert not asked_names('if version == "qwen_1_5" or family == "llava": pass\nkind = "qwen2_vl"')
+
+
+# --- names ---
+
+
+def is_there(name: str) -> bool:
+    """A module, or what one has; what it has may be loaded when it is first asked for."""
+    module, _, last = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), last) or bool(importlib.import_module(name))
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] in ("llava", "llavavit"):
+            return False
+        raise
+
+
+@pytest.mark.parametrize("folder", ["llava", "llavavit", "benchmarks", "playground", "scripts"])
+def test_every_name_that_is_imported_is_there(folder):
+    """Also inside functions, which no other test may come through."""
+    asked = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        where = path.relative_to(ROOT)
+        for line, name in imported(ast.parse(path.read_text()), where.parts[:-1]):
+            if name.startswith(("llava.", "llavavit.")):
+                asked.setdefault(name, f"{where}:{line}: {name}")
+    assert asked and not [where for name, where in asked.items() if not is_there(name)]
+
+
+PACKAGES = [info.name for info in pkgutil.walk_packages(llava.__path__, "llava.") if info.ispkg]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_exported_name_resolves(package):
+    module = importlib.import_module(package)
+    for name in getattr(module, "__all__", ()):
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError):
+        module.no_such_name  # noqa: B018
+
+
+def test_a_name_that_is_not_there_is_found():
+    assert is_there("llava.data.load_records") and is_there("llava.model.builder")
+    assert not is_there("llava.data.text_encoder") and not is_there("llava.eval.inference.Inference")
