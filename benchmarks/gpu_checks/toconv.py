@@ -10,7 +10,6 @@ from gpu_checks.models import left_padded, make_batch, make_config, make_model, 
 from gpu_checks.numerics import relative
 from gpu_checks.registry import Context, Result, check
 from llava.constants import TUNABLE_PARTS
-from llava.families import get_family
 
 # tokens per side: (of the encoder, left by the compressor or None), each "none" before what it is held against
 CASES = ((24, None), (24, 12), (24, 8), (16, None), (16, 12), (16, 8))
@@ -153,8 +152,7 @@ class Bench:
         for case in self.cases:
             case.tower.float().train()
             self.use(case)
-            parts = set(TUNABLE_PARTS) if parts is None else parts
-            training.set_trainable(self.model, get_family("llava"), parts)
+            training.set_trainable(self.model, set(TUNABLE_PARTS) if parts is None else parts)
             trained |= {id(p): p for p in self.model.parameters() if p.requires_grad}
         # one for all cases: what has no gradient in a case's step is left alone
         self.optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, fused=self.device == "cuda")

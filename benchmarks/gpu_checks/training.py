@@ -55,12 +55,11 @@ class Stepper:
 
     def __init__(self, context: Context, llm: str, tower: str, rows: int):
         from llava.constants import TUNABLE_PARTS
-        from llava.families import get_family
         from llava.train.parts import set_trainable
 
         self.device = context.device
         self.model = make_model(make_config(llm, tower, use_cache=False), context.device, torch.float32)
-        set_trainable(self.model, get_family("llava"), set(TUNABLE_PARTS))
+        set_trainable(self.model, set(TUNABLE_PARTS))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=context.device == "cuda")
         text, answer = ((20, 40), (10, 30)) if context.small else ((60, 200), (60, 250))

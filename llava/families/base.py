@@ -249,6 +249,10 @@ class Family(ABC):
             pictures: PIL images of each row, or clips as lists of frames, one per IMAGE_TOKEN_INDEX.
         """
 
+    def squares_several(self, loaded: Loaded) -> bool:
+        """Whether several pictures of a prompt are squared and get one crop each, whatever one alone becomes."""
+        return False
+
     @abstractmethod
     def sequence_length(self, inputs: dict, loaded: Loaded) -> tuple[int, int]:
         """(text tokens, visual tokens) of one prepared prompt in the language model."""

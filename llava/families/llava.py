@@ -232,6 +232,9 @@ class Llava(Family):
         dtype = torch.float32 if self.float32_inputs(model) else model.dtype
         return [values.to(model.device, dtype) for values in made]
 
+    def squares_several(self, loaded):
+        return getattr(loaded.model.config, "image_aspect_ratio", None) != "native"
+
     def sequence_length(self, inputs, loaded):
         from llava.constants import IMAGE_TOKEN_INDEX
 

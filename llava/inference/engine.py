@@ -80,34 +80,35 @@ class Inference:
         """
         return self.family.inputs(prompts, pictures, self.loaded)
 
-    def generate(self, prompts: list[list[int]], pictures: list[list], **options) -> list[str]:
+    def generate(self, prompts: list[list[int]], pictures: list[list], until=(), **options) -> list[str]:
         """The answers to a batch of prompts.
 
         Args:
             prompts, pictures: as `inputs` takes them.
+            until: texts that end an answer, besides `stop_texts`.
             **options: of transformers' `generate`; greedy without any.
         """
-        return self.answer(self.inputs(prompts, pictures), **options)
+        return self.answer(self.inputs(prompts, pictures), until, **options)
 
-    def answer(self, inputs: dict, **options) -> list[str]:
+    def answer(self, inputs: dict, until=(), **options) -> list[str]:
         """The answers to prepared inputs: as `generate`, for one who looks at the inputs first."""
         import torch
 
         from llava.inference.stopping import KeywordsStoppingCriteria
 
         options = {"do_sample": False, **options}
-        if self.stop_texts:
-            criterion = KeywordsStoppingCriteria(self.stop_texts, self.tokenizer, inputs["input_ids"])
+        if ends := [*self.stop_texts, *until]:
+            criterion = KeywordsStoppingCriteria(ends, self.tokenizer, inputs["input_ids"])
             options["stopping_criteria"] = [*options.get("stopping_criteria", ()), criterion]
         with torch.inference_mode():
             ids = self.model.generate(
                 **inputs, eos_token_id=self.stop_ids, pad_token_id=self.tokenizer.pad_token_id, **options
             )
         new = ids[:, inputs["input_ids"].shape[1] :] if self.family.returns_prompt else ids
-        return [self.cut(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return [self.cut(text, until) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
-    def cut(self, text: str) -> str:
-        """Generated text up to the first of `stop_texts`, without blanks at its ends."""
-        for stop in self.stop_texts:
+    def cut(self, text: str, until=()) -> str:
+        """Generated text up to the first of `stop_texts` or `until`, without blanks at its ends."""
+        for stop in (*self.stop_texts, *until):
             text = text.split(stop, 1)[0]
         return text.strip()

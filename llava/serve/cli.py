@@ -203,7 +203,9 @@ class Terminal:
         for source in split_sources([self.needed(rest, "/image PATH")]):
             picture = self.chat.add_picture(source)
             self.notify(f"{source}: {picture.image.width} x {picture.image.height} pixels, goes with the next message")
-        if len(self.chat.pictures) + len(self.chat.waiting) > 1:
+        inference = self.chat.inference
+        several = len(self.chat.pictures) + len(self.chat.waiting) > 1
+        if several and inference.family.squares_several(inference.loaded):
             self.notify("several pictures: each is squared and given one crop, as in training")
 
     def answer(self, text: str) -> None:

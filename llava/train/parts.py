@@ -4,16 +4,18 @@ import torch.nn as nn
 
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
+from llava.families import get_family
 from llava.model.lora import is_adapted, trains_under_lora
 from llava.utils import rank0_print
 
 
-def set_trainable(model: nn.Module, family, parts: set[str], lora_bias: str = "none") -> None:
+def set_trainable(model: nn.Module, parts: set[str], lora_bias: str = "none", family=None) -> None:
     """Give gradients to the parameters of `parts` and to no others; print how many there are of each.
 
     Modules that have no part in the features stay frozen: an optimizer would only decay them. In a model with LoRA
-    adapters the language model's part is what `trains_under_lora` says.
+    adapters the language model's part is what `trains_under_lora` says. `family` None: LLaVA.
     """
+    family = family or get_family("llava")
     adapted, part_of = is_adapted(model), family.part_of
     counts = {part: 0 for part in TUNABLE_PARTS if any(part_of(name) == part for name, _ in model.named_parameters())}
     total = 0

@@ -83,7 +83,7 @@ def _train(model_args, data_args, training_args, make):
     data, model = make_data(records, family, loaded, args), loaded.model
     if training_args.lora_enable:
         model = adapt(model, model_args, training_args)
-    set_trainable(model, family, parts, training_args.lora_bias)
+    set_trainable(model, parts, training_args.lora_bias, family)
     if training_args.lora_enable and not training_args.deepspeed:
         keep_trained_in_float32(model)
 

@@ -17,6 +17,7 @@ from llava.eval.lmms_eval_adapter import manifest
 from llava.eval.lmms_eval_adapter.media import read_video, read_visual
 from llava.inference.engine import Inference
 from llava.inference.likelihood import log_likelihoods, split_tokens
+from tests import tiny
 from tests.eval import common
 
 ADAPTER = "llava.eval.lmms_eval_adapter.models"
@@ -178,6 +179,32 @@ def test_an_answer_ends_before_its_until(adapter, kit, docs):
     for until in (None, end):
         model.generate_until([simple_requests(docs, {"until": until, "max_new_tokens": 12})[number]])
     assert new[1].shape[1] < new[0].shape[1]  # nothing is generated beyond the end
+
+
+@pytest.fixture(scope="module")
+def qwen2_vl(tmp_path_factory):
+    return tiny.qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
+
+
+def test_a_model_with_an_encoder_of_its_own(adapter, qwen2_vl, docs):
+    """Whose `generate` returns the prompt: an end that stands in it ends nothing."""
+    docs = [doc for doc in docs if not isinstance((doc[1] or [None])[0], list)]  # it takes no videos
+    model = adapter.LlavaTowers(qwen2_vl, batch_size=3, max_new_tokens=8)
+    model.task_dict["task"] = {"test": docs}
+    inference = Inference.load(qwen2_vl)
+    whole = model.generate_until(simple_requests(docs))
+    for (text, visuals), answer in zip(docs, whole, strict=True):
+        pictures = [Image.open(v).convert("RGB") if isinstance(v, str) else v for v in visuals or ()]
+        images = " ".join(["<image>"] * len(pictures)) + "\n" if pictures else ""
+        prompt = inference.prompt([("human", images + text)])
+        assert inference.generate([prompt], [pictures], max_new_tokens=8) == [answer]
+    assert len(set(whole)) > 2
+    longest = max(whole, key=len)
+    end = longest[len(longest) // 2 : len(longest) // 2 + 2]
+    ended = model.generate_until(simple_requests(docs, {"until": [end, "assistant\n", "is"]}))
+    ends = (end, "assistant\n", "is")
+    assert ended == [min((text.split(stop)[0] for stop in ends), key=len).strip() for text in whole]
+    assert ended != whole
 
 
 @pytest.mark.parametrize(

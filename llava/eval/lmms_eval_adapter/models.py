@@ -42,11 +42,6 @@ def generation_options(kwargs: dict, max_new_tokens: int) -> tuple[dict, list[st
     return {"do_sample": sample, "max_new_tokens": int(length), **options}, until
 
 
-def cut(text: str, until: list[str]) -> str:
-    """The text before the first of the ends in it."""
-    return text[: min([text.index(end) for end in until if end in text], default=len(text))].strip()
-
-
 class LlavaTowers(lmms):
     """A checkpoint as lmms-eval's older kind of model: text, with a list of images or videos.
 
@@ -168,9 +163,6 @@ class LlavaTowers(lmms):
 
     def generate_until(self, requests: list) -> list[str]:
         """The answer to each request; requests with the same generation_kwargs share batches."""
-        import torch
-
-        from llava.inference.stopping import KeywordsStoppingCriteria
 
         def settings(request) -> str:
             return json.dumps(self._generation_kwargs(request), sort_keys=True, default=str)
@@ -179,14 +171,11 @@ class LlavaTowers(lmms):
         for batch in self._batches(requests, settings, "generate"):
             kwargs = self._generation_kwargs(requests[batch[0]])
             options, until = generation_options(kwargs, self.max_new_tokens)
-            if until:
-                none = torch.empty(1, 0, dtype=torch.long)
-                options["stopping_criteria"] = [KeywordsStoppingCriteria(until, self.tokenizer, none)]
             asked = [self._asked(requests[place]) for place in batch]
             prompts = [self.inference.prompt(turns) for turns, _ in asked]
-            texts = self.inference.generate(prompts, [pictures for _, pictures in asked], **options)
+            texts = self.inference.generate(prompts, [pictures for _, pictures in asked], until, **options)
             for place, text in zip(batch, texts, strict=True):
-                answers[place] = cut(text, until)
+                answers[place] = text
                 self.cache_hook.add_partial("generate_until", (requests[place].args[0], kwargs), answers[place])
         return answers
 
