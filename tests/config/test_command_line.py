@@ -221,11 +221,26 @@ def test_a_mapping_in_one_word(text, value):
         (["{method: v2"], "adaptive_patches is '{method: v2', neither JSON"),
         (["{method: v2}"], "command line: adaptive_patches: alpha: missing"),
         (["0.3"], "adaptive_patches is '0.3', expected mapping"),
-        (["{method: v1}", "--image_aspect_ratio", "anyres"], "expected square, pad or native"),
-        (["{method: v1}", "--mm_projector_type", "pooler"], "mm_projector_type 'pooler'"),
-        (["{method: v1}", "--use_token_compression"], "found use_token_compression"),
-        (["{method: v1}", "--mm_vision_tower_type", "clip+toconv"], "found use_token_compression"),
     ],
 )
 def test_adaptive_patches_refused(words, message):
     assert message in one_line_error(["--adaptive_patches", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image_aspect_ratio", "anyres"], "expected square, pad or native"),
+        (["--mm_projector_type", "pooler"], "mm_projector_type 'pooler'"),
+        (["--use_token_compression"], "found use_token_compression"),
+        (["--mm_vision_tower_type", "clip+toconv"], "found use_token_compression"),
+    ],
+)
+def test_what_adaptive_patches_do_not_go_with(words, message, capsys):
+    """The model's family refuses it, in training and where the run is shown."""
+    from llava.config.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["show", "--adaptive_patches", "{method: v1}", "--version", "qwen_1_5", *words])
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
