@@ -251,7 +251,10 @@ class Qwen2VL(QwenChat, Family):
 
     def length(self, record, sizes, loaded, args) -> Length:
         images = loaded.image_processor
-        grids = [images.get_number_of_image_patches(height, width, {}) for width, height in sizes]
+        try:
+            grids = [images.get_number_of_image_patches(height, width, {}) for width, height in sizes]
+        except ValueError as error:  # as `sample` would say
+            raise LlavaError(f"image: found sizes {sizes} that cannot be processed ({error})") from None
         ids, _ = self.encode(record["conversations"], loaded, bool(sizes))
         merge = images.merge_size**2
         tokens = len(ids) - len(sizes) + sum(patches // merge + 2 for patches in grids)

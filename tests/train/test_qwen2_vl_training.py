@@ -91,8 +91,8 @@ def test_what_is_left_is_a_stock_folder(kit, trained):
     assert before.keys() == after.keys()
     stock = AutoModelForImageTextToText.from_pretrained(trained)
     assert type(stock).__name__ == "Qwen2VLForConditionalGeneration" and stock.config.text_config.use_cache
-    for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
-        assert "Adaptive" not in (trained / name).read_text(), name
+    for path in trained.glob("*.json"):
+        assert "Adaptive" not in path.read_text(), path.name
     assert json.loads((trained / "config.json").read_text())["architectures"] == ["Qwen2VLForConditionalGeneration"]
     saved = json.loads((trained / "preprocessor_config.json").read_text())
     assert (saved["patch_selection_method"], saved["alpha"]) == ("budget", 0.65)  # the middle of the range

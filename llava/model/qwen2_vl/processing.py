@@ -42,9 +42,12 @@ class PillowProcessor:
         return super().to_dict(*args, **kwargs) | {"processor_class": self.stock_class.__name__}
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As transformers', with `preprocessor_config.json`, where it looks for a video processor that is not here."""
+        """As transformers', under its class's name, with `preprocessor_config.json`, where it looks for a video
+        processor that is not here."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
+        self.tokenizer._set_processor_class(self.stock_class.__name__)  # in place of this class's
+        self.tokenizer.save_pretrained(save_directory)
         return saved
 
 
