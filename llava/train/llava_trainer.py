@@ -90,6 +90,8 @@ class LLaVATrainer(Trainer):
             gathered = [None] * self.args.world_size
             torch.distributed.all_gather_object(gathered, new)
             new = [record for part in gathered for record in part]
+        if not new:
+            return
         for record in sorted(set(new) - self.bad_records):
             rank0_print(f"left out: {record}")
         self.bad_records.update(new)
