@@ -25,26 +25,46 @@ sys.exit(not here or any(importlib.util.find_spec(name) is None for name in sys.
 ' "$ROOT" "$@") 2>/dev/null
 }
 
-# new_enough PYTHON: it exists and is at least 3.10.
+# new_enough PYTHON: it exists and is at least 3.11, as pyproject.toml wants it.
 new_enough() {
-    command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+    command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# use_environment EXTRAS MODULE...: set PYTHON to a Python that has this checkout with these extras: the current one if
-# its llava is this checkout (another llava, such as LLaVA-NeXT's, may be installed), else .venv, made when needed.
-use_environment() {
-    local extras="$1" base="" candidate
-    shift
-    for candidate in ${PYTHON:+"$PYTHON"} python python3 python3.13 python3.12 python3.11 python3.10; do
-        new_enough "$candidate" && base="$(command -v "$candidate")" && break
-    done
-    [[ -n "$base" ]] || fail "no Python 3.10 or later found; set PYTHON to one"
-    PYTHON="$base"
-    if ! has_checkout "$PYTHON" "$@"; then
-        if has_checkout "$PYTHON"; then
-            echo "$PYTHON has this checkout but not all of its extras [$extras]; using .venv"
+# newest_python: the newest Python here that can make a virtual environment (on Debian and Ubuntu not every one can).
+newest_python() {
+    local candidate
+    for candidate in python3.14 python3.13 python3.12 python3.11 python3 python; do
+        if new_enough "$candidate" && "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            command -v "$candidate"
+            return
         fi
-        make_venv "$base" "$extras" "$@"
+    done
+    fail "no Python 3.11 or later found that can make .venv (on Debian and Ubuntu: apt install python3-venv); set PYTHON to one"
+}
+
+# use_environment EXTRAS MODULE...: set PYTHON to a Python that has this checkout with these extras: $PYTHON, or the
+# current one, if its llava is this checkout (another llava, such as LLaVA-NeXT's, may be installed), else .venv, made
+# when needed by $PYTHON, or by the newest Python here.
+use_environment() {
+    local extras="$1" candidate candidates=(python python3) current=""
+    shift
+    if [[ -n "${PYTHON:-}" ]]; then
+        new_enough "$PYTHON" || fail "PYTHON=$PYTHON, expected a Python 3.11 or later"
+        candidates=("$PYTHON")
+    fi
+    for candidate in "${candidates[@]}"; do
+        if new_enough "$candidate" && has_checkout "$candidate"; then
+            current="$(command -v "$candidate")"
+            break
+        fi
+    done
+    if [[ -n "$current" ]] && has_checkout "$current" "$@"; then
+        PYTHON="$current"
+    else
+        if [[ -n "$current" ]]; then
+            echo "$current has this checkout but not all of its extras [$extras]; using .venv"
+        fi
+        make_venv "$extras" "$@"
     fi
     if [[ -n "${PYTHONPATH:-}" ]]; then
         export PYTHONPATH="$ROOT:$PYTHONPATH" # a llava that PYTHONPATH names must not hide this one
@@ -54,8 +74,8 @@ use_environment() {
 }
 
 make_venv() {
-    local base="$1" extras="$2" venv="$ROOT/.venv" stamp
-    shift 2
+    local extras="$1" base="${PYTHON:-}" venv="$ROOT/.venv" stamp
+    shift
     PYTHON="$venv/bin/python"
     stamp="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)"
     if [[ -f "$venv/installed-$extras" && "$(cat "$venv/installed-$extras")" == "$stamp" ]] &&
@@ -64,6 +84,7 @@ make_venv() {
     fi
     echo "installing this checkout into .venv"
     if ! new_enough "$PYTHON"; then
+        [[ -n "$base" ]] || base="$(newest_python)" || exit
         "$base" -m venv --clear "$venv" || fail "$base cannot make .venv (on Debian and Ubuntu: apt install python3-venv)"
     fi
     (cd "$ROOT" && unset PYTHONPATH && "$PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$extras]") ||

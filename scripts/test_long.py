@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--tower-seeds", type=int, nargs="*", default=[0], help="runs with each of the other towers")
     parser.add_argument("--qwen2-vl-seeds", type=int, nargs="*", default=[0], help="runs of the Qwen2-VL demo")
     parser.add_argument("--output", type=Path, default=ROOT / "checkpoints/long", help="folder for the runs")
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     parser.add_argument("--json", type=Path, default=ROOT / "test_results" / f"long_{now:%Y%m%d}.json")
     args, extra = parser.parse_known_args()
     wanted = [(seed, DEFAULT_TOWER) for seed in args.seeds]

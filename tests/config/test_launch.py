@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,19 @@ def launched(devices: int, **environment: str) -> list[str]:
     PYTHON=show launch c.yaml --seed 1
     """
     return bash(code, **environment).stdout.strip().split("|")
+
+
+def program(path: Path, code: str) -> None:
+    """An executable file of bash `code`."""
+    path.write_text(f"#!{shutil.which('bash')}\n{code}\n")
+    path.chmod(0o755)
+
+
+def few_tools(folder: Path) -> str:
+    """A PATH with nothing in it but what common.sh needs: no Python, no nvidia-smi."""
+    for name in ("bash", "cat", "cksum", "dirname"):
+        (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
 
 
 def test_one_plain_process_without_cuda():
@@ -64,6 +78,59 @@ def test_many_gpus_without_cuda_is_an_error():
     done = bash("cuda_devices() { echo 0; }; PYTHON=echo launch c.yaml", check=False, NUM_GPUS="8")
     assert done.returncode == 2
     assert done.stderr == "error: NUM_GPUS=8, but there is no CUDA device; NUM_PROCS=N runs N processes on the CPU\n"
+
+
+OLD, NO_VENV, NEW, OURS = "old", "no_venv", "new", "ours"
+
+
+def chosen_python(folder: Path, pythons: dict[str, str], **environment: str) -> subprocess.CompletedProcess:
+    """`use_environment` where PATH has these `pythons` (name: kind), which tell when they are to make .venv."""
+    path = few_tools(folder)
+    for name, kind in pythons.items():
+        code = f"""
+        case "$*" in
+            *version_info*) [[ {kind} != old ]] ;;
+            *ensurepip*) [[ {kind} != no_venv ]] ;;
+            "-m venv "*) echo "{name} makes it" ; exit 1 ;;
+            *) [[ {kind} == ours ]] ;;
+        esac"""
+        program(folder / name, code)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (folder / name).touch()
+    code = f"ROOT={shlex.quote(str(folder))}; use_environment demo torch; echo ${{PYTHON##*/}}"
+    return bash(code, check=False, PATH=path, **environment)
+
+
+@pytest.mark.parametrize(
+    "pythons, chosen",
+    [
+        ({"python": NEW, "python3": NEW, "python3.11": NEW, "python3.13": NEW}, "python3.13"),
+        ({"python3": NEW, "python3.12": NEW, "python3.13": OLD, "python3.14": NO_VENV}, "python3.12"),
+        ({"python": NEW, "python3": OLD, "python3.10": NEW}, "python"),
+    ],
+)
+def test_the_newest_python_makes_the_environment(pythons, chosen, tmp_path):
+    assert f"installing this checkout into .venv\n{chosen} makes it\n" == chosen_python(tmp_path, pythons).stdout
+
+
+def test_a_python_that_has_this_checkout_or_is_named_comes_first(tmp_path):
+    pythons = {"python": OLD, "python3": OURS, "python3.13": NEW, "python3.12": NEW}
+    assert chosen_python(tmp_path, pythons).stdout == "python3\n"
+    again = tmp_path / "again"
+    again.mkdir()
+    done = chosen_python(again, pythons, PYTHON="python3.12")
+    assert done.stdout == "installing this checkout into .venv\npython3.12 makes it\n"
+
+
+def test_no_python_is_one_line(tmp_path):
+    done = chosen_python(tmp_path, {"python3": NO_VENV, "python3.10": NEW})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no Python 3.") and done.stderr.count("\n") == 1
+    again = tmp_path / "again"
+    again.mkdir()
+    done = chosen_python(again, {"python3": NEW, "mine": OLD}, PYTHON="mine")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: PYTHON=mine, expected a Python 3.") and done.stderr.count("\n") == 1
 
 
 def test_this_checkout_is_told_from_another_llava(tmp_path):
