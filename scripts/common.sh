@@ -69,7 +69,7 @@ use_environment() {
     if [[ -n "${PYTHONPATH:-}" ]]; then
         export PYTHONPATH="$ROOT:$PYTHONPATH" # a llava that PYTHONPATH names must not hide this one
     fi
-    command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu # DeepSpeed then does not warn at every import
+    has_driver || export DS_ACCELERATOR=cpu # DeepSpeed then does not warn at every import
     export PYTHON PATH="$(dirname "$PYTHON"):$PATH" # DeepSpeed calls ninja, which pip put beside this Python
 }
 
@@ -108,22 +108,37 @@ use_lmms_environment() {
     python3 -m venv $ROOT/.venv-lmms && $ROOT/.venv-lmms/bin/pip install -e '$ROOT[lmms-eval]'"
 }
 
-# cuda_devices: how many CUDA devices PyTorch sees; asked only where there is an NVIDIA driver.
+DRIVER_SIGNS=(/proc/driver/nvidia/version /dev/nvidiactl /dev/nvidia0 /dev/dxg) # the last one in WSL
+
+# has_driver: there may be a GPU here. Containers often come without nvidia-smi; asking PyTorch would take seconds.
+has_driver() {
+    local sign
+    command -v nvidia-smi >/dev/null && return
+    for sign in "${DRIVER_SIGNS[@]}"; do
+        if [[ -e "$sign" ]]; then
+            return
+        fi
+    done
+    return 1
+}
+
+# cuda_devices: how many CUDA devices PyTorch sees, 0 where NUM_PROCS asks for the CPU; an error where it can use none of
+# them. PyTorch is asked only where there may be a GPU.
 cuda_devices() {
-    if command -v nvidia-smi >/dev/null; then
-        "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
-    else
+    if [[ -n "${NUM_PROCS:-}" ]] || ! has_driver; then
         echo 0
+    else
+        (cd "$ROOT" && "$PYTHON" -W ignore -m llava.train.devices)
     fi
 }
 
 # launch [CONFIG] --key value ...: one training run. On CUDA: torchrun (or LAUNCHER=deepspeed) with NUM_GPUS processes on
-# each of NNODES nodes, this one being RANK, with ADDR and PORT to meet at. Without CUDA: one plain process, or NUM_PROCS
-# processes, which also keeps a machine with CUDA on its CPU.
+# each of NNODES nodes, this one being RANK, with ADDR and PORT to meet at; of the devices in CUDA_VISIBLE_DEVICES, where
+# that is set. Without CUDA: one plain process, or NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
 launch() {
     local devices processes program="$ROOT/llava/train/train_mem.py"
-    devices="$(cuda_devices)"
-    if [[ -n "${NUM_PROCS:-}" || "$devices" == 0 ]]; then
+    devices="$(cuda_devices)" || exit
+    if [[ "$devices" == 0 ]]; then
         if [[ -z "${NUM_PROCS:-}" && "${NUM_GPUS:-1}" != 1 ]]; then
             fail "NUM_GPUS=$NUM_GPUS, but there is no CUDA device; NUM_PROCS=N runs N processes on the CPU"
         fi
@@ -139,12 +154,13 @@ launch() {
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
     else
         processes="${NUM_GPUS:-$devices}"
+        if [[ -z "${HOSTFILE:-}" ]] && ((processes > devices)); then
+            fail "NUM_GPUS=$NUM_GPUS, but PyTorch sees $devices CUDA device(s) (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-not set})"
+        fi
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
     fi
     if [[ "${LAUNCHER:-torchrun}" == deepspeed ]]; then
-        local hosts=(${HOSTFILE:+--hostfile "$HOSTFILE"} ${ADDR:+--master_addr "$ADDR"} ${PORT:+--master_port "$PORT"})
-        "$PYTHON" -m deepspeed.launcher.runner --num_gpus "$processes" ${NNODES:+--num_nodes "$NNODES"} \
-            ${hosts[@]+"${hosts[@]}"} "$program" "$@"
+        launch_with_deepspeed "$processes" "$program" "$@"
         return
     fi
     [[ "${LAUNCHER:-torchrun}" == torchrun ]] || fail "LAUNCHER=$LAUNCHER, expected torchrun or deepspeed"
@@ -156,7 +172,30 @@ launch() {
         "$program" "$@"
 }
 
-# read_demo_flags FLAG...: split the demo's flags into OUTPUT, OVERWRITE, SEED and the OVERRIDES that both stages get.
+# launch_with_deepspeed PROCESSES PROGRAM ARGUMENT...: by DeepSpeed's launcher, on this node or on those of HOSTFILE.
+launch_with_deepspeed() {
+    local processes="$1" visible="${CUDA_VISIBLE_DEVICES-unset}"
+    shift
+    local where=(${HOSTFILE:+--hostfile "$HOSTFILE"} ${ADDR:+--master_addr "$ADDR"} ${PORT:+--master_port "$PORT"})
+    # /job/hostfile is read without being named
+    if [[ "$visible" == unset || -n "${HOSTFILE:-}" || "${NNODES:-1}" != 1 || -f /job/hostfile ]]; then
+        where=(--num_gpus "$processes" ${NNODES:+--num_nodes "$NNODES"} ${where[@]+"${where[@]}"})
+        "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" "$@"
+        return
+    fi
+    # Told how many devices to use, the launcher counts them from 0 and drops CUDA_VISIBLE_DEVICES. It takes numbers in its
+    # own way; anything else (GPU-..., MIG-..., or nothing: the CPU) is given to each process.
+    if [[ "$visible" =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+        where=(--include "localhost:$(cut -d, -f "1-$processes" <<<"$visible")" ${where[@]+"${where[@]}"})
+    else
+        where=(--num_gpus "$processes" --no_local_rank --no_python ${where[@]+"${where[@]}"})
+        set -- env CUDA_VISIBLE_DEVICES="$visible" "$PYTHON" -u "$@"
+    fi
+    (unset CUDA_VISIBLE_DEVICES && "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" "$@")
+}
+
+# read_demo_flags FLAG...: split the demo's flags into OUTPUT, OVERWRITE, SEED and the OVERRIDES that both stages get. The
+# demo's steps are counted for one process: it gets the first device, unless the caller names some or says how many.
 read_demo_flags() {
     OUTPUT=checkpoints/demo OVERWRITE=no SEED=0 OVERRIDES=()
     while (($#)); do
@@ -178,6 +217,9 @@ read_demo_flags() {
         esac
         shift
     done
+    if [[ -z "${NUM_GPUS:-}${NUM_PROCS:-}" ]]; then
+        export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
+    fi
     if [[ "$OUTPUT" != /* && "$PWD" != "$ROOT" ]]; then
         OUTPUT="$PWD/$OUTPUT"
     fi

@@ -29,7 +29,7 @@ model="$1" tasks="$2"
 shift 2
 words=(-m lmms_eval --model llava_towers --model_args "pretrained=$model" --tasks "$tasks" "$@")
 devices="$(cuda_devices)"
-if [[ -n "${NUM_PROCS:-}" || "$devices" == 0 ]]; then
+if [[ "$devices" == 0 ]]; then
     processes="${NUM_PROCS:-1}"
     export CUDA_VISIBLE_DEVICES="" ACCELERATE_USE_CPU=true
 else

@@ -12,7 +12,8 @@ usage: bash scripts/finetune.sh [--overwrite] [--key value ...]
 Every key of a config may be given as --key value and then stands above it; `python -m llava.config table` lists them.
 In the demo the keys go to both stages; --output_dir is the folder of both (checkpoints/demo); --overwrite starts anew.
 Environment: NUM_GPUS, NNODES, RANK, ADDR, PORT (as in LLaVA-NeXT), LAUNCHER=torchrun|deepspeed, HOSTFILE,
-             NUM_PROCS (processes on the CPU), PYTHON, EVAL_LIMIT (held-out questions of a cut-short demo).
+             CUDA_VISIBLE_DEVICES, NUM_PROCS (processes on the CPU), PYTHON, EVAL_LIMIT (held-out questions of a
+             cut-short demo). The demo takes one GPU unless NUM_GPUS or CUDA_VISIBLE_DEVICES says otherwise.
 USAGE
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 from llava.config import Run, resolve
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
+from llava.train.devices import check_devices
 from llava.utils import rank0_print
 
 
@@ -35,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[SimpleNamespace, SimpleNa
     run = resolve(argv)
     if run["output_dir"] is None:
         raise LlavaError("output_dir is not set, expected the folder that the run writes to (--output_dir)")
+    check_devices(bool(run["use_cpu"]), argv)
     training_args = make_training_arguments(run)
     for notice in run.notices:
         rank0_print(f"note: {notice}", file=sys.stderr)
@@ -108,6 +110,8 @@ def _fall_back(values: dict[str, Any], notices: list[str]) -> None:
         values["attn_implementation"] = None
         lacking = "the package flash-attn" if cuda else "a CUDA device"
         notices.append(f"attn_implementation flash_attention_2 needs {lacking}; the best available is used")
+    if values.get("deepspeed"):
+        _prepare_deepspeed(cuda)
     if cuda:
         return
     for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
@@ -119,15 +123,14 @@ def _fall_back(values: dict[str, Any], notices: list[str]) -> None:
         values.update(torch_compile=False, torch_compile_backend=None, torch_compile_mode=None)
         notices.append("torch_compile needs a CUDA device; the model runs uncompiled")
     values.setdefault("dataloader_pin_memory", False)
-    if values.get("deepspeed"):
-        _prepare_deepspeed_on_cpu()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or values.get("deepspeed"):
         values["use_cpu"] = True  # otherwise accelerate starts no process group
 
 
-def _prepare_deepspeed_on_cpu() -> None:
+def _prepare_deepspeed(cuda: bool) -> None:
     """What DeepSpeed reads from the environment when it is imported; a single process needs no launcher."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -23,9 +23,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     config = resolve(argv)
 
+    from accelerate.utils import parse_flag_from_env
+
+    from llava.train.devices import usable_devices
     from llava.train.toconv.run import ToConvRun
     from llava.train.train import leave_process_group
 
+    if not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        usable_devices(on_cpu="ACCELERATE_USE_CPU=true")
     try:
         ToConvRun(config).train()
     finally:

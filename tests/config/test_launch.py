@@ -25,8 +25,13 @@ def bash(code: str, check: bool = True, cwd: Path = ROOT, **environment: str) ->
 def launched(devices: int, **environment: str) -> list[str]:
     """Environment and words of the command that `launch c.yaml --seed 1` runs where PyTorch sees `devices`."""
     code = f"""
-    cuda_devices() {{ echo {devices}; }}
-    show() {{ echo "${{CUDA_VISIBLE_DEVICES-}}|${{DS_ACCELERATOR-}}|${{RANK-}}|$*"; }}
+    has_driver() {{ true; }}
+    show() {{
+        case "$*" in
+            *llava.train.devices) echo {devices} ;;
+            *) echo "${{CUDA_VISIBLE_DEVICES-}}|${{DS_ACCELERATOR-}}|${{RANK-}}|$*" ;;
+        esac
+    }}
     PYTHON=show launch c.yaml --seed 1
     """
     return bash(code, **environment).stdout.strip().split("|")
@@ -74,10 +79,111 @@ def test_deepspeed_launcher():
     assert launched(8, **variables)[-1] == f"-m deepspeed.launcher.runner {where} {TRAIN} c.yaml --seed 1"
 
 
+@pytest.mark.parametrize(
+    "visible, number, words",
+    [
+        ("2,3", "2", f"--include localhost:2,3 --master_port 5 {TRAIN}"),
+        ("5,2,3", "2", f"--include localhost:5,2 --master_port 5 {TRAIN}"),
+        (
+            "GPU-a,GPU-b",
+            "1",
+            "--num_gpus 1 --no_local_rank --no_python --master_port 5 "
+            f"env CUDA_VISIBLE_DEVICES=GPU-a,GPU-b show -u {TRAIN}",
+        ),
+        (
+            "MIG-a",
+            "1",
+            f"--num_gpus 1 --no_local_rank --no_python --master_port 5 env CUDA_VISIBLE_DEVICES=MIG-a show -u {TRAIN}",
+        ),
+    ],
+)
+def test_deepspeed_launcher_keeps_the_visible_devices(visible, number, words):
+    devices = len(visible.split(","))
+    left, *_, command = launched(devices, LAUNCHER="deepspeed", CUDA_VISIBLE_DEVICES=visible, NUM_GPUS=number, PORT="5")
+    assert command == f"-m deepspeed.launcher.runner {words} c.yaml --seed 1"
+    assert left == ""  # else DeepSpeed says that it ignores them
+
+
+def test_deepspeed_launcher_on_the_cpu_shows_its_processes_no_gpu():
+    words = "--num_gpus 2 --no_local_rank --no_python env CUDA_VISIBLE_DEVICES= show -u"
+    command = launched(8, LAUNCHER="deepspeed", NUM_PROCS="2")[-1]
+    assert command == f"-m deepspeed.launcher.runner {words} {TRAIN} c.yaml --seed 1"
+
+
+def test_deepspeed_launcher_on_several_hosts_leaves_the_devices_to_it():
+    variables = {"LAUNCHER": "deepspeed", "CUDA_VISIBLE_DEVICES": "2,3", "NUM_GPUS": "8", "HOSTFILE": "hosts"}
+    visible, *_, command = launched(2, **variables)
+    assert visible == "2,3"
+    assert command == f"-m deepspeed.launcher.runner --num_gpus 8 --hostfile hosts {TRAIN} c.yaml --seed 1"
+
+
+@pytest.mark.parametrize("visible", ["2,3", "GPU-a,MIG-b"])
+def test_the_real_deepspeed_launcher_shows_its_processes_these_devices(visible, tmp_path):
+    """On the CPU, where DeepSpeed names devices as it does with CUDA; LOCAL_SIZE tells it how many there are."""
+    pytest.importorskip("deepspeed")
+    script = tmp_path / "show.py"
+    script.write_text(
+        "import os, sys\n"
+        "with open(sys.argv[0] + os.environ['LOCAL_RANK'], 'w') as file:\n"
+        "    print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['WORLD_SIZE'], *sys.argv[-2:], file=file)\n"
+    )
+    variables = {"CUDA_VISIBLE_DEVICES": visible, "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "8", "PYTHON": sys.executable}
+    done = bash(f"launch_with_deepspeed 2 {shlex.quote(str(script))} --seed 1", **variables)
+    seen = {path.name: path.read_text() for path in tmp_path.glob("show.py?")}
+    assert seen == dict.fromkeys(["show.py0", "show.py1"], f"{visible} 2 --seed 1\n")
+    assert "ignoring" not in done.stdout
+
+
 def test_many_gpus_without_cuda_is_an_error():
     done = bash("cuda_devices() { echo 0; }; PYTHON=echo launch c.yaml", check=False, NUM_GPUS="8")
     assert done.returncode == 2
     assert done.stderr == "error: NUM_GPUS=8, but there is no CUDA device; NUM_PROCS=N runs N processes on the CPU\n"
+
+
+def test_more_gpus_than_there_are_is_an_error():
+    code = "cuda_devices() { echo 2; }; PYTHON=echo launch c.yaml"
+    done = bash(code, check=False, NUM_GPUS="4", CUDA_VISIBLE_DEVICES="2,3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: NUM_GPUS=4, but PyTorch sees 2 CUDA device(s) (CUDA_VISIBLE_DEVICES=2,3)\n"
+
+
+def test_gpus_that_pytorch_cannot_use_are_an_error_unless_the_cpu_is_asked_for():
+    code = """
+    has_driver() { true; }
+    python() {
+        case "$*" in
+            *llava.train.devices) echo "error: found 8 GPUs" >&2 && return 2 ;;
+            *) echo "started" ;;
+        esac
+    }
+    PYTHON=python launch c.yaml
+    """
+    done = bash(code, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: found 8 GPUs\n")
+    done = bash(code, check=False, NUM_PROCS="1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
+
+
+def test_pytorch_is_asked_for_devices_where_there_may_be_some(tmp_path):
+    """Not elsewhere, since that takes seconds; a container may have no nvidia-smi."""
+    sign, tools = tmp_path / "nvidiactl", tmp_path / "tools"
+    tools.mkdir()
+    code = f"DRIVER_SIGNS=({tmp_path}/version {sign}); PYTHON=echo; cuda_devices"
+    assert bash(code, PATH=few_tools(tools)).stdout == "0\n"
+    sign.touch()
+    assert bash(code, PATH=str(tools)).stdout == "-W ignore -m llava.train.devices\n"
+    assert bash(code, PATH=str(tools), NUM_PROCS="2").stdout == "0\n"
+    sign.unlink()
+    program(tools / "nvidia-smi", "exit 0")
+    assert bash(code, PATH=str(tools)).stdout == "-W ignore -m llava.train.devices\n"
+    signs = bash('echo "${DRIVER_SIGNS[*]}"').stdout.split()
+    assert {"/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"} == set(signs)
+
+
+@pytest.mark.parametrize("driver, accelerator", [("true", ""), ("false", "cpu")])
+def test_deepspeed_is_told_of_the_cpu_where_there_is_no_driver(driver, accelerator):
+    code = f"has_checkout() {{ true; }}; has_driver() {{ {driver}; }}; use_environment train; echo ${{DS_ACCELERATOR-}}"
+    assert bash(code, PYTHON=sys.executable).stdout == f"{accelerator}\n"
 
 
 OLD, NO_VENV, NEW, OURS = "old", "no_venv", "new", "ours"
@@ -160,6 +266,20 @@ def test_demo_flags(tmp_path):
         str(ROOT),
     ]
     assert bash(f"read_demo_flags{show}").stdout.strip().split("|") == ["checkpoints/demo", "no", "0", "", str(ROOT)]
+
+
+@pytest.mark.parametrize(
+    "environment, shown",
+    [
+        ({}, "0"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2,3"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({"NUM_GPUS": "8"}, "not set"),
+        ({"NUM_PROCS": "2"}, "not set"),
+    ],
+)
+def test_the_demo_takes_one_device_unless_told_otherwise(environment, shown):
+    assert bash('read_demo_flags; echo "${CUDA_VISIBLE_DEVICES-not set}"', **environment).stdout == f"{shown}\n"
 
 
 def test_a_finished_demo_is_told_in_one_line(tmp_path):
