@@ -2,6 +2,7 @@
 
 from llava.constants import DEFAULT_IM_START_TOKEN
 from llava.errors import LlavaError
+from llava.families.precision import Precision
 from llava.families.training import (
     attention_for,
     check_no_adapter,
@@ -9,7 +10,6 @@ from llava.families.training import (
     readable_weights,
     trains_projector_alone,
     tunable_parts,
-    weights_dtype,
 )
 from llava.images.geometry import parse_grid_pinpoints
 from llava.images.processing import processor_sides
@@ -31,7 +31,7 @@ def load_model(model_args, data_args, training_args):
     architecture = architecture_for(model_args, values)
     model_class, config_class = model_classes(architecture)
     config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
-    dtype = weights_dtype(training_args)
+    dtype = Precision.of(training_args).to_load(training_args, tunable_parts(model_args, training_args))
     with readable_weights(path):
         model = model_class.from_pretrained(
             path,
@@ -48,8 +48,6 @@ def load_model(model_args, data_args, training_args):
     if model_args.vision_tower is not None:
         with readable_weights(model_args.vision_tower):
             model.get_model().initialize_vision_modules(model_args)
-        model.get_vision_tower().to(dtype=dtype)
-        model.get_model().mm_projector.to(dtype=dtype)
         check_new_tokens(model_args, training_args, tokenizer)
         model.initialize_vision_tokenizer(model_args, tokenizer)
     describe(model, model_args, data_args, training_args)

@@ -118,7 +118,8 @@ class Qwen2VL(QwenChat, Family):
 
     def prepare(self, model_args, data_args, training_args):
         from llava.data.dataset import SampleArgs
-        from llava.families.training import attention_for, check_no_adapter, quantisation_for, weights_dtype
+        from llava.families.precision import Precision
+        from llava.families.training import attention_for, check_no_adapter, quantisation_for, tunable_parts
         from llava.model.builder import load_weights
 
         path, limit = model_args.model_name_or_path, training_args.model_max_length
@@ -129,7 +130,7 @@ class Qwen2VL(QwenChat, Family):
             self.classes()[0],
             path,
             with_projector=True,
-            dtype=weights_dtype(training_args),
+            dtype=Precision.of(training_args).to_load(training_args, tunable_parts(model_args, training_args)),
             attn_implementation=attention_for(training_args),
             cache_dir=training_args.cache_dir,
             quantization_config=quantisation_for(training_args),
@@ -327,9 +328,12 @@ class Qwen2VL(QwenChat, Family):
     def restore(self, model, checkpoint):
         """Its files have older names, which transformers' `Trainer` does not translate: it would go on with the weights
         that the run began with."""
+        import torch
+
         from llava.model.builder import load_weights
 
-        saved, _ = load_weights(type(model), checkpoint, with_projector=True, dtype=model.dtype)
+        # of its dtypes, trained and frozen weights', float32 holds every value
+        saved, _ = load_weights(type(model), checkpoint, with_projector=True, dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
         return True
 

@@ -2,22 +2,12 @@
 
 import contextlib
 
-import torch
-
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
+from llava.families.precision import Precision
 from llava.model.builder import best_attention, quantisation
 from llava.model.lora import is_lora
 from llava.model.multimodal_encoder.builder import uses_compression
-
-
-def weights_dtype(training_args) -> torch.dtype:
-    """The dtype a run holds its model in.
-
-    DeepSpeed keeps float32 master weights beside bf16 ones, frozen weights need none; else autocast does the rest.
-    """
-    low = training_args.bf16 and (training_args.deepspeed or training_args.lora_enable)
-    return torch.bfloat16 if low else torch.float32
 
 
 def attention_for(training_args, config=None) -> str:
@@ -28,8 +18,7 @@ def attention_for(training_args, config=None) -> str:
     known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
     if asked is not None and asked not in known and "/" not in asked:  # with a slash: a kernel on the hub
         raise LlavaError(f"attn_implementation: found {asked!r}, expected one of {', '.join(known)}")
-    dtype = torch.bfloat16 if training_args.bf16 or training_args.fp16 else torch.float32
-    return best_attention(dtype, training_args.device.type == "cpu", config, asked)
+    return best_attention(Precision.of(training_args).frozen, training_args.device.type == "cpu", config, asked)
 
 
 @contextlib.contextmanager
@@ -60,11 +49,10 @@ def quantisation_for(training_args):
         raise LlavaError(f"bits: found {training_args.bits}, expected 16, 8 or 4")
     if not training_args.lora_enable:
         raise LlavaError(f"bits: {training_args.bits} trains adapters over a quantised model, expected lora_enable too")
-    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     return quantisation(
         f"bits {training_args.bits}",
         training_args.bits,
-        compute_dtype=half,
+        compute_dtype=Precision.of(training_args).frozen,
         quant_type=training_args.quant_type,
         double_quant=training_args.double_quant,
     )

@@ -75,7 +75,8 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, base: str):
     # from the run's seed alone: how much randomness the rest took differs between ZeRO stages
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(torch.initial_seed())
-        return peft.get_peft_model(model, config)
+        # of the base's dtype; what a run holds them in is decided for all its weights together
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def is_adapted(model) -> bool:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava.config import Run, resolve
+from llava.config.commandline import WHERE
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
 from llava.train.devices import check_devices
@@ -81,7 +82,7 @@ def make_training_arguments(run: Run):
     make = training_arguments_class()
     names = {field.name for field in dataclasses.fields(make) if field.init}
     values = {name: value for name, value in (run.group("trainer") | run.group("train")).items() if name in names}
-    _fall_back(values, run.notices)
+    _fall_back(values, run)
     if values.get("logging_dir"):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", values["logging_dir"])
     if "activation_checkpointing" in names and values.get("activation_checkpointing") is None:
@@ -97,11 +98,12 @@ def make_training_arguments(run: Run):
     return training_args
 
 
-def _fall_back(values: dict[str, Any], notices: list[str]) -> None:
+def _fall_back(values: dict[str, Any], run: Run) -> None:
     """Turn off in `values` what needs a CUDA device or a package that is not there; one notice each."""
     import torch
     from transformers.utils import is_flash_attn_2_available, is_torch_tf32_available
 
+    notices = run.notices
     cuda = torch.cuda.is_available() and not values.get("use_cpu")
     if values.get("tf32") and not (cuda and is_torch_tf32_available()):
         values["tf32"] = None
@@ -115,9 +117,10 @@ def _fall_back(values: dict[str, Any], notices: list[str]) -> None:
     if cuda:
         return
     for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
-        if values.get(name):
+        lacking = values.get(name) and _lacks_on_cpu(name, run)
+        if lacking:
             values[name] = False
-            notices.append(f"{name} needs a CUDA device; float32 is used")
+            notices.append(f"{name} needs {lacking}; float32 is used")
     compile_names = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
     if any(values.get(name) for name in compile_names):
         values.update(torch_compile=False, torch_compile_backend=None, torch_compile_mode=None)
@@ -125,6 +128,25 @@ def _fall_back(values: dict[str, Any], notices: list[str]) -> None:
     values.setdefault("dataloader_pin_memory", False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or values.get("deepspeed"):
         values["use_cpu"] = True  # otherwise accelerate starts no process group
+
+
+def _lacks_on_cpu(name: str, run: Run) -> str | None:
+    """What half precision, of this key, lacks for a run on the CPU; None: nothing.
+
+    bfloat16 is kept where the CPU was asked for with it: on the command line, or by one file that has both. A config
+    made for GPUs means float32 there, which on a CPU is no slower.
+    """
+    meant = run["use_cpu"] and (run.source(name) == WHERE or run.source("use_cpu") == run.source(name))
+    if not meant:
+        return "a CUDA device"
+    if name.startswith("bf16"):
+        return None
+    if not run["deepspeed"]:
+        return "a CUDA device or DeepSpeed"  # accelerate has none of its own for a CPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    return None if get_accelerator().is_fp16_supported() else "a CUDA device or a CPU that computes in float16"
 
 
 def _prepare_deepspeed(cuda: bool) -> None:

@@ -1,6 +1,4 @@
-"""What a run with LoRA does beside `llava.model.lora`: its check, its adapters, its precision."""
-
-import torch
+"""What a run with LoRA does beside `llava.model.lora`: its check and its adapters."""
 
 from llava.errors import LlavaError
 from llava.model.lora import add_lora, restore_lora
@@ -27,10 +25,3 @@ def adapt(model, model_args, training_args):
     if training_args.lora_weight_path:
         restore_lora(model, training_args.lora_weight_path)
     return model
-
-
-def keep_trained_in_float32(model):
-    """Beside half-precision frozen weights, which autocast takes as they are."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)

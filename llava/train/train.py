@@ -52,9 +52,10 @@ def _train(model_args, data_args, training_args, make):
 
     from llava.data import make_data, read_records
     from llava.families import family_of
+    from llava.families.precision import Precision
     from llava.families.training import tunable_parts
     from llava.train.llava_trainer import LLaVATrainer
-    from llava.train.lora import adapt, check_lora, keep_trained_in_float32
+    from llava.train.lora import adapt, check_lora
     from llava.train.parts import set_trainable
 
     family = family_of(model_args.model_name_or_path)
@@ -84,8 +85,7 @@ def _train(model_args, data_args, training_args, make):
     if training_args.lora_enable:
         model = adapt(model, model_args, training_args)
     set_trainable(model, parts, training_args.lora_bias, family)
-    if training_args.lora_enable and not training_args.deepspeed:
-        keep_trained_in_float32(model)
+    Precision.of(training_args).apply(model)
 
     trainer = LLaVATrainer(
         model=model, processing_class=loaded.processor, args=training_args, family=family, parts=parts, **data

@@ -239,7 +239,8 @@ def test_half_precision_base(kit, full, tmp_path):
     """bf16 frozen weights with float32 trained ones, as on a GPU without DeepSpeed: same loss but for rounding."""
     from types import SimpleNamespace
 
-    from llava.train.lora import adapt, keep_trained_in_float32
+    from llava.families.precision import Precision
+    from llava.train.lora import adapt
     from llava.train.parts import set_trainable
 
     model, _ = load(full)
@@ -254,7 +255,7 @@ def test_half_precision_base(kit, full, tmp_path):
     expected = model(**rows).loss.item()
     model = adapt(model.to(torch.bfloat16), SimpleNamespace(model_name_or_path=str(full)), settings)
     set_trainable(model, {"mm_mlp_adapter", "mm_language_model"})
-    keep_trained_in_float32(model)
+    Precision(trained=torch.float32, frozen=torch.bfloat16).apply(model)
     model.train()
     rows["images"] = [image.to(torch.bfloat16) for image in rows["images"]]
     with torch.autocast("cpu", torch.bfloat16):

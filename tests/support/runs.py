@@ -1,0 +1,39 @@
+"""Several training runs in one process (or one per rank, under torchrun), as starting Python costs more than they do.
+
+`python -m tests.support.runs FLAGS.json`: a list of command lines. Those that fail are told, and the exit status is 1.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+from llava.train import train as program
+
+
+def main(path: str) -> int:
+    with open(path) as file:
+        runs = json.load(file)
+    leave, program.leave_process_group = program.leave_process_group, lambda: None  # DeepSpeed keeps the first group
+    failed, environment = 0, dict(os.environ)
+    for flags in runs:
+        for name in os.environ.keys() - environment.keys():
+            if name.startswith("ACCELERATE_"):  # what transformers tells accelerate of a run with DeepSpeed
+                del os.environ[name]
+        try:
+            program.run(*_parse(flags))
+        except Exception:
+            failed += 1
+            print(f"failed: {' '.join(flags)}", traceback.format_exc(), sep="\n", file=sys.stderr)
+    leave()
+    return int(failed > 0)
+
+
+def _parse(flags):
+    from llava.train.arguments import parse_args
+
+    return parse_args(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
