@@ -93,7 +93,7 @@ class Llava(Family):
         scored = labels[:, 1:] != IGNORE_INDEX
         if scored.sum(dim=1).tolist() != counts:
             raise LlavaError(f"found an answer that ends beyond the model's context of {loaded.context} tokens")
-        return hidden[:, :-1][scored]
+        return hidden[:, :-1][scored.to(hidden.device)]
 
     # --- samples ---
 

@@ -146,6 +146,8 @@ class LlavaMetaForCausalLM:
         newline = model.image_newline if rules.unpad else None
         crops = [image if image.ndim == 4 else image[None] for image in images]
         features = self._encode_crops(crops, modalities, patch_alphas)
+        if newline is not None:
+            newline = newline.to(features[0].device)  # a model may lie on several devices
         grid_of = self._projected_grid
         merged = []
         for i, (feature, crop) in enumerate(zip(features, crops, strict=True)):
@@ -180,7 +182,7 @@ class LlavaMetaForCausalLM:
         newline = self.get_model().image_newline if MergeRules.from_config(self.config).unpad else None
         side = self.get_vision_tower().image_size
         zero = self.encode_images(torch.zeros(1, 3, side, side, device=device))[0].sum()
-        return (zero if newline is None else zero + newline.sum()) * 0.0
+        return (zero if newline is None else zero + newline.sum().to(zero.device)) * 0.0
 
     # --- the merge ---
 
@@ -253,6 +255,7 @@ class LlavaMetaForCausalLM:
             side,
         )
         text = self.get_model().embed_tokens(plan.text_ids.to(device))
+        device = text.device  # the language model's; the images' may be another
         values = torch.cat([text, *(tokens.to(text) for tokens in visual)])
         if plan.fits is not None:
             values = values[plan.fits.to(device)]

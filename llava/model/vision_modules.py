@@ -41,6 +41,7 @@ class LlavaMetaModel:
             check_combination(config)
             # Weights come from the checkpoint; `from_pretrained` fetches the tower's own where the checkpoint has none.
             self.vision_tower = build_vision_tower(config, delay_load=True)
+            self._no_split_modules = set(self._no_split_modules) | self.vision_tower.no_split_modules
             self._build_projector()
 
     def get_vision_tower(self):
@@ -56,7 +57,8 @@ class LlavaMetaModel:
 
     def _build_newline(self):
         if MergeRules.from_config(self.config).unpad:
-            self.image_newline = nn.Parameter(torch.empty(self.config.hidden_size, dtype=self.dtype))
+            empty = torch.empty(self.config.hidden_size, dtype=self.dtype, device=self.device)
+            self.image_newline = nn.Parameter(empty)
             self.reset_newline()
 
     def reset_newline(self):
@@ -117,6 +119,9 @@ class LlavaMetaModel:
         self.describe_vision()
         if getattr(model_args, "pretrain_mm_mlp_adapter", None):
             load_projector(self, model_args.pretrain_mm_mlp_adapter)
+        # a quantised language model is on its GPU already, and Trainer then moves nothing
+        self.vision_tower.to(self.device)
+        self.mm_projector.to(self.device)
 
 
 def same_folder(a, b) -> bool:

@@ -193,6 +193,12 @@ class VisionTower(nn.Module, ABC):
         if self.token_compressor is not None:
             self.token_compressor.reset_buffers()
 
+    @property
+    def no_split_modules(self) -> set[str]:
+        """Names of classes that a model on several devices has whole on one of them: the tower, and its layers where a
+        device cannot hold it."""
+        return {type(self).__name__, *(getattr(self.vision_tower, "_no_split_modules", None) or ())}
+
     def unused_modules(self):
         """Modules whose weights have no part in the selected features; training leaves them frozen."""
         return ()
@@ -267,7 +273,13 @@ class VisionTower(nn.Module, ABC):
 
     @property
     def device(self):
-        return next(self.vision_tower.parameters()).device
+        """Where the encoder computes."""
+        device = next(self.vision_tower.parameters()).device
+        if device.type == "meta":  # offloaded: accelerate's hooks bring the weights there when they are used
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            places = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(place) for place in places if place is not None), device)
+        return device
 
     @property
     def dummy_feature(self):

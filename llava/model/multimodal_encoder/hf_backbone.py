@@ -36,7 +36,7 @@ class Backbone(nn.Module):
 
     def __init__(self, encoder: nn.Module, keep_layers: int, drop: tuple[str, ...] = ()):
         super().__init__()
-        self.config = encoder.config
+        self.config, self._no_split_modules = encoder.config, encoder._no_split_modules
         self.vision_model = _Parts(encoder, keep_layers, drop)
 
     def forward(self, pixel_values: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
