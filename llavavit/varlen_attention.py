@@ -172,12 +172,21 @@ def _flash_attn(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
 
 @functools.cache
 def _flash_attn_function():
-    """flash-attn's packed attention, None where the package is not installed or does not load."""
+    """flash-attn's packed attention, None where the package is not installed or does not load, which is told."""
     try:
         from flash_attn import flash_attn_varlen_func
-    except ImportError:
+    except Exception as error:  # built for another PyTorch or CUDA, its extension fails in several ways
+        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
+            return None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        logger.warning("flash-attn is installed and cannot be imported (%s); going on without it", reason)
         return None
     return flash_attn_varlen_func
+
+
+def flash_attn_loads() -> bool:
+    """Whether the flash-attn package is here and can be imported, which its metadata alone do not say."""
+    return _flash_attn_function() is not None
 
 
 def _torch_varlen(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):

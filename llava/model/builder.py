@@ -167,8 +167,6 @@ def best_attention(dtype: torch.dtype, on_cpu: bool, config=None, asked: str | N
     Raises:
         LlavaError: what was asked for would compute without the soft cap that the model has (Gemma 2).
     """
-    from transformers.utils import is_flash_attn_2_available
-
     cap = getattr(config and config.get_text_config(), "attn_logit_softcapping", None)
     if cap is not None and asked is not None and asked not in CAPPING_ATTENTION:
         raise LlavaError(
@@ -177,9 +175,18 @@ def best_attention(dtype: torch.dtype, on_cpu: bool, config=None, asked: str | N
         )
     if asked:
         return asked
-    if not on_cpu and dtype in (torch.float16, torch.bfloat16) and is_flash_attn_2_available():
+    if not on_cpu and dtype in (torch.float16, torch.bfloat16) and flash_attention_runs():
         return "flash_attention_2"
     return "sdpa" if cap is None else "eager"
+
+
+def flash_attention_runs() -> bool:
+    """Whether transformers can use flash-attn: it goes by the package's metadata, here it must be importable too."""
+    from transformers.utils import is_flash_attn_2_available
+
+    from llavavit.varlen_attention import flash_attn_loads
+
+    return is_flash_attn_2_available() and flash_attn_loads()
 
 
 def context_length(config) -> int:

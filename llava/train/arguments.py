@@ -101,16 +101,18 @@ def make_training_arguments(run: Run):
 def _fall_back(values: dict[str, Any], run: Run) -> None:
     """Turn off in `values` what needs a CUDA device or a package that is not there; one notice each."""
     import torch
-    from transformers.utils import is_flash_attn_2_available, is_torch_tf32_available
+    from transformers.utils import is_torch_tf32_available
+
+    from llava.model.builder import flash_attention_runs
 
     notices = run.notices
     cuda = torch.cuda.is_available() and not values.get("use_cpu")
     if values.get("tf32") and not (cuda and is_torch_tf32_available()):
         values["tf32"] = None
         notices.append("tf32 needs a CUDA device of the Ampere generation or later; trained without it")
-    if values.get("attn_implementation") == "flash_attention_2" and not (cuda and is_flash_attn_2_available()):
+    if values.get("attn_implementation") == "flash_attention_2" and not (cuda and flash_attention_runs()):
         values["attn_implementation"] = None
-        lacking = "the package flash-attn" if cuda else "a CUDA device"
+        lacking = "a flash-attn package that can be imported" if cuda else "a CUDA device"
         notices.append(f"attn_implementation flash_attention_2 needs {lacking}; the best available is used")
     if values.get("deepspeed"):
         _prepare_deepspeed(cuda)

@@ -197,3 +197,30 @@ def test_backend_is_logged_once(caplog):
         for _ in range(3):
             call(q, k, v, [4])
     assert [record.message for record in caplog.records] == ["variable-length attention on cpu in torch.float32: sdpa"]
+
+
+BROKEN = {
+    "wrong ABI": "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa')",
+    "no CUDA library": "raise OSError('libcudart.so.12: cannot open shared object file')",
+    "no extension": "import flash_attn_2_cuda",
+    "an older version": "",
+}
+
+
+@pytest.mark.parametrize("code", BROKEN.values(), ids=BROKEN)
+def test_a_flash_attn_that_does_not_load(code, tmp_path, monkeypatch, flash_attn, caplog):
+    """It is installed, as its metadata say, and of no use: told in one line, and the next backend is taken."""
+    import transformers.utils
+
+    from llava.model.builder import best_attention
+
+    (tmp_path / "flash_attn.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
+    assert best_attention(torch.bfloat16, on_cpu=False) == "flash_attention_2"  # the stand-in loads
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    module._flash_attn_function.cache_clear()
+    assert best_attention(torch.bfloat16, on_cpu=False) == "sdpa"
+    assert best_attention(torch.bfloat16, on_cpu=False) == "sdpa"
+    (line,) = caplog.messages
+    assert line.startswith("flash-attn is installed and cannot be imported (") and "\n" not in line
