@@ -145,7 +145,6 @@ def _lacks_on_cpu(name: str, run: Run) -> str | None:
         return None
     if not run["deepspeed"]:
         return "a CUDA device or DeepSpeed"  # accelerate has none of its own for a CPU
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.accelerator import get_accelerator
 
     return None if get_accelerator().is_fp16_supported() else "a CUDA device or a CPU that computes in float16"

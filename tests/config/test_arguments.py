@@ -95,6 +95,23 @@ def test_fall_back_without_cuda(tmp_path, capsys):
 
 
 @without_cuda
+def test_half_precision_that_was_asked_for_on_the_cpu(tmp_path, capsys):
+    """A config for GPUs means float32 on a CPU; who asks for both keeps bfloat16."""
+    both, gpus = tmp_path / "both.yaml", tmp_path / "gpus.yaml"
+    both.write_text("bf16: true\nuse_cpu: true\n")
+    gpus.write_text("bf16: true\n")
+    out, on_cpu, bf16 = ["--output_dir", str(tmp_path)], ["--use_cpu", "true"], ["--bf16", "true"]
+    kept = [[*bf16, *on_cpu], [str(gpus), *bf16, *on_cpu], [str(both)], [str(both), *on_cpu, *bf16]]
+    assert [parse_args([*words, *out])[2].bf16 for words in kept] == [True] * 4
+    assert "note:" not in capsys.readouterr().err
+    fallen_back = [bf16, [str(gpus)], [str(gpus), *on_cpu], [str(both), "--use_cpu", "false"]]
+    assert [parse_args([*words, *out])[2].bf16 for words in fallen_back] == [False] * 4
+    assert capsys.readouterr().err.count("note: bf16 needs a CUDA device; float32 is used") == 4
+    assert not parse_args(["--fp16", "true", *on_cpu, *out])[2].fp16
+    assert "note: fp16 needs a CUDA device or DeepSpeed; float32 is used" in capsys.readouterr().err
+
+
+@without_cuda
 def test_notes_come_from_rank_0_only(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     parse_args(["--output_dir", str(tmp_path), "--bf16", "True"])
