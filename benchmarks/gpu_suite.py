@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip", nargs="+", metavar="CHECK", default=[], help="leave these checks out")
     parser.add_argument("--list", action="store_true", help="name the checks and end")
     parser.add_argument("--commit", help="git commit to record, where this is not a git checkout")
+    parser.add_argument("--smoke-configs", nargs="+", metavar="NAME", help="only these of configs/train")
     parser.add_argument("--golden-cases", type=int, help="only the first N golden checkpoints")
     parser.add_argument("--demo-steps", type=int, help="steps per stage; 0: all of them (default on CUDA; on a CPU 2)")
     parser.add_argument("--tower-preset", help="size of the vision tower (clip-l336; demo)")
@@ -97,7 +98,7 @@ def start_report(args: argparse.Namespace, device: str) -> dict:
     machine, packages = hardware(device), versions()
     print(f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} CPU threads, {packages}", flush=True)
     return {
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": machine,
         "versions": packages,
         "commit": getattr(args, "commit", None) or commit(),

@@ -7,7 +7,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 has_torch() {
     command -v "$1" >/dev/null && "$1" -c '
 import importlib.util, sys
-sys.exit(sys.version_info < (3, 10) or any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")))
+sys.exit(sys.version_info < (3, 11) or any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")))
 ' 2>/dev/null
 }
 
@@ -18,5 +18,5 @@ for candidate in ${PYTHON:+"$PYTHON"} "$ROOT/.venv/bin/python" python python3; d
         exec "$candidate" "$ROOT/benchmarks/gpu_suite.py" "$@"
     fi
 done
-echo "error: no Python 3.10 or later with torch and transformers found; set PYTHON to one" >&2
+echo "error: no Python 3.11 or later with torch and transformers found; set PYTHON to one" >&2
 exit 2

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -137,5 +139,39 @@ def test_script_lists_the_checks():
     )
     assert listed.returncode == 0, listed.stderr
     names = [line.split()[0] for line in listed.stdout.splitlines()]
-    expected = ["golden", "attention", "precision", "batched_generation", "demo", "generation_speed", "training_speed"]
+    expected = [
+        "smoke",
+        "golden",
+        "attention",
+        "precision",
+        "batched_generation",
+        "demo",
+        "generation_speed",
+        "training_speed",
+    ]
     assert [name for name in names if name in expected] == expected
+
+
+def test_smoke(suite, tmp_path, capsys):
+    """A shipped config in the precision and under the ZeRO stage that it names."""
+    module, _ = suite
+    status, report = run(module, tmp_path, "smoke", flags=["--smoke-configs", "finetune_lora", "demo_pretrain"])
+    assert status == 0, capsys.readouterr().out
+    (entry,) = report["checks"]
+    expected = [
+        f"{name}: {what}" for name in ("demo_pretrain", "finetune_lora") for what in ("trains and resumes", "answers")
+    ]
+    assert [test["label"] for test in entry["tests"]] == expected
+    run_config = json.loads((tmp_path / "smoke_runs/finetune_lora/run_config.json").read_text())["keys"]
+    assert run_config["bf16"]["value"] and run_config["deepspeed"]["value"].endswith("zero3.json")
+    weights = load_file(tmp_path / "smoke_runs/finetune_lora/adapter_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+def test_smoke_tells_what_broke(suite, tmp_path, monkeypatch):
+    module, _ = suite
+    smoke = importlib.import_module("gpu_checks.smoke")
+    monkeypatch.setitem(smoke.SHRUNK, "learning_rate", "fast")
+    status, report = run(module, tmp_path, "smoke", flags=["--smoke-configs", "demo_pretrain"])
+    (test,) = report["checks"][0]["tests"]
+    assert status == 1 and not test["passed"] and "learning_rate is 'fast'" in test["text"]
