@@ -1,5 +1,6 @@
 """Two processes, plain or under ZeRO-2 and ZeRO-3, take the same steps as one process on the same global batch."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -51,11 +52,11 @@ LORA = {  # over a whole checkpoint, with a tower that trains too
 PROJECTOR_ALONE = {"mm_tunable_parts": "mm_mlp_adapter", "gradient_checkpointing": True}
 
 
-def run_two(flags):
+def run_two(words, program=(str(ROOT / "llava/train/train_mem.py"),)):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, str(ROOT / "llava/train/train_mem.py"), *flags]
-    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    command = [sys.executable, *launcher, *program, *words]
+    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
 
 
@@ -73,29 +74,46 @@ def single(kit, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(
-    ("stage", "changes"),
-    [
-        pytest.param(None, {}, id="ddp"),
-        pytest.param(2, {}, id="zero2", marks=DEEPSPEED),
-        pytest.param(3, {"model_name_or_path": "trained"}, id="zero3-from-a-checkpoint", marks=DEEPSPEED),
-        pytest.param(3, PROJECTOR_ALONE, id="zero3-projector", marks=DEEPSPEED),
-        pytest.param(3, NATIVE, id="zero3-packed-native", marks=DEEPSPEED),
-        pytest.param(3, ADAPTIVE, id="zero3-packed-adaptive", marks=DEEPSPEED),
-        pytest.param(3, LORA, id="zero3-lora", marks=DEEPSPEED),
-        pytest.param(3, COMPRESSED, id="zero3-compressor", marks=DEEPSPEED),
-    ],
-)
-def test_two_processes_equal_one(kit, single, tmp_path, stage, changes):
+CASES = {  # name -> ZeRO stage, keys
+    "ddp": (None, {}),
+    "zero2": (2, {}),
+    "zero3-from-a-checkpoint": (3, {"model_name_or_path": "trained"}),
+    "zero3-projector": (3, PROJECTOR_ALONE),
+    "zero3-packed-native": (3, NATIVE),
+    "zero3-packed-adaptive": (3, ADAPTIVE),
+    "zero3-lora": (3, LORA),
+    "zero3-compressor": (3, COMPRESSED),
+}
+
+
+def keys_of(case, kit, single) -> dict:
+    """The keys of a case, its parts as files."""
+    changes = dict(CASES[case][1])
     if "model_name_or_path" in changes:  # stage 2: tower, projector and newline come from a LLaVA checkpoint
-        changes = changes | {"model_name_or_path": single()}
+        changes["model_name_or_path"] = single()
     if "vision_tower" in changes:  # named as the kit's
-        changes = changes | {"vision_tower": getattr(kit, changes["vision_tower"])}
-    expected = single(**changes)
-    out = tmp_path / "out"
-    deepspeed = None if stage is None else ROOT / f"scripts/zero{stage}.json"
-    halved = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, deepspeed=deepspeed)
-    run_two(kit.flags(out, KINDS, **halved, **RATES, **changes))
+        changes["vision_tower"] = getattr(kit, changes["vision_tower"])
+    return changes
+
+
+@pytest.fixture(scope="module")
+def two(kit, single, tmp_path_factory):
+    """The folder that holds a folder for each case's run on two processes, which take one case after the other."""
+    out, runs = tmp_path_factory.mktemp("two"), []
+    for case, (stage, _) in CASES.items():
+        deepspeed = None if stage is None else ROOT / f"scripts/zero{stage}.json"
+        halved = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, deepspeed=deepspeed, use_cpu=True)
+        runs.append(kit.flags(out / case, KINDS, **halved, **RATES, **keys_of(case, kit, single)))
+    (out / "runs.json").write_text(json.dumps(runs))
+    run_two([str(out / "runs.json")], ["-m", "tests.support.runs"])
+    return out
+
+
+@DEEPSPEED
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(kit, single, two, case):
+    changes = keys_of(case, kit, single)
+    expected, out = single(**changes), two / case
     ours, theirs = tiny.history(out), tiny.history(expected)
     assert len(ours) == len(theirs) == 3
     for got, want in zip(ours, theirs, strict=True):
