@@ -181,7 +181,8 @@ class _Operations(TorchDispatchMode):
         if any(marked):
             self._look(func, args, kwargs, given, marked)
         out = func(*args, **kwargs)
-        if any(marked):
+        # a backward pass knows by itself where the zeros go that it begins with
+        if any(marked) or (not given and torch._C._current_graph_task_id() != -1):
             tree_map(lambda x: waits.mark(x) if isinstance(x, torch.Tensor) else x, out)
         return out
 
@@ -203,6 +204,6 @@ class _Operations(TorchDispatchMode):
         elsewhere = [x for x, on in zip(given, marked, strict=True) if not on and x.ndim > 0]
         if elsewhere and not func.name().startswith("aten::copy_"):
             raise RuntimeError(f"{name}: found tensors of {[tuple(x.shape) for x in elsewhere]} on the host")
-        if func is aten.copy_.default and not all(marked):
-            if not (len(args) > 2 and args[2]) or marked[1]:
-                waits.count("copy_")
+        to_host = func is aten.copy_.default and marked[1] and not marked[0]
+        if to_host or (func is aten.copy_.default and not marked[1] and not (len(args) > 2 and args[2])):
+            waits.count("copy_")

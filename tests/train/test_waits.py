@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.support.families import CHECKPOINTS, KINDS
+from tests.support.families import CHECKPOINTS
 from tests.support.waits import Waits
 
 NATIVE = {  # every image a size of its own, packed
@@ -100,7 +100,7 @@ def taken(tmp_path_factory):
                 side = 56 if tower == "clip_fine" else 28
                 keys["vision_tower"] = tiny.tower(here / tower, kind=tower.removesuffix("_fine"), side=side)
             keys = {"model_name_or_path": checkpoint, **keys, **changes}
-            run = {"data_path": tiny.records(here / "records", KINDS[:4] + "tt"), "output_dir": here / "out"}
+            run = {"data_path": tiny.records(here / "records", "imtitt"), "output_dir": here / "out"}
             run |= {"image_folder": here / "records/images", "per_device_train_batch_size": 2, **keys}
             if family != "llava":
                 known = {"version": None, "vision_tower": None, **{key: None for key in LLAVA_ONLY}}
