@@ -34,9 +34,18 @@ class HostCopies:
 
     @property
     def right_padded(self) -> bool:
-        """Whether the attention mask only masks the ends of rows, so that causal attention does without it."""
+        """Whether the attention mask masks nothing but the ends of rows."""
         mask = self.attention_mask.bool()
         return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
+
+
+def needs_no_mask(attention: str) -> bool:
+    """Whether training does without the mask of right-padded rows: causal attention never looks at their padding.
+
+    SDPA then takes its fast kernel; flash-attention would take the padding out and put it back in every layer, and the
+    host would wait each time. The names are those of `attn_implementation`.
+    """
+    return attention in ("sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3")
 
 
 def send(tensors: list, device) -> list:

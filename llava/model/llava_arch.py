@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
-from llava.model.host import HostCopies, send, supervised_places
+from llava.model.host import HostCopies, needs_no_mask, send, supervised_places
 from llava.model.loss import supervised_loss
 from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
 from llava.model.sequence_merge import match_images, plan_merge
@@ -18,11 +18,6 @@ from llava.model.vision_modules import LlavaMetaModel
 from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
-
-
-# attentions that are causal without a mask; flash-attention would take the padding out of every layer, for which the
-# host waits each time
-MASK_MAY_BE_DROPPED = ("sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3")
 
 
 class LlavaMetaForCausalLM:
@@ -352,9 +347,9 @@ class LlavaMetaForCausalLM:
 
     @property
     def _may_drop_mask(self):
-        """Causal attention never looks at padding on the right, and without a mask SDPA takes its fast kernel."""
+        """See `needs_no_mask`; the merge has just made the rows."""
         right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"
-        return right_padded and self.config._attn_implementation in MASK_MAY_BE_DROPPED
+        return right_padded and needs_no_mask(self.config._attn_implementation)
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):

@@ -62,7 +62,8 @@ def supervised_training(*inputs: str):
 
     In training mode with labels its forward returns `supervised_loss` of its `self.model`, without logits; else it is
     the forward that the class has. `inputs` are named in its signature besides those the class names itself, since
-    `Trainer` and `generate` look there for what a model takes.
+    `Trainer` and `generate` look there for what a model takes. If `host` is one of them, `HostCopies` of the labels
+    spare the host a wait.
     """
 
     def decorate(model_class):
@@ -80,8 +81,11 @@ def supervised_training(*inputs: str):
             if labels is None:
                 return own_forward(self, *args, **kwargs)
             given.pop("logits_to_keep", None)
+            host, supervised = given.get("host"), None
             hidden = self.model(**given | {"use_cache": False})[0]
-            return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count))
+            if host is not None and host.labels is not None:
+                supervised = send([*supervised_places(host.labels)], hidden.device)
+            return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count, supervised))
 
         forward.__signature__ = signature.replace(parameters=[*named, *more, rest])
         model_class.forward = forward
