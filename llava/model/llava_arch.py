@@ -16,6 +16,7 @@ from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
 from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
+from llavavit.varlen_attention import pack_lengths
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
 
@@ -328,6 +329,7 @@ class LlavaMetaForCausalLM:
                 input_ids = None
                 if self.training and self._may_drop_mask:
                     attention_mask = None
+                    kwargs |= self._as_one_segment(inputs_embeds)
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -350,6 +352,13 @@ class LlavaMetaForCausalLM:
         """See `needs_no_mask`; the merge has just made the rows."""
         right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"
         return right_padded and needs_no_mask(self.config._attn_implementation)
+
+    def _as_one_segment(self, inputs_embeds):
+        """What spares a single row flash-attention's look, in every layer, whether it is packed of several samples."""
+        if len(inputs_embeds) > 1 or "flash" not in self.config._attn_implementation:
+            return {}
+        starts, length = pack_lengths([inputs_embeds.shape[1]], inputs_embeds.device)
+        return {f"cu_seq_lens_{side}": starts for side in "qk"} | {f"max_length_{side}": length for side in "qk"}
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):

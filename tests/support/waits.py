@@ -10,7 +10,8 @@ given, what `.to("cuda")` or a factory with `device="cuda"` makes, and the resul
 tensors; `.device` and `.is_cuda` say so. All of it is computed on the CPU. An operation that mixes both sides raises,
 as on a GPU. What counts as a wait: a read (`.item()`, `.tolist()`, `.cpu()`, `if tensor:`), an operation whose
 result's shape depends on values (`nonzero`, a boolean index, `unique`, `repeat_interleave` of counts alone, ...), and a
-blocking copy to the device, which `torch.tensor(..., device="cuda")` is too.
+blocking copy to the device, which `torch.tensor(..., device="cuda")` is too. Not seen: the waits of the allocator, of
+collectives, and within operations that are not in the lists below.
 """
 
 import traceback
@@ -81,9 +82,7 @@ class Waits:
         return tensor
 
     def on_device(self, value) -> bool:
-        if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
-            return False
-        return value.untyped_storage()._cdata in self._marked
+        return isinstance(value, torch.Tensor) and value.untyped_storage()._cdata in self._marked
 
     def count(self, name: str) -> None:
         frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
@@ -162,7 +161,7 @@ class _Functions(TorchFunctionMode):
             waits._marked.pop(out.untyped_storage()._cdata, None)
         else:
             waits.mark(out)
-        if here or not non_blocking:
+        if not non_blocking:
             waits.count("copy to the host" if here else "blocking copy to the device")
         return out
 
