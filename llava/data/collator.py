@@ -6,6 +6,7 @@ import torch
 
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import BadRecord
+from llava.model.host import HostCopies
 
 
 def pad_rows(instances: list, pad_token_id: int) -> tuple[dict, list[dict]]:
@@ -41,7 +42,8 @@ class DataCollatorForSupervisedDataset:
     """LLaVA's batches: `pad_rows`, and the images of all rows.
 
     If any row has an image: `images`, `image_sizes`, `modalities`, and `patch_alphas` where those are drawn: flat lists
-    in the order of the -200s; a text-only row adds nothing to them.
+    in the order of the -200s; a text-only row adds nothing to them. `host`: the `HostCopies` of `input_ids`, `labels`
+    and `attention_mask`, and `patch_levels`, a list as the others, where patches are chosen.
 
     Attributes:
         pad_token_id: what fills up short rows.
@@ -54,4 +56,7 @@ class DataCollatorForSupervisedDataset:
         for key in ("images", "image_sizes", "modalities", "patch_alphas"):
             if any(key in sample for sample in samples):
                 batch[key] = [value for sample in samples for value in sample.get(key, ())]
-        return batch
+        host = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
+        if any("patch_levels" in sample for sample in samples):
+            host["patch_levels"] = [levels for sample in samples for levels in sample.get("patch_levels", ())]
+        return batch | {"host": HostCopies(**host)}

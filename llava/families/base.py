@@ -189,7 +189,10 @@ class Family(ABC):
 
     @abstractmethod
     def collate(self, samples: list, loaded: Loaded, args) -> dict:
-        """A batch for the model's forward, of what `sample` returns; a `BadRecord` among them is listed, not used."""
+        """A batch for the model's forward, of what `sample` returns; a `BadRecord` among them is listed, not used.
+
+        What the forward would have to read from the device (tokens, labels, sizes) is also in `host`, `HostCopies`.
+        """
 
     @abstractmethod
     def length(self, record: dict, sizes: list[tuple[int, int]], loaded: Loaded, args) -> Length:

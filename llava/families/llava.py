@@ -107,7 +107,8 @@ class Llava(Family):
     def sample(self, record, loaded, args, at=(0, 0)):
         """As the contract, with -200 for an image in `input_ids`; where the record has some, also `images` (list of
         [3, H, W], or [n, 3, H, W] for crops and frames), `image_sizes` (list of (width, height)), `modalities` (list of
-        "image" or "video") and, where it is drawn, `patch_alphas`."""
+        "image" or "video"), where it is drawn `patch_alphas`, and where patches are chosen `patch_levels`, so that the
+        model need not choose again."""
         import torch
 
         from llava.data.dataset import fit, read_media
@@ -127,6 +128,12 @@ class Llava(Family):
             sample.update(images=images[:kept], image_sizes=media.sizes[:kept], modalities=[media.kind] * kept)
             if args.patch_choice is not None:
                 sample["patch_alphas"] = [args.patch_choice.draw(args.seed, *at, number) for number in range(kept)]
+            if count and count.chooser:
+                alphas = sample.get("patch_alphas", [None] * kept)
+                sample["patch_levels"] = [
+                    None if media.kind == "video" else count.chooser.levels_of(image, alpha)
+                    for image, alpha in zip(images, alphas, strict=False)
+                ]
         return sample
 
     def collate(self, samples, loaded, args):

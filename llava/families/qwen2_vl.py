@@ -219,10 +219,12 @@ class Qwen2VL(QwenChat, Family):
 
     def collate(self, samples, loaded, args):
         """As the contract. A batch without images gets one of a single token, masked, behind the last row: it has no
-        influence, but each of several processes runs the vision encoder in each step, as ZeRO-3 and DDP need."""
+        influence, but each of several processes runs the vision encoder in each step, as ZeRO-3 and DDP need. `host`
+        holds copies of all but the pixels."""
         import torch
 
         from llava.data.collator import pad_rows
+        from llava.model.host import HostCopies
 
         pad, image_token = loaded.tokenizer.pad_token_id, loaded.tokenizer.convert_tokens_to_ids(PAD)
         batch, samples = pad_rows(samples, pad)
@@ -237,7 +239,8 @@ class Qwen2VL(QwenChat, Family):
         keys = [key for key in loaded.image_processor.model_input_names if key in images[0]]
         batch |= {key: torch.cat([image[key] for image in images]) for key in keys}
         batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
-        return batch
+        host = {key: value for key, value in batch.items() if key not in ("pixel_values", "bad_records")}
+        return batch | {"host": HostCopies(**host)}
 
     def _no_image(self, loaded: Loaded) -> dict:
         """The smallest image: one token."""

@@ -29,9 +29,9 @@ def _classes():
     import transformers as stock
 
     from llava.model.qwen2_vl.processing import PillowProcessor
-    from llava.model.stock import training_class
+    from llava.model.qwen3_vl import Qwen3VLForConditionalGeneration
 
     class Qwen3VLProcessor(PillowProcessor, stock.Qwen3VLProcessor):
         stock_class, image_class = stock.Qwen3VLProcessor, stock.Qwen2VLImageProcessorPil
 
-    return training_class(stock.Qwen3VLForConditionalGeneration), Qwen3VLProcessor
+    return Qwen3VLForConditionalGeneration, Qwen3VLProcessor

@@ -10,11 +10,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
+from llava.model.host import HostCopies, needs_no_mask, send, supervised_places
 from llava.model.loss import supervised_loss
 from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
 from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
+from llavavit.varlen_attention import pack_lengths
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
 
@@ -94,12 +96,13 @@ class LlavaMetaForCausalLM:
         """How the tower chooses patches, None where it keeps all."""
         return self.get_vision_tower().patch_chooser
 
-    def encode_images(self, images, patch_alphas=None):
+    def encode_images(self, images, patch_alphas=None, patch_levels=None):
         """Tower and projector, in any dtype.
 
         Args:
             images: [N, C, H, W]; or a list of [C, H, W], and of clips [T, C, H, W] where the tower sees time.
             patch_alphas: one for each image, where the tower chooses patches; None: its own.
+            patch_levels: what it would choose, where that is known (`PatchChooser.levels_of`).
 
         Returns:
             [N, n, D]; or a list of [n_i, D], a clip's frames one after the other; always a list with adaptive patches.
@@ -107,7 +110,7 @@ class LlavaMetaForCausalLM:
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         kind = getattr(self.config, "mm_projector_type", None) or "linear"
         if self._chooser is not None:
-            return self._encode_chosen(images, kind, patch_alphas)
+            return self._encode_chosen(images, kind, patch_alphas, patch_levels)
         if patch_alphas is not None:
             raise LlavaError(f"patch_alphas: found {len(patch_alphas)}, expected none: the tower keeps all patches")
         if isinstance(images, torch.Tensor):
@@ -124,10 +127,10 @@ class LlavaMetaForCausalLM:
         count_of = self._projected_grid
         return list(packed.split([count_of(*i.shape[-2:])[0] * n for i, n in zip(images, frames, strict=True)]))
 
-    def _encode_chosen(self, images, kind, patch_alphas):
+    def _encode_chosen(self, images, kind, patch_alphas, patch_levels):
         """`encode_images` on the patches that the tower keeps; tower and projector are called once whatever comes."""
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
-        chosen = tower.choose_patches(images, patch_alphas)
+        chosen = tower.choose_patches(images, patch_alphas, patch_levels)
         packed = tower(images, packed=True, chosen=chosen).to(self.dtype)
         if kind not in MERGERS:
             return list(projector(packed).split(chosen.lengths))
@@ -135,17 +138,18 @@ class LlavaMetaForCausalLM:
         for image in images:
             count_of(*image.shape[-2:])  # refuses an odd side
         order, tokens = chosen.merged()
+        (order,) = send([order], packed.device)
         return list(projector(packed, order=order).split(tokens))
 
-    def _visual_tokens(self, images, modalities, image_sizes, patch_alphas=None):
+    def _visual_tokens(self, images, modalities, image_sizes, patch_alphas=None, patch_levels=None):
         """The visual tokens of each image: list of [N_i, D], in order."""
         if isinstance(images, torch.Tensor) and images.ndim == 4:  # a plain batch skips merging
-            return list(self.encode_images(images, patch_alphas))
+            return list(self.encode_images(images, patch_alphas, patch_levels))
         model, rules = self.get_model(), MergeRules.from_config(self.config)
         # fetched on every rank, whatever the batch holds: under ZeRO-3 this is a collective
         newline = model.image_newline if rules.unpad else None
         crops = [image if image.ndim == 4 else image[None] for image in images]
-        features = self._encode_crops(crops, modalities, patch_alphas)
+        features = self._encode_crops(crops, modalities, patch_alphas, patch_levels)
         if newline is not None:
             newline = newline.to(features[0].device)  # a model may lie on several devices
         grid_of = self._projected_grid
@@ -158,7 +162,7 @@ class LlavaMetaForCausalLM:
             merged[0] = merged[0] + newline * 0.0  # it has a gradient on every rank, whatever this batch merged
         return merged
 
-    def _encode_crops(self, crops, modalities, patch_alphas):
+    def _encode_crops(self, crops, modalities, patch_alphas, patch_levels):
         """[K_i, C, H_i, W_i] of every image, its crops or frames -> its features [K_i, n_i, D], all in one call."""
         whole = [self.get_vision_tower().sees_time and kind == "video" for kind in modalities]
         chooses = self._chooser is not None
@@ -168,7 +172,7 @@ class LlavaMetaForCausalLM:
             return self.encode_images(torch.cat(crops), patch_alphas).split([len(c) for c in crops])
         units = [part for c, clip in zip(crops, whole, strict=True) for part in ([c] if clip else c)]
         counts = [1 if clip else len(c) for c, clip in zip(crops, whole, strict=True)]
-        flat, at, features = self.encode_images(units, patch_alphas), 0, []
+        flat, at, features = self.encode_images(units, patch_alphas, patch_levels), 0, []
         for c, count in zip(crops, counts, strict=True):
             features.append(torch.cat(flat[at : at + count]).unflatten(0, (len(c), -1)))
             at += count
@@ -181,7 +185,10 @@ class LlavaMetaForCausalLM:
         """
         newline = self.get_model().image_newline if MergeRules.from_config(self.config).unpad else None
         side = self.get_vision_tower().image_size
-        zero = self.encode_images(torch.zeros(1, 3, side, side, device=device))[0].sum()
+        levels = None  # any will do: found by the tower, they would be read from the device
+        if self._chooser is not None:
+            levels = [torch.ones(*[side // self._chooser.patch] * 2, dtype=torch.uint8)]
+        zero = self.encode_images(torch.zeros(1, 3, side, side, device=device), patch_levels=levels)[0].sum()
         return (zero if newline is None else zero + newline.sum().to(zero.device)) * 0.0
 
     # --- the merge ---
@@ -197,6 +204,7 @@ class LlavaMetaForCausalLM:
         modalities=("image",),
         image_sizes=None,
         patch_alphas=None,
+        host=None,
     ):
         """Replace every image token by the visual tokens of its image.
 
@@ -212,6 +220,8 @@ class LlavaMetaForCausalLM:
             modalities: "image", "video" or "text" per image; missing ones count as "image".
             image_sizes: (width, height) of each original image.
             patch_alphas: a float for each image, where the tower chooses patches; None: its own alpha for all.
+            host: `HostCopies` of input_ids, attention_mask and labels, as the collator makes them, and patch_levels;
+                None: they are read, for which the host waits on a GPU.
 
         Returns:
             (None, position_ids [B, S], attention_mask [B, S], past_key_values, inputs_embeds [B, S, D], labels [B, S]);
@@ -221,50 +231,67 @@ class LlavaMetaForCausalLM:
         Raises:
             LlavaError: images and image tokens do not match.
         """
+        text = input_ids, position_ids, attention_mask, past_key_values, labels
+        return self._prepare(*text, images, modalities, image_sizes, patch_alphas, host)[:6]
+
+    def _prepare(self, input_ids, position_ids, attention_mask, past_key_values, labels, images, *of_images):
+        """`prepare_inputs_labels_for_multimodal`, and what `supervised_places` says of the new labels."""
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
-            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels, None
         side = getattr(self.config, "tokenizer_padding_side", "right")
-        merged = self._merge(input_ids, attention_mask, labels, images, modalities, image_sizes, side, patch_alphas)
-        embeds, new_labels, mask, positions = merged
+        merged = self._merge(input_ids, attention_mask, labels, side, images, *of_images)
+        embeds, new_labels, mask, positions, supervised = merged
         return (
             None,
             None if position_ids is None else positions,
             None if attention_mask is None else mask.to(attention_mask.dtype),
             past_key_values,
             embeds,
-            None if labels is None else new_labels,
+            new_labels,
+            supervised,
         )
 
-    def _merge(self, input_ids, attention_mask, labels, images, modalities, image_sizes, side, patch_alphas=None):
-        """(inputs_embeds [B, S, D], labels [B, S], attention_mask bool [B, S], position_ids [B, S])."""
+    def _merge(
+        self, input_ids, attention_mask, labels, side, images, modalities, image_sizes, patch_alphas=None, host=None
+    ):
+        """Text and images as one sequence, padded on the `side`.
+
+        Returns:
+            inputs_embeds [B, S, D], labels [B, S], attention_mask bool [B, S], position_ids [B, S], and of the labels
+            the places and values that `supervised_places` gives; without labels None for both.
+        """
         device = input_ids.device
-        input_ids = input_ids.cpu()
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-        images, *of_images = match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas)
+        if host is None:
+            host = HostCopies.of(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        keep = torch.ones_like(host.input_ids) if attention_mask is None else host.attention_mask
+        keep, of_images = keep.bool(), (modalities, image_sizes, patch_alphas, host.patch_levels)
+        images, *of_images = match_images(host.input_ids, keep, images, *of_images)
         visual, anchor = [], None
         if len(images):
             visual = self._visual_tokens(images, *of_images)
         elif self.training and torch.distributed.is_initialized():
             anchor = self._anchor(device)
         plan = plan_merge(
-            input_ids,
+            host.input_ids,
             keep,
-            None if labels is None else labels.cpu(),
+            None if labels is None else host.labels,
             [len(tokens) for tokens in visual],
             getattr(self.config, "tokenizer_model_max_length", None),
             side,
         )
-        text = self.get_model().embed_tokens(plan.text_ids.to(device))
-        device = text.device  # the language model's; the images' may be another
+        fits = None if plan.fits is None else plan.fits.nonzero()[:, 0]
+        places = (None, None) if labels is None else supervised_places(plan.labels)
+        planned = [plan.rows, plan.columns, fits, plan.labels, plan.mask, plan.positions, *places]
+        text = self.get_model().embed_tokens(send([plan.text_ids], device)[0])
+        # to where the language model is; the images' devices may be others
+        rows, columns, fits, labels, mask, positions, *places = send(planned, text.device)
         values = torch.cat([text, *(tokens.to(text) for tokens in visual)])
-        if plan.fits is not None:
-            values = values[plan.fits.to(device)]
-        embeds = text.new_zeros(*plan.shape, text.shape[-1])
-        embeds = embeds.index_put((plan.rows.to(device), plan.columns.to(device)), values)
+        if fits is not None:
+            values = values.index_select(0, fits)
+        embeds = text.new_zeros(*plan.shape, text.shape[-1]).index_put((rows, columns), values)
         if anchor is not None:
-            embeds = embeds + anchor.to(embeds.dtype)
-        new_labels = None if labels is None else plan.labels.to(device)
-        return embeds, new_labels, plan.mask.to(device), plan.positions.to(device)
+            embeds = embeds + anchor.to(embeds)
+        return embeds, labels, mask, positions, None if labels is None else places
 
     # --- forward and generation ---
 
@@ -280,6 +307,7 @@ class LlavaMetaForCausalLM:
         image_sizes=None,
         modalities=("image",),
         patch_alphas=None,
+        host=None,
         logits_to_keep=0,  # named here, since `generate` looks for it: a prefill needs the last position alone
         **kwargs,
     ):
@@ -291,17 +319,20 @@ class LlavaMetaForCausalLM:
         """
         if images is None and inputs_embeds is None and self.training and self.get_vision_tower() is not None:
             images = []
+        supervised = None
         if inputs_embeds is None and images is not None:
-            of_images = modalities, image_sizes, patch_alphas
-            _, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
-                self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, *of_images
-                )
+            text, of_images = (
+                (input_ids, position_ids, attention_mask, past_key_values, labels),
+                (modalities, image_sizes),
+            )
+            _, position_ids, attention_mask, past_key_values, inputs_embeds, labels, supervised = self._prepare(
+                *text, images, *of_images, patch_alphas, host
             )
             if inputs_embeds is not None:
                 input_ids = None
                 if self.training and self._may_drop_mask:
                     attention_mask = None
+                    kwargs |= self._as_one_segment(inputs_embeds)
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -312,7 +343,7 @@ class LlavaMetaForCausalLM:
         if self.training and labels is not None:
             count = kwargs.pop("num_items_in_batch", None)
             hidden = self.get_model()(**inputs, use_cache=False, **kwargs)[0]
-            return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count))
+            return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count, supervised))
         out = super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         if labels is not None and not isinstance(out, tuple):  # a mean over nothing is NaN
             supervised = (labels[:, 1:] != IGNORE_INDEX).any()
@@ -321,9 +352,16 @@ class LlavaMetaForCausalLM:
 
     @property
     def _may_drop_mask(self):
-        """Causal attention never looks at padding on the right, and without a mask SDPA takes its fast kernel."""
+        """See `needs_no_mask`; the merge has just made the rows."""
         right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"
-        return right_padded and self.config._attn_implementation in ("sdpa", "eager")
+        return right_padded and needs_no_mask(self.config._attn_implementation)
+
+    def _as_one_segment(self, inputs_embeds):
+        """What spares a single row flash-attention's look, in every layer, whether it is packed of several samples."""
+        if len(inputs_embeds) > 1 or "flash" not in self.config._attn_implementation:
+            return {}
+        starts, length = pack_lengths([inputs_embeds.shape[1]], inputs_embeds.device)
+        return {f"cu_seq_lens_{side}": starts for side in "qk"} | {f"max_length_{side}": length for side in "qk"}
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):
@@ -345,10 +383,10 @@ class LlavaMetaForCausalLM:
             ids,
             self._padding_mask(ids, **kwargs) if mask is None else mask,
             None,
+            "left",
             [] if images is None else images,
             modalities,
             image_sizes,
-            "left",
         )
         return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.constants import IGNORE_INDEX
+from llava.model.host import send, supervised_places
 
 
 def output_logits(model, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -31,23 +31,30 @@ def output_logits(model, hidden_ND: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def supervised_loss(model, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+def supervised_loss(
+    model, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor, num_items_in_batch=None, supervised=None
+) -> torch.Tensor:
     """Cross entropy of each token with a label, from the hidden state before it: summed in float32, over a count.
 
     Args:
         hidden_BLD: what the model's output layer is given.
         labels_BL: IGNORE_INDEX where nothing is learned.
         num_items_in_batch: the count; None: this batch's labels, so that the loss is their mean.
+        supervised: what `supervised_places` says of the labels, beside the hidden states; None: the labels are read,
+            for which the host waits on a GPU.
 
     Returns:
         A scalar; without any label it is 0, and gradients through it are 0.
     """
-    targets = labels_BL[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    logits = output_logits(model, hidden_BLD[:, :-1][supervised]).float()
-    total = F.cross_entropy(logits, targets[supervised], reduction="sum")
-    count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
-    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+    if supervised is None:
+        supervised = send([*supervised_places(labels_BL.cpu())], hidden_BLD.device)
+    places, targets = supervised
+    logits = output_logits(model, hidden_BLD.flatten(0, 1).index_select(0, places)).float()
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    count = len(targets) if num_items_in_batch is None else num_items_in_batch
+    if not isinstance(count, torch.Tensor):  # filled in on the device: a copy from here would wait for it
+        count = torch.full((), count, device=total.device)
+    return total / count.to(total.device).clamp(min=1)
 
 
 def supervised_training(*inputs: str):
@@ -55,7 +62,8 @@ def supervised_training(*inputs: str):
 
     In training mode with labels its forward returns `supervised_loss` of its `self.model`, without logits; else it is
     the forward that the class has. `inputs` are named in its signature besides those the class names itself, since
-    `Trainer` and `generate` look there for what a model takes.
+    `Trainer` and `generate` look there for what a model takes. If `host` is one of them, `HostCopies` of the labels
+    spare the host a wait.
     """
 
     def decorate(model_class):
@@ -73,8 +81,11 @@ def supervised_training(*inputs: str):
             if labels is None:
                 return own_forward(self, *args, **kwargs)
             given.pop("logits_to_keep", None)
+            host, supervised = given.get("host"), None
             hidden = self.model(**given | {"use_cache": False})[0]
-            return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count))
+            if host is not None and host.labels is not None:
+                supervised = send([*supervised_places(host.labels)], hidden.device)
+            return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count, supervised))
 
         forward.__signature__ = signature.replace(parameters=[*named, *more, rest])
         model_class.forward = forward

@@ -83,7 +83,7 @@ def plan_merge(input_ids, keep, labels, visual_lengths, limit=None, padding_side
     return MergePlan(ids[text], rows, columns, fits, (batch, size), new_labels, mask, positions * mask)
 
 
-def match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas=None):
+def match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas=None, patch_levels=None):
     """One image per image token, in order: drop the dummies that rows without an image token may bring.
 
     Args:
@@ -91,10 +91,10 @@ def match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas=
         keep: bool [B, L], tokens that count.
         images: sequence of tensors, or a batched tensor.
         modalities: per image, possibly short.
-        image_sizes, patch_alphas: per image, or None.
+        image_sizes, patch_alphas, patch_levels: per image, or None.
 
     Returns:
-        (images, modalities, image_sizes, patch_alphas), all as long as there are image tokens.
+        (images, modalities, image_sizes, patch_alphas, patch_levels), all as long as there are image tokens.
 
     Raises:
         LlavaError: the numbers do not match.
@@ -119,14 +119,15 @@ def match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas=
         raise LlavaError(
             f"image_sizes: found {len(image_sizes)}, expected one (width, height) for each of {count} images"
         )
-    if patch_alphas is not None and len(patch_alphas) != count:
-        raise LlavaError(f"patch_alphas: found {len(patch_alphas)}, expected one for each of {count} images")
+    for name, values in (("patch_alphas", patch_alphas), ("patch_levels", patch_levels)):
+        if values is not None and len(values) != count:
+            raise LlavaError(f"{name}: found {len(values)}, expected one for each of {count} images")
     if len(chosen) == count:
-        return images, modalities, image_sizes, patch_alphas
+        return images, modalities, image_sizes, patch_alphas, patch_levels
     if isinstance(images, torch.Tensor):
         images = images[chosen]
     else:
         images = [images[i] for i in chosen]
     sizes = None if image_sizes is None or plain else [image_sizes[i] for i in chosen]
-    alphas = None if patch_alphas is None else [patch_alphas[i] for i in chosen]
-    return images, [modalities[i] for i in chosen], sizes, alphas
+    of_patches = [None if values is None else [values[i] for i in chosen] for values in (patch_alphas, patch_levels)]
+    return images, [modalities[i] for i in chosen], sizes, *of_patches

@@ -1,10 +1,6 @@
-"""Vision-language models of transformers as they are trained here: the loss alone, and folders that are stock ones."""
-
-import functools
+"""Vision-language models of transformers as they are trained here: names and folders are stock ones."""
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-from llava.model.loss import supervised_training
 
 
 class SavesStockNames:
@@ -19,9 +15,12 @@ class SavesStockNames:
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-@functools.cache
-def training_class(stock):
-    """A class of transformers with `supervised_training` and its own name, by which transformers finds the names of
-    its weights and which saved folders carry."""
-    own = type(stock.__name__, (SavesStockNames, stock), {"__module__": stock.__module__, "__doc__": stock.__doc__})
-    return supervised_training()(own)
+def named_as(stock):
+    """Class decorator for a subclass of a class of transformers: it goes by that one's name, by which transformers
+    finds the names of its weights and its layers, and which saved folders carry."""
+
+    def rename(own):
+        own.__name__, own.__qualname__, own.__module__ = stock.__name__, stock.__qualname__, stock.__module__
+        return own
+
+    return rename

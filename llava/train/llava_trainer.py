@@ -14,6 +14,7 @@ from llava.errors import LlavaError
 from llava.families import get_family
 from llava.families.training import trains_projector_alone
 from llava.model.checkpoint import projector_state, save_projector
+from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
 from llava.utils import rank0_print
 
@@ -30,11 +31,16 @@ class LLaVATrainer(Trainer):
     """
 
     def __init__(self, *args, parts: set[str], family=None, **kwargs):
+        settings = kwargs["args"]
+        # batches lie in pinned memory: their copies need not be waited for, one by one
+        settings.accelerator_config.non_blocking |= settings.dataloader_pin_memory
         super().__init__(*args, **kwargs)
         self.parts, self.family = parts, family or get_family("llava")
         self.float32_inputs = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
-        self.bad_records: set[str] = set()  # "id: reason"
+        self.bad_records: set[str] = set()  # "id: reason", of all ranks
+        # of this rank's last step, and how many all ranks found in it; to be told to the others
+        self._found_bad: tuple[list[str], ReadLater | int] = ([], 0)
 
     @property
     def keeps_projector_alone(self) -> bool:
@@ -67,29 +73,35 @@ class LLaVATrainer(Trainer):
             return super()._get_train_sampler(dataset)
         return LengthGroupedSampler(lengths, args.train_batch_size, args.world_size, group_by, args.seed)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step; what the collator says of bad records is taken out and counted."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._count_bad_records([record for batch in batches for record in batch.pop("bad_records", ())])
-        return batches, items
-
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Supervised tokens of the global batch: over micro-batches and ranks. A first token is never predicted."""
-        counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batch_samples]
-        total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
-        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-            total = self.accelerator.gather(total).sum()
-        return total
+        """Supervised tokens of the global batch: over micro-batches and ranks. A first token is never predicted.
 
-    def _count_bad_records(self, new: list[str]):
+        What the collator says of bad records is taken out of the batches and counted. Of several ranks, the numbers of
+        both are gathered together, and the records are told in the next step, when the host need not wait for them.
+        """
+        counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batch_samples]
+        bad = [record for batch in batch_samples for record in batch.pop("bad_records", ())]
+        total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        if self.args.world_size == 1:
+            self._add_bad_records(bad)
+            return total
+        self.tell_bad_records()
+        numbers = torch.stack([total, torch.full_like(total, len(bad))])
+        totals, bads = self.accelerator.gather(numbers).view(-1, 2).sum(0).unbind()
+        self._found_bad = bad, ReadLater(bads)
+        return totals if self.args.average_tokens_across_devices else total
+
+    def tell_bad_records(self) -> None:
+        """Add what any rank left out in the last step; every rank must call it."""
+        (bad, found), self._found_bad = self._found_bad, ([], 0)
+        if int(found) == 0:  # on every rank alike
+            return
+        gathered = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, bad)
+        self._add_bad_records([record for part in gathered for record in part])
+
+    def _add_bad_records(self, new: list[str]) -> None:
         """Stop, on every rank at the same step, when too many distinct records could not be used."""
-        if self.args.world_size > 1:
-            any_bad = torch.tensor(len(new), device=self.args.device)
-            if int(self.accelerator.reduce(any_bad)) == 0:
-                return
-            gathered = [None] * self.args.world_size
-            torch.distributed.all_gather_object(gathered, new)
-            new = [record for part in gathered for record in part]
         if not new:
             return
         for record in sorted(set(new) - self.bad_records):
@@ -99,6 +111,12 @@ class LLaVATrainer(Trainer):
         if len(self.bad_records) > limit:
             listed = "; ".join(sorted(self.bad_records))
             raise LlavaError(f"{len(self.bad_records)} bad records, more than the {limit} that are tolerated: {listed}")
+
+    def train(self, *args, **kwargs):
+        """As `Trainer`'s."""
+        result = super().train(*args, **kwargs)
+        self.tell_bad_records()  # of the last step
+        return result
 
     def _prepare_inputs(self, inputs):
         """As `Trainer`'s, but for what must not become DeepSpeed's bfloat16."""
@@ -154,6 +172,7 @@ class LLaVATrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
+        self.tell_bad_records()  # of the steps up to here
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.bad_records and self.args.should_save:

@@ -166,9 +166,10 @@ def test_a_mixed_batch(folder):
 def test_batches_without_images_or_without_anything(folder):
     parts = module(folder)
     data, collator = parts["train_dataset"], parts["data_collator"]
-    assert set(collator([data[1], data[1]])) == {"input_ids", "labels", "attention_mask"}
+    assert set(collator([data[1], data[1]])) == {"input_ids", "labels", "attention_mask", "host"}
     empty = collator([data[4]])
-    assert set(empty) == {"input_ids", "labels", "attention_mask", "bad_records"}
+    assert set(empty) == {"input_ids", "labels", "attention_mask", "host", "bad_records"}
+    assert all(getattr(empty["host"], key) is empty[key] for key in ("input_ids", "labels", "attention_mask"))
     assert set(empty["labels"].flatten().tolist()) == {-100}
     assert empty["attention_mask"].sum() == 1 and empty["input_ids"].shape[0] == 1
     assert set(empty["input_ids"].flatten().tolist()) == {tokenizer("qwen").pad_token_id}

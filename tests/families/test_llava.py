@@ -32,9 +32,11 @@ def test_every_epoch_trains_with_alphas_of_its_own(tmp_path, monkeypatch):
 
     kit, seen, choose = Kit(tmp_path / "parts"), [], HEVCViTPackingVisionTower.choose_patches
 
-    def watched(self, images, alphas=None):
+    def watched(self, images, alphas=None, levels=None):
         seen.append(alphas)
-        return choose(self, images, alphas)
+        for image, alpha, found in zip(images, alphas, levels, strict=True):  # a worker has chosen already
+            assert found.equal(self.patch_chooser.levels_of(image, alpha))
+        return choose(self, images, alphas, levels)
 
     monkeypatch.setattr(HEVCViTPackingVisionTower, "choose_patches", watched)
     order = []

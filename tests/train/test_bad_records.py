@@ -23,6 +23,14 @@ def data_with_broken(folder: Path, kinds: str, broken) -> Path:
     return path
 
 
+def run_two(flags):
+    """A run of two processes."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(ROOT / "llava/train/train_mem.py"), *flags]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_pictures_are_left_out_alike_in_every_run(kit, tmp_path, capsys, workers):
     data = data_with_broken(tmp_path / "data", "itiiitiimiti", [0, 4, 8])
@@ -125,16 +133,28 @@ def test_a_sample_without_a_label_left_is_dropped(kit, tmp_path, capsys):
     assert tiny.history(ours)[0]["loss"] == pytest.approx(tiny.history(without)[0]["loss"], abs=1e-6)
 
 
-def test_bad_pictures_on_one_rank_stop_both(kit, tmp_path):
-    """Rank 1 gets every second record: only those are bad."""
+@pytest.mark.parametrize("steps", [12, 11])
+def test_bad_pictures_on_one_rank_stop_both(kit, tmp_path, steps):
+    """Rank 1 gets every second record: only those are bad. The eleventh is found in step 11, be it the last."""
     data = data_with_broken(tmp_path / "data", "i" * 24, range(1, 24, 2))
-    flags = kit.flags(tmp_path / "out", None, data_path=data, per_device_train_batch_size=1, max_steps=12)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, str(ROOT / "llava/train/train_mem.py"), *flags]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    flags = kit.flags(tmp_path / "out", None, data_path=data, per_device_train_batch_size=1, max_steps=steps)
+    done = run_two(flags)
     assert done.returncode != 0
     assert done.stderr.count("error: 11 bad records") >= 1, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
     assert [line.split(": ")[1] for line in lines] == [f"r{number}" for number in range(1, 22, 2)]
     assert "saved to" not in done.stdout
+
+
+def test_what_the_last_step_left_out_is_told(kit, tmp_path):
+    """Of two processes; a record that was left out in the step before a checkpoint is in it."""
+    data = data_with_broken(tmp_path / "data", "i" * 8, [1, 7])
+    saving = dict(save_strategy="steps", save_steps=1)
+    flags = kit.flags(tmp_path / "out", None, data_path=data, per_device_train_batch_size=1, max_steps=4, **saving)
+    done = run_two(flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("left out: ")] == ["r1", "r7"]
+    assert "records left out: 2" in done.stdout
+    for step, known in ((1, ["r1"]), (3, ["r1"]), (4, ["r1", "r7"])):
+        found = json.loads((tmp_path / f"out/checkpoint-{step}/bad_records.json").read_text())
+        assert [record.split(": ")[0] for record in found] == known

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llava.errors import LlavaError
+from llava.model.host import send
 
 
 class KeptPatches(NamedTuple):
@@ -66,7 +67,7 @@ def pooled_patches(images, kept: KeptPatches, patch_size: int):
 
     Args:
         images: [B, C, H, W], H and W multiples of the base patch.
-        kept: of these images, in any order.
+        kept: of these images, in any order; on the host, where their number is known without waiting for the device.
         patch_size: base patch in pixels.
 
     Returns:
@@ -78,12 +79,16 @@ def pooled_patches(images, kept: KeptPatches, patch_size: int):
     check_pixels(images, patch_size)
     dtype = images.dtype if images.is_floating_point() else torch.float32
     out = images.new_empty(len(kept.levels), images.shape[1], patch_size, patch_size, dtype=dtype)
-    for level in kept.levels.unique().tolist():
-        of_level = kept.levels == level
+    levels, places = kept.levels.unique().tolist(), []
+    for level in levels:
+        of_level = (kept.levels == level).nonzero()[:, 0]
         rows, cols = kept.rows[of_level] >> (level - 1), kept.cols[of_level] >> (level - 1)
+        places += [of_level, kept.images[of_level], rows, cols]
+    if kept.levels.device.type == "cpu":
+        places = send(places, images.device)
+    for level, (of_level, *where) in zip(levels, zip(*[iter(places)] * 4, strict=True), strict=True):
         # taken out first and pooled then: the pixels of a cover are read once, whatever the levels
-        patches = patch_grid(images, patch_size << (level - 1))[kept.images[of_level], rows, cols]
-        out[of_level] = pooled(patches, level)
+        out[of_level] = pooled(patch_grid(images, patch_size << (level - 1))[tuple(where)], level)
     return out
 
 

@@ -24,6 +24,7 @@ import torch
 from transformers import CLIPImageProcessorPil, PreTrainedConfig
 
 from llava.errors import LlavaError
+from llava.model.host import send
 from llavavit import LlavaViTPackingConfig, LlavaViTPackingModel
 from llavavit.configuration_llava_vit import IMAGE_MEAN, IMAGE_STD
 from llavavit.conversion import convert_config
@@ -79,7 +80,7 @@ class HEVCViTPackingVisionTower(HFVisionTower):
     config_class, model_class, processor_class = LlavaViTPackingConfig, LlavaViTPackingModel, CLIPImageProcessorPil
     any_size = sees_time = takes_adaptive_patches = True
 
-    def choose_patches(self, images, alphas: list[float] | None = None) -> ChosenPatches:
+    def choose_patches(self, images, alphas: list[float] | None = None, levels: list | None = None) -> ChosenPatches:
         """The patches to keep of images as `forward` takes them.
 
         A model calls it outside of `forward` and hands the choice in, since it needs the counts; it is made once.
@@ -87,6 +88,7 @@ class HEVCViTPackingVisionTower(HFVisionTower):
         Args:
             images: as `forward`.
             alphas: one for each image, as `PatchChoice.draw` gives them; None: the choice's own, of a range the middle.
+            levels: of each image, as `PatchChooser.levels_of` finds them on the host: then nothing is chosen here.
 
         Raises:
             LlavaError: sizes that are not multiples of the patch, bfloat16 pixels, or another number of alphas.
@@ -98,7 +100,7 @@ class HEVCViTPackingVisionTower(HFVisionTower):
                 "adaptive_patches: found images in bfloat16, which does not tell neighbouring grey levels apart, "
                 "expected float32, as process_images makes them"
             )
-        return self.patch_chooser.choose(images, alphas)
+        return self.patch_chooser.choose(images, alphas, levels)
 
     def forward(self, images, return_spatial_dims=False, packed=False, chosen: ChosenPatches | None = None):
         """As `VisionTower.forward`; with adaptive patches a list, or packed, and (h, w) is None for an image.
@@ -110,9 +112,10 @@ class HEVCViTPackingVisionTower(HFVisionTower):
         if chosen is None:
             chosen = self.choose_patches(images)
         samples = torch.tensor([(1, 1, length) for length in chosen.lengths])
+        (positions,) = send([chosen.positions], chosen.rows.device)
         with self.encoder_gradient():
             states = self.vision_tower(
-                chosen.rows.to(self.dtype), samples, chosen.positions, hidden_state_indices=self.layers()
+                chosen.rows.to(self.dtype), samples, positions, hidden_state_indices=self.layers()
             ).hidden_states
         features = torch.cat(states, dim=-1)
         if not packed:

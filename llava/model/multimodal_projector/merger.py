@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from llava.errors import LlavaError
+from llava.model.host import send
 
 
 class PatchMerger(nn.Module):
@@ -48,7 +49,7 @@ class SpatialMerge(PatchMerger):
         if sum(h * w for h, w in frames) != tokens or any(h % 2 or w % 2 for h, w in frames):
             found = " and ".join(f"{h}x{w}" for h, w in frames[:4]) + (" and more" if len(frames) > 4 else "")
             raise LlavaError(f"mm_projector_type spatial_merge: merges 2x2 tokens, got {tokens} on a {found} grid")
-        return self.merge(x.index_select(-2, packed_block_order(frames).to(x.device)))
+        return self.merge(x.index_select(-2, send([packed_block_order(frames)], x.device)[0]))
 
 
 def packed_block_order(grids) -> torch.Tensor:

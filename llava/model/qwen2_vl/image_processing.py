@@ -99,7 +99,8 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
                 image = self.resize(image, size=use.size, resample=use.resample, factor=patch_size * MERGE)
             image = np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32)
             pixels = torch.from_numpy(image)[None].contiguous().to(device)  # channel by channel, which is read faster
-            levels = select(pixels, selector, scale=1 / 255 if use.do_rescale else 1.0)
+            # one read from the device: how many patches are kept of each size decides on shapes
+            levels = select(pixels, selector, scale=1 / 255 if use.do_rescale else 1.0).cpu()
             # pooled before they are rescaled and normalised: both are then done for what is kept of the image alone
             patches = pooled_patches(pixels, kept_patches(levels, order="cells"), patch_size)
             if use.do_rescale:
@@ -111,7 +112,7 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
             clips = patches[:, :, None].expand(-1, -1, use.temporal_patch_size, -1, -1)
             rows.append(clips.reshape(len(patches), -1))
             grids.append([1, *levels.shape[1:]])
-            maps.append(levels.flatten().cpu().numpy())
+            maps.append(levels.flatten().numpy())
         rows = torch.cat(rows)
         data = {
             "pixel_values": rows if return_tensors == "pt" else rows.cpu().numpy(),

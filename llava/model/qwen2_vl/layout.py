@@ -12,7 +12,7 @@ MERGE = 2  # base patches a side that Qwen2-VL's merger joins into one token of 
 
 @dataclass
 class PatchLayout:
-    """N kept patches (vision tokens) and M language-model tokens, of all images one after the other.
+    """N kept patches (vision tokens) and M language-model tokens, of all images one after the other; on the host.
 
     Vision tokens come cell by cell (28 pixels, row-major), the four base patches of a cell in a row; so do the
     language model's tokens, by the cell that holds their top left corner.
@@ -35,27 +35,26 @@ class PatchLayout:
         Raises:
             LlavaError: levels of another length, or an image of several frames.
         """
-        device, grids = levels.device, grid_thw.tolist()
+        levels, grids = levels.cpu(), grid_thw.tolist()  # small, and its sizes depend on the content
         sizes = [t * h * w for t, h, w in grids]
         if sum(sizes) != len(levels) or any(t != 1 for t, _, _ in grids):
             raise LlavaError(
                 f"image_patch_levels: found {len(levels)} levels, expected {sum(sizes)} for the images of "
                 f"image_grid_thw {grids}, one frame each"
             )
-        # on the CPU: small, and its sizes depend on the content
         parts = [
             kept_patches(part.view(1, h, w), order="cells")
-            for part, (_, h, w) in zip(levels.cpu().split(sizes), grids, strict=True)
+            for part, (_, h, w) in zip(levels.split(sizes), grids, strict=True)
         ]
         lengths = [len(part.levels) for part in parts]
         merged = [torch.where(part.levels == 1, 1, MERGE**2) for part in parts]
         index = torch.arange(sum(lengths)).repeat_interleave(torch.cat(merged))
         corners = torch.cat([torch.stack([part.rows, part.cols], 1) for part in parts])
         return cls(
-            centres=torch.cat([part.centres for part in parts]).to(device),
+            centres=torch.cat([part.centres for part in parts]),
             lengths=lengths,
-            merge_index=index.to(device),
-            cells=(corners[index[:: MERGE**2]] // MERGE).to(device),
+            merge_index=index,
+            cells=corners[index[:: MERGE**2]] // MERGE,
             tokens=[int(counts.sum()) // MERGE**2 for counts in merged],
         )
 
@@ -66,9 +65,9 @@ class PatchLayout:
             order [N] of the vision tokens, window by window and image by image; vision tokens of each window.
         """
         images = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-        places = torch.cat([images[:, None], (self.centres.cpu() // side).long()], 1)
+        places = torch.cat([images[:, None], (self.centres // side).long()], 1)
         _, window, counts = places.unique(dim=0, return_inverse=True, return_counts=True)
-        return window.argsort(stable=True).to(self.centres.device), counts.tolist()
+        return window.argsort(stable=True), counts.tolist()
 
 
 def token_counts(levels, grid_thw) -> list[tuple[int, int]]:

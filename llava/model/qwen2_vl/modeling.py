@@ -32,7 +32,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from llava.errors import LlavaError
+from llava.model.host import HostCopies, send
 from llava.model.loss import supervised_training
+from llava.model.qwen2_vl import host_plan
 from llava.model.qwen2_vl.layout import MERGE, PatchLayout
 from llava.model.stock import SavesStockNames
 from llavavit.varlen_attention import pack_lengths, varlen_attention
@@ -83,13 +85,14 @@ class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
             last_hidden_state [N, D], pooler_output [M, D of the language model].
         """
         if layout is None:
-            return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
+            return _run_stock(super().forward, self, hidden_states, grid_thw, kwargs)
         hidden = self.patch_embed(hidden_states)
-        rotary = self.rotary_pos_emb(hidden, layout.centres)
+        centres, merge_index = send([layout.centres, layout.merge_index], hidden.device)
+        rotary = self.rotary_pos_emb(hidden, centres)
         segments = pack_lengths(layout.lengths, hidden.device)
         for block in self.blocks:
             hidden = _run_block(block, hidden, segments, rotary, kwargs)
-        merged = self.merger(hidden[layout.merge_index])
+        merged = self.merger(hidden[merge_index])
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
 
 
@@ -104,17 +107,26 @@ class AdaptiveQwen2_5_VisionTransformer(Qwen2_5_VisionTransformerPretrainedModel
     def forward(self, hidden_states, grid_thw=None, layout: PatchLayout | None = None, **kwargs):
         """As `AdaptiveQwen2VisionTransformer`'s."""
         if layout is None:
-            return super().forward(hidden_states, grid_thw=grid_thw, **kwargs)
+            return _run_stock(super().forward, self, hidden_states, grid_thw, kwargs)
         order, window_lengths = layout.windows(self.window_size // self.patch_size)
+        planned = [layout.centres[order], order, order.argsort(), layout.merge_index]
+        centres, order, back, merge_index = send(planned, hidden_states.device)
         hidden = self.patch_embed(hidden_states)[order]
-        rotary = self.rotary_pos_emb(hidden, layout.centres[order])
+        rotary = self.rotary_pos_emb(hidden, centres)
         images, windows = (pack_lengths(lengths, hidden.device) for lengths in (layout.lengths, window_lengths))
         for number, block in enumerate(self.blocks):
             segments = images if number in self.fullatt_block_indexes else windows
             hidden = _run_block(block, hidden, segments, rotary, kwargs)
-        hidden = hidden[order.argsort()]
-        merged = self.merger(hidden[layout.merge_index])
+        hidden = hidden[back]
+        merged = self.merger(hidden[merge_index])
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
+
+
+def _run_stock(forward, tower, hidden_states, grid_thw, kwargs):
+    """transformers' own forward of a vision encoder, given what it would read from the device."""
+    grid_thw = grid_thw.cpu()
+    planned = host_plan.of_grids(tower, grid_thw, hidden_states.device)
+    return forward(hidden_states, grid_thw=grid_thw, **planned | kwargs)
 
 
 def _run_block(block, hidden, segments, rotary, kwargs):
@@ -164,17 +176,34 @@ class _AdaptiveModel:
         An image token has the row and column of its cell (of the top left one, for a 56-pixel patch); the text after
         an image starts where it starts with all patches kept.
         """
+        if second_per_grid_ts is not None:
+            kwargs["second_per_grid_ts"] = second_per_grid_ts
         if image_patch_levels is None:
-            if second_per_grid_ts is not None:
-                kwargs["second_per_grid_ts"] = second_per_grid_ts
-            return super().get_rope_index(
-                input_ids,
-                mm_token_type_ids,
-                image_grid_thw=image_grid_thw,
-                video_grid_thw=video_grid_thw,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
+            compute = super().get_rope_index
+        else:
+            compute, kwargs["image_patch_levels"] = self._adaptive_rope_index, image_patch_levels
+        return host_plan.rope_index(
+            compute,
+            input_ids,
+            mm_token_type_ids,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
+    def _adaptive_rope_index(
+        self,
+        input_ids,
+        mm_token_type_ids,
+        image_grid_thw,
+        video_grid_thw,
+        attention_mask,
+        image_patch_levels,
+        second_per_grid_ts=None,
+        **kwargs,
+    ):
+        """`get_rope_index` for kept patches, on the host."""
         layout = PatchLayout.from_levels(image_patch_levels, image_grid_thw)
         images = zip(layout.cells.split(layout.tokens), image_grid_thw.tolist(), strict=True)
         videos = zip(
@@ -199,7 +228,7 @@ class _AdaptiveModel:
 
     def _row_positions(self, types, images, videos):
         """[3, L] of one row's tokens, of which `types` says what they are; takes its media from the two iterators."""
-        parts, at, device = [], 0, types.device
+        parts, at = [], 0
         kinds, counts = types.unique_consecutive(return_counts=True)
         for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
             if kind == IMAGE:
@@ -209,19 +238,19 @@ class _AdaptiveModel:
                         f"input_ids: found {count} image tokens in a row, expected "
                         f"{'no more images' if cells is None else len(cells)}, as image_patch_levels says"
                     )
-                parts.append(torch.cat([cells.new_zeros(1, count), cells.T]).to(device) + at)
+                parts.append(torch.cat([cells.new_zeros(1, count), cells.T]) + at)
                 at += max(height, width) // MERGE
             elif kind == VIDEO:
                 video = next(videos, None)
                 if video is None:
                     raise LlavaError("input_ids: found more videos than video_grid_thw or second_per_grid_ts has")
                 (frames, height, width), interval = video
-                sides = [torch.arange(length, device=device) for length in (frames, height // MERGE, width // MERGE)]
+                sides = [torch.arange(length) for length in (frames, height // MERGE, width // MERGE)]
                 sides[0] = (sides[0] * interval).long()
                 parts.append(torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1) + at)
                 at += max(height, width) // MERGE
             else:
-                parts.append(torch.arange(at, at + count, device=device).expand(3, -1))
+                parts.append(torch.arange(at, at + count).expand(3, -1))
                 at += count
         return torch.cat(parts, 1)
 
@@ -237,27 +266,43 @@ class _AdaptiveModel:
         video_grid_thw=None,
         mm_token_type_ids=None,
         image_patch_levels=None,
+        host: HostCopies | None = None,
         **kwargs,
     ):
-        """As transformers', with `image_patch_levels` [sum of h * w] for images of which some patches are kept."""
-        if image_patch_levels is not None and pixel_values is not None:
+        """As transformers'.
+
+        Args:
+            image_patch_levels: [sum of h * w] for images of which some patches are kept.
+            host: copies of input_ids, attention_mask, mm_token_type_ids, image_grid_thw and image_patch_levels, as the
+                collator makes them; None: they are read, for which the host waits on a GPU.
+        """
+        if pixel_values is not None and input_ids is not None:
+            host = host or HostCopies.of(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                mm_token_type_ids=mm_token_type_ids,
+                image_grid_thw=image_grid_thw,
+                image_patch_levels=image_patch_levels,
+            )
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
-            features = self.get_image_features(pixel_values, image_grid_thw, image_patch_levels).pooler_output
-            features = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
-            places, _ = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
-            inputs_embeds = inputs_embeds.masked_scatter(places, features)
-            if position_ids is None and input_ids is not None:
-                position_ids, self.rope_deltas = self.get_rope_index(
-                    input_ids,
-                    mm_token_type_ids,
-                    image_grid_thw,
+            features = self.get_image_features(pixel_values, host.image_grid_thw, host.image_patch_levels).pooler_output
+            inputs_embeds, _ = host_plan.put_images(
+                inputs_embeds, torch.cat(features), host.input_ids, self.config.image_token_id
+            )
+            anew = host_plan.starts_anew(self, past_key_values) and mm_token_type_ids is not None
+            if position_ids is None and anew:
+                found = self.get_rope_index(
+                    host.input_ids,
+                    host.mm_token_type_ids,
+                    host.image_grid_thw,
                     video_grid_thw,
-                    attention_mask,
-                    image_patch_levels,
+                    host.attention_mask,
+                    host.image_patch_levels,
                     kwargs.get("second_per_grid_ts"),
                 )
-            pixel_values = None
+                position_ids, self.rope_deltas = send([*found], inputs_embeds.device)
+            attention_mask, pixel_values = host_plan.mask_for(self, attention_mask, host), None
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -323,7 +368,7 @@ class _AdaptiveGeneration(SavesStockNames):
         return input_ids, rest | expanded
 
 
-@supervised_training("image_patch_levels")
+@supervised_training("image_patch_levels", "host")
 class AdaptiveQwen2VLForConditionalGeneration(_AdaptiveGeneration, Qwen2VLForConditionalGeneration):
     """Qwen2-VL that takes what `AdaptiveQwen2VLProcessor` makes; loads stock checkpoints, and saves such.
 
@@ -335,7 +380,7 @@ class AdaptiveQwen2VLForConditionalGeneration(_AdaptiveGeneration, Qwen2VLForCon
     model_class, stock_class = AdaptiveQwen2VLModel, Qwen2VLForConditionalGeneration
 
 
-@supervised_training("image_patch_levels")
+@supervised_training("image_patch_levels", "host")
 class AdaptiveQwen2_5_VLForConditionalGeneration(_AdaptiveGeneration, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL that takes what `AdaptiveQwen2_5_VLProcessor` makes, as `AdaptiveQwen2VLForConditionalGeneration`."""
 
