@@ -321,12 +321,9 @@ class LlavaMetaForCausalLM:
             images = []
         supervised = None
         if inputs_embeds is None and images is not None:
-            text, of_images = (
-                (input_ids, position_ids, attention_mask, past_key_values, labels),
-                (modalities, image_sizes),
-            )
+            text = input_ids, position_ids, attention_mask, past_key_values, labels
             _, position_ids, attention_mask, past_key_values, inputs_embeds, labels, supervised = self._prepare(
-                *text, images, *of_images, patch_alphas, host
+                *text, images, modalities, image_sizes, patch_alphas, host
             )
             if inputs_embeds is not None:
                 input_ids = None
