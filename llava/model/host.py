@@ -42,7 +42,7 @@ class HostCopies:
 def needs_no_mask(attention: str) -> bool:
     """Whether training does without the mask of right-padded rows: causal attention never looks at their padding.
 
-    SDPA then takes its fast kernel; flash-attention would take the padding out and put it back in every layer, where the
+    SDPA then takes its fast kernel; flash-attention would take padding out and put it back in every layer, where the
     host waits each time. The names are those of `attn_implementation`.
     """
     return attention in ("sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3")

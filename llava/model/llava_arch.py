@@ -279,11 +279,11 @@ class LlavaMetaForCausalLM:
             getattr(self.config, "tokenizer_model_max_length", None),
             side,
         )
+        text = self.get_model().embed_tokens(*send([plan.text_ids], device))
         fits = None if plan.fits is None else plan.fits.nonzero()[:, 0]
         places = (None, None) if labels is None else supervised_places(plan.labels)
         planned = [plan.rows, plan.columns, fits, plan.labels, plan.mask, plan.positions, *places]
-        text = self.get_model().embed_tokens(send([plan.text_ids], device)[0])
-        # to where the language model is; the images' devices may be others
+        # to where the language model is; the images' device may be another
         rows, columns, fits, labels, mask, positions, *places = send(planned, text.device)
         values = torch.cat([text, *(tokens.to(text) for tokens in visual)])
         if fits is not None:
