@@ -9,4 +9,4 @@ cd "$ROOT"
 "$PYTHON" -m ruff format --check .
 # a file's tests share what they made, and stay in one process; each process computes on one core
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"$PYTHON" -m pytest -q -n auto --dist loadfile "$@"
+"$PYTHON" -m pytest -q -n auto --dist loadfile --no-loadscope-reorder "$@"

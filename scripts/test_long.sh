@@ -7,6 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 use_environment test torch transformers deepspeed sklearn matplotlib pytest
 cd "$ROOT"
-"$PYTHON" -m pytest -q scripts/long_tests
+LLAVA_LONG_TESTS=1 "$PYTHON" -m pytest -q scripts/long_tests tests/train/test_precision.py
 "$PYTHON" scripts/test_long.py --seeds ${SEEDS-0 1 2 3 4} --towers ${TOWERS-demo_hevc_vit demo_hevc_vit_packing demo_clip_toconv} \
     --qwen2-vl-seeds ${QWEN2_VL_SEEDS-0} "$@"

@@ -1,8 +1,10 @@
 """Several training runs in one process (or one per rank, under torchrun), as starting Python costs more than they do.
 
 `python -m tests.support.runs FLAGS.json`: a list of command lines. Those that fail are told, and the exit status is 1.
+Beside what a run saves lies `buffers.json`, the dtype of each of its model's buffers.
 """
 
+import functools
 import json
 import os
 import sys
@@ -15,6 +17,7 @@ def main(path: str) -> int:
     with open(path) as file:
         runs = json.load(file)
     leave, program.leave_process_group = program.leave_process_group, lambda: None  # DeepSpeed keeps the first group
+    program.save = functools.partial(_save, program.save)
     failed, environment = 0, dict(os.environ)
     for flags in runs:
         for name in os.environ.keys() - environment.keys():
@@ -27,6 +30,14 @@ def main(path: str) -> int:
             print(f"failed: {' '.join(flags)}", traceback.format_exc(), sep="\n", file=sys.stderr)
     leave()
     return int(failed > 0)
+
+
+def _save(save, trainer, out: str) -> None:
+    save(trainer, out)
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with open(os.path.join(out, "buffers.json"), "w") as file:
+            json.dump({name: str(buffer.dtype) for name, buffer in model.named_buffers()}, file)
 
 
 def _parse(flags):
