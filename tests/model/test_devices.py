@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map, init_empty_weights
+from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from transformers.integrations.accelerate import infer_auto_device_map
 
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM

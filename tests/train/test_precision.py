@@ -197,7 +197,7 @@ def test_bfloat16(bfloat16, float32, case):
     assert dtypes == {trained} or (way == "plain" and dtypes == {trained, torch.bfloat16})
     of_projector = {value.dtype for name, value in weights.items() if "mm_projector" in name or "merger" in name}
     assert of_projector == {trained}, parts
-    # rounded to bfloat16, as DeepSpeed 0.18 does, they would be wrong by whole turns at far positions
+    # rounded to bfloat16, as DeepSpeed 0.19.0 does, they would be wrong by whole turns at far positions
     buffers = json.loads((bfloat16 / name_of(case) / "buffers.json").read_text())
     angles = {dtype for name, dtype in buffers.items() if "inv_freq" in name}
     assert angles == {"torch.float32"}
