@@ -11,6 +11,10 @@ class LlavaError(ValueError):
     """
 
 
+class OutOfReach(LlavaError):
+    """A model or encoder that is not on this machine: nothing is known to be wrong with it, and nothing to be right."""
+
+
 def report_errors(main):
     """Decorate a command-line `main`: a `LlavaError` ends the program with one line on stderr and exit status 2."""
 

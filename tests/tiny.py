@@ -61,6 +61,22 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, s
     return str(folder)
 
 
+def projector(path: Path) -> str:
+    """File of a random mlp2x_gelu between `tower` and `llm`, as stage 1 leaves it."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(2)
+    save_file(
+        {
+            f"model.mm_projector.{n}.{w}": torch.randn(*shape) / 8
+            for n in (0, 2)
+            for w, shape in (("weight", (32, 32)), ("bias", (32,)))
+        },
+        path,
+    )
+    return str(path)
+
+
 def qwen2_vl(folder: Path, kind: str = "qwen2_vl") -> str:
     """Folder of a random Qwen2-VL (or of its later kinds) with a chat template; it sees 8 x 8 patches or more."""
     from transformers import AutoTokenizer

@@ -43,10 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     if command == "show":
         everything = "--all" in rest
         run = resolve([word for word in rest if word != "--all"])
-        # what is wrong for the model's family is said here as in training
-        from llava.families import family_of
+        from llava.train.settings import check_settings  # what a run would be refused for is said here as there
 
-        family_of(run["model_name_or_path"], download=False).check(run)
+        check_settings(run)
         for notice in run.notices:
             print(f"note: {notice}", file=sys.stderr)
         print(show_text(run, everything))

@@ -88,6 +88,19 @@ def load_records(data_path: str, seed: int = 0) -> Records:
     return records
 
 
+def data_files(data_path: str) -> list[str]:
+    """The data files that `data_path` names, as `load_records` takes it; a mixture that is not there names none."""
+    if data_path.endswith((".yaml", ".yml")):
+        entries = _read_mixture(data_path) if os.path.isfile(data_path) else []
+        return [path for entry in entries for path in _expand(_beside(data_path, entry["json_path"]))]
+    return _expand(data_path)
+
+
+def media_kinds(records) -> set[str]:
+    """ "image", "video": what some of the records have."""
+    return {kind for kind in ("image", "video") if any(record.get(kind) for record in records)}
+
+
 def read_file(path: str) -> list[dict]:
     """The records of one `.json` or `.jsonl` file.
 

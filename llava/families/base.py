@@ -118,6 +118,25 @@ class Family(ABC):
                 reason = self.refused.get(name, self.no_such_key)
                 raise LlavaError(f"{run.source(name)}: {name} is {run[name]!r}, but {reason}; expected no {name}")
 
+    def check_fit(self, run) -> None:
+        """Refuse what the run's model, and whatever else it names, show to be wrong; configs are read, no weights of a
+        model.
+
+        Raises:
+            OutOfReach: a model or encoder that is not on this machine.
+            LlavaError: parts that do not fit together, or nothing that is trained.
+        """
+        from llava.families.settings import check_common
+
+        check_common(run)
+
+    def check_media(self, run, kinds: set[str]) -> None:
+        """Refuse settings with which no "image" or no "video", of which the data have `kinds`, can be trained on."""
+
+    def origins(self, run) -> dict[str, str]:
+        """{part: where its weights start from} of a run that `check_fit` has passed."""
+        return dict.fromkeys(self.parts, run["model_name_or_path"])
+
     # --- models ---
 
     @abstractmethod

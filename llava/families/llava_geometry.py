@@ -1,8 +1,4 @@
-"""What LLaVA does with a photo, as far as its config says: found without any weights.
-
-The tower is built by the class that a training run would take, on PyTorch's meta device, so that its token layout,
-compression and image processor are the real ones.
-"""
+"""What LLaVA does with a photo, as far as its config says: found without any weights."""
 
 import json
 import os
@@ -11,12 +7,11 @@ from types import SimpleNamespace
 
 from llava.errors import LlavaError
 from llava.families.geometry import Geometry, View
+from llava.families.llava_layout import vision_layout
 
 # LLaVA-NeXT as published (CLIP ViT-L/14 at 336 pixels), for a call that names nothing else
 GRID = "[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]"
 CROP, PATCH = 336, 14
-# (crop, patch) of towers in this project's own configs that no released LLaVA checkpoint has
-KNOWN = {"lmms-lab-encoder/onevision-encoder-large": (448, 14)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +96,20 @@ def plain_geometry(
 
 def run_geometry(run, crop: int | None = None, patch: int | None = None) -> CropGeometry:
     """What a training run would do; `run` is a resolved `llava.config` run, `crop` and `patch` as `config_geometry`."""
+    return config_geometry(run_config(run), run.config or "the command line", crop, patch)
+
+
+def run_config(run) -> SimpleNamespace:
+    """The vision side of the config that a resolved run's model will have.
+
+    Raises:
+        LlavaError: the run names no tower.
+    """
     values = {name: run[name] for name in run.settings}
     if not values.get("vision_tower"):
         raise LlavaError(f"{run.config or 'command line'}: names no vision_tower, expected one")
-    cfg = SimpleNamespace(**values, mm_vision_tower=values["vision_tower"])
     stored = _stored_tower(values["model_name_or_path"], values["vision_tower"])
-    return config_geometry(SimpleNamespace(**{**vars(cfg), **stored}), run.config or "the command line", crop, patch)
+    return SimpleNamespace(**{**values, "mm_vision_tower": values["vision_tower"], **stored})
 
 
 def _stored_tower(checkpoint: str | None, tower: str) -> dict:
@@ -140,26 +143,15 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
     Args:
         crop, patch: pixels, for a tower whose own config is out of reach.
     """
-    from llava.images.geometry import parse_grid_pinpoints
-    from llava.images.processing import processor_sides
     from llava.model.multimodal_encoder.builder import tower_type
-    from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
-    from llava.model.vision_settings import check_combination, check_merge_options
-    from llava.model.visual_merge import MergeRules, native_resolution
 
-    rules = MergeRules.from_config(cfg)
-    check_merge_options(rules.mm_patch_merge_type, rules.image_aspect_ratio)
-    check_combination(cfg)
-    tower = empty_tower(cfg, crop, patch)
-    cfg.mm_vision_config = tower.config.to_dict()
-    if rules.native and not tower.any_size:
-        raise LlavaError(f"image_aspect_ratio native: the tower {cfg.mm_vision_tower} takes images of one size")
-    if "anyres" in rules.image_aspect_ratio:  # a range is counted in crops of the whole image's side, as in training
-        cfg.image_grid_pinpoints = parse_grid_pinpoints(
-            getattr(cfg, "image_grid_pinpoints", None), processor_sides(tower.image_processor)[1]
-        )
-        rules = MergeRules.from_config(cfg)
-    projector = getattr(cfg, "mm_projector_type", None) or "linear"
+    try:
+        layout = vision_layout(cfg, crop, patch)
+    except LlavaError as error:
+        if crop is None and "no usable" in str(error):
+            raise LlavaError(f"{error}; --crop and --patch (in pixels) stand in for it") from None
+        raise
+    tower, rules, token_grid = layout.tower, layout.rules, layout.token_grid
     kind, compressor = tower_type(cfg, cfg.mm_vision_tower), tower.token_compressor
     parts = [f"{cfg.mm_vision_tower} ({kind}), patch {tower.config.patch_size} px"]
     if compressor is not None:
@@ -170,50 +162,17 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
     chooser = tower.patch_chooser
     if chooser is not None:
         parts.append(f"adaptive patches ({chooser.choice.description})")
-    parts.append(f"projector {projector}" + (", which merges four tokens to one" if projector in MERGERS else ""))
+    parts.append(f"projector {token_grid.kind}" + (", which merges four tokens to one" if token_grid.merges else ""))
     return CropGeometry(
         source=source,
         handling=f"{rules.image_aspect_ratio}, merged as {rules.mm_patch_merge_type}",
         processor=tower.image_processor,
         rules=rules,
-        token_grid=ProjectedGrid(tower.token_grid, projector),
-        native=native_resolution(cfg),
+        token_grid=token_grid,
+        native=layout.native,
         patch=tower.config.patch_size,
         layout="; ".join(parts),
-        stock=kind in ("clip", "siglip") and compressor is None and projector not in MERGERS,
+        stock=kind in ("clip", "siglip") and compressor is None and not token_grid.merges,
         choice=chooser and chooser.choice,
         chooser=chooser,
     )
-
-
-def empty_tower(cfg, crop: int | None = None, patch: int | None = None):
-    """The config's vision tower without weights.
-
-    Raises:
-        LlavaError: its config is out of reach; `crop` and `patch`, if given, stand in for it.
-    """
-    import torch
-
-    from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower, tower_type
-    from llava.model.multimodal_encoder.published import PUBLISHED
-
-    name = cfg.mm_vision_tower
-    if (crop is None) != (patch is None):
-        raise LlavaError("--crop and --patch: only used together, expected both or neither")
-    if crop is None and getattr(cfg, "mm_vision_config", None) is None:  # what is known needs no network
-        crop, patch = KNOWN.get(name, (None, None))
-        if name in PUBLISHED:
-            cfg.mm_vision_config, cfg.mm_image_processor_config = PUBLISHED[name]
-    if crop is not None:
-        processor_class = TOWERS[tower_type(cfg, name)].load().processor_class
-        by_edge = "shortest_edge" in dict(processor_class().size)
-        square = {"height": crop, "width": crop}
-        cfg.mm_vision_config = {"image_size": crop, "patch_size": patch}
-        cfg.mm_image_processor_config = {"size": {"shortest_edge": crop} if by_edge else square, "crop_size": square}
-    try:
-        with torch.device("meta"):
-            return build_vision_tower(cfg, delay_load=True)
-    except LlavaError as error:
-        if crop is None and "no usable" in str(error):
-            raise LlavaError(f"{error}; --crop and --patch (in pixels) stand in for it") from None
-        raise

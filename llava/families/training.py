@@ -10,14 +10,19 @@ from llava.model.lora import is_lora
 from llava.model.multimodal_encoder.builder import uses_compression
 
 
-def attention_for(training_args, config=None) -> str:
-    """The attention that the run asks for, else the best available; `config` is the model's."""
+def check_attention(asked: str | None) -> None:
+    """Refuse an `attn_implementation` that transformers does not know."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    asked = training_args.attn_implementation
     known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
     if asked is not None and asked not in known and "/" not in asked:  # with a slash: a kernel on the hub
         raise LlavaError(f"attn_implementation: found {asked!r}, expected one of {', '.join(known)}")
+
+
+def attention_for(training_args, config=None) -> str:
+    """The attention that the run asks for, else the best available; `config` is the model's."""
+    asked = training_args.attn_implementation
+    check_attention(asked)
     return best_attention(Precision.of(training_args).frozen, training_args.device.type == "cpu", config, asked)
 
 
@@ -41,14 +46,19 @@ def check_no_adapter(path: str) -> None:
         )
 
 
+def check_bits(bits: int, lora_enable: bool) -> None:
+    """Refuse what QLoRA is not."""
+    if bits not in (4, 8, 16):
+        raise LlavaError(f"bits: found {bits}, expected 16, 8 or 4")
+    if bits != 16 and not lora_enable:
+        raise LlavaError(f"bits: {bits} trains adapters over a quantised model, expected lora_enable too")
+
+
 def quantisation_for(training_args):
     """How the frozen language model is held under QLoRA (arXiv 2305.14314); None with `bits` 16."""
     if training_args.bits == 16:
         return None
-    if training_args.bits not in (4, 8):
-        raise LlavaError(f"bits: found {training_args.bits}, expected 16, 8 or 4")
-    if not training_args.lora_enable:
-        raise LlavaError(f"bits: {training_args.bits} trains adapters over a quantised model, expected lora_enable too")
+    check_bits(training_args.bits, training_args.lora_enable)
     return quantisation(
         f"bits {training_args.bits}",
         training_args.bits,

@@ -1,17 +1,20 @@
 """`load_pretrained_model`: a LLaVA checkpoint from a folder or the hub, ready for inference."""
 
 import os
+import re
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, OutOfReach
 from llava.model.checkpoint import PROJECTOR_KEYS, find_projector, load_projector, read_weights
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 from llava.model.lora import is_lora, load_lora, recorded_base
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.utils import rank0_print
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def read_config(path: str) -> dict:
@@ -20,12 +23,15 @@ def read_config(path: str) -> dict:
 
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise LlavaError(f"{path}: the folder holds no config.json")
+    if not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
+        raise OutOfReach(f"{path}: no such folder, expected a checkpoint's, or a hub id")
     try:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:
-        raise LlavaError(f"{path}: no config.json ({str(error).splitlines()[0][:160]})") from None
+        fault = LlavaError if os.path.isdir(path) else OutOfReach
+        raise fault(f"{path}: no config.json ({str(error).splitlines()[0][:160]})") from None
     if not values:
-        raise LlavaError(f"{path}: no config.json found; expected a checkpoint folder or a hub id")
+        raise OutOfReach(f"{path}: no config.json found; expected a checkpoint folder or a hub id")
     return values
 
 

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
@@ -25,6 +25,17 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for a file it will not unpickle
         raise LlavaError(f"{path}: not a file of plain tensors ({str(error).splitlines()[0][:120]})") from None
+
+
+def weight_names(path: str) -> list[str]:
+    """Names of the tensors in a file that `read_weights` takes; a .safetensors file's are read from its header."""
+    if not path.endswith(".safetensors"):
+        return list(read_weights(path))
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise LlavaError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def find_projector(folder: str) -> str | None:

@@ -1,7 +1,5 @@
 """The parts that make a language model a LLaVA model: vision tower, projector and newline token."""
 
-import os
-
 import torch
 import torch.nn as nn
 
@@ -10,26 +8,10 @@ from llava.model.checkpoint import load_projector
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.vision_change import VISION_KEYS, VisionChange
 from llava.model.vision_settings import check_combination
 from llava.model.visual_merge import MergeRules
 from llava.utils import rank0_print
-
-# config keys that describe the vision side; `initialize_vision_modules` copies them from the run's arguments
-VISION_KEYS = (
-    "mm_vision_tower",
-    "mm_vision_tower_type",
-    "mm_vision_select_layer",
-    "mm_vision_select_feature",
-    "mm_patch_merge_type",
-    "mm_projector_type",
-    "s2",
-    "s2_scales",
-    "use_token_compression",
-    "compression_input_size",
-    "compression_output_size",
-    "adaptive_patches",
-)
-COMPRESSION_KEYS = {"use_token_compression", "compression_input_size", "compression_output_size"}
 
 
 class LlavaMetaModel:
@@ -80,8 +62,8 @@ class LlavaMetaModel:
                 `pretrain_mm_mlp_adapter` an `mm_projector.safetensors` or `.bin` to start from.
             fsdp: accepted for LLaVA-NeXT's sake.
         """
-        config = self.config
-        before = {key: getattr(config, key, None) or None for key in VISION_KEYS}
+        config, had_vision = self.config, self.get_vision_tower() is not None
+        before = {key: getattr(config, key, None) for key in (*VISION_KEYS, "mm_hidden_size")} if had_vision else {}
         config.mm_vision_tower = model_args.vision_tower
         for key in VISION_KEYS[1:]:
             if getattr(model_args, key, None) is not None:
@@ -90,29 +72,25 @@ class LlavaMetaModel:
             given = model_args.adaptive_patches
             config.adaptive_patches = given if PatchChoice.from_mapping(given) else None
         config.use_mm_proj = True
-        changed = {key for key in VISION_KEYS if (getattr(config, key, None) or None) != before[key]}
-        if same_folder(config.mm_vision_tower, before["mm_vision_tower"]):
-            changed.discard("mm_vision_tower")
+        change = VisionChange.between(before, config, getattr(config, "_name_or_path", None))
 
-        if self.get_vision_tower() is None or changed & {"mm_vision_tower", "mm_vision_tower_type", "s2", "s2_scales"}:
-            if self.get_vision_tower() is not None:
+        if change.new_tower:
+            if had_vision:
                 rank0_print(f"vision tower: {before['mm_vision_tower']} is replaced by {config.mm_vision_tower}")
             config.mm_vision_config = config.mm_image_processor_config = None  # those of the tower that goes
             self.vision_tower = build_vision_tower(config)
-        self.vision_tower.set_features(config)
-        compressor = self.vision_tower.token_compressor
-        if changed & COMPRESSION_KEYS or (compressor and compressor.hidden_dim != self.vision_tower.feature_size):
-            self.vision_tower.set_compression(config)
-        self.vision_tower.set_patch_choice(config)
-        self.vision_tower.load_model()
-        if getattr(model_args, "pretrain_token_compressor", None) and self.vision_tower.token_compressor is not None:
+        tower = self.vision_tower
+        tower.set_features(config)
+        if not change.new_tower:
+            had = None if tower.token_compressor is None else tower.token_compressor.hidden_dim
+            if change.new_compressor(tower.feature_size, had):
+                tower.set_compression(config)
+        tower.set_patch_choice(config)
+        tower.load_model()
+        if getattr(model_args, "pretrain_token_compressor", None) and tower.token_compressor is not None:
             config.pretrain_token_compressor = model_args.pretrain_token_compressor
-            load_token_compressor(self.vision_tower.token_compressor, model_args.pretrain_token_compressor)
-        if (
-            getattr(self, "mm_projector", None) is None
-            or self.vision_tower.hidden_size != config.mm_hidden_size
-            or "mm_projector_type" in changed
-        ):
+            load_token_compressor(tower.token_compressor, model_args.pretrain_token_compressor)
+        if change.new_projector(tower.hidden_size):
             self._build_projector()
         elif getattr(self, "image_newline", None) is None:
             self._build_newline()
@@ -120,10 +98,5 @@ class LlavaMetaModel:
         if getattr(model_args, "pretrain_mm_mlp_adapter", None):
             load_projector(self, model_args.pretrain_mm_mlp_adapter)
         # a quantised language model is on its GPU already, and Trainer then moves nothing
-        self.vision_tower.to(self.device)
+        tower.to(self.device)
         self.mm_projector.to(self.device)
-
-
-def same_folder(a, b) -> bool:
-    """Two spellings of one existing folder."""
-    return bool(a and b) and os.path.isdir(a) and os.path.realpath(a) == os.path.realpath(b)

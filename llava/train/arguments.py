@@ -79,23 +79,47 @@ def __getattr__(name: str):
 
 def make_training_arguments(run: Run):
     """The `TrainingArguments` of a resolved run, after falling back from what this machine cannot do."""
-    make = training_arguments_class()
-    names = {field.name for field in dataclasses.fields(make) if field.init}
-    values = {name: value for name, value in (run.group("trainer") | run.group("train")).items() if name in names}
+    values = _values(run)
     _fall_back(values, run)
     if values.get("logging_dir"):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", values["logging_dir"])
+    training_args = _make(values)
+    mismatches = getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", ())
+    if mismatches:  # transformers says so when the model is loaded
+        raise LlavaError(f"{run['deepspeed']}: {'; '.join(line.removeprefix('- ') for line in mismatches)}")
+    training_args.run_config = run
+    return training_args
+
+
+def check_training_arguments(run: Run) -> None:
+    """Raise `LlavaError` for what `make_training_arguments` would refuse on the machine that the run is for; no device
+    is looked at, and no DeepSpeed."""
+    values = {name: value for name, value in _values(run).items() if name not in _NEEDS_DEVICE}
+    _make({**values, "deepspeed": None, "use_cpu": True})
+
+
+_NEEDS_DEVICE = {
+    *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+}
+
+
+def _values(run: Run) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(training_arguments_class()) if field.init}
+    values = {name: value for name, value in (run.group("trainer") | run.group("train")).items() if name in names}
     if "activation_checkpointing" in names and values.get("activation_checkpointing") is None:
         # the name from transformers 5.20 on; with both set it does not warn about the older one
         values["activation_checkpointing"] = values["gradient_checkpointing"]
+    return values
+
+
+def _make(values: dict[str, Any]):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            training_args = make(**values)
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+            return training_arguments_class()(**values)
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
         raise LlavaError(f"training arguments: {' '.join(str(error).split())}") from error
-    training_args.run_config = run
-    return training_args
 
 
 def _fall_back(values: dict[str, Any], run: Run) -> None:

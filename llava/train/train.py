@@ -51,17 +51,19 @@ def _train(model_args, data_args, training_args, make):
     from transformers import set_seed
 
     from llava.data import make_data, read_records
+    from llava.data.records import media_kinds
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
     from llava.train.llava_trainer import LLaVATrainer
-    from llava.train.lora import adapt, check_lora
+    from llava.train.lora import adapt
     from llava.train.parts import set_trainable
 
     family = family_of(model_args.model_name_or_path)
-    family.check(training_args.run_config)
+    settings = training_args.run_config
+    family.check(settings)
     if training_args.verbose_logging:
-        for key, setting in training_args.run_config.settings.items():
+        for key, setting in settings.settings.items():
             rank0_print(f"{key}: {setting.value} ({setting.source})")
     if training_args.eval_strategy != "no":
         raise LlavaError(
@@ -75,16 +77,19 @@ def _train(model_args, data_args, training_args, make):
         import deepspeed
 
         deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
+    family.check_fit(settings)
     parts = tunable_parts(model_args, training_args)
-    check_lora(training_args, parts)
     version, refused = family.record_template(model_args), family.refused_media(model_args)
     records = read_records(data_args, version=version, refused=refused, seed=training_args.seed)
+    family.check_media(settings, media_kinds(records))
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
     data, model = make_data(records, family, loaded, args), loaded.model
     if training_args.lora_enable:
         model = adapt(model, model_args, training_args)
     set_trainable(model, parts, training_args.lora_bias, family)
+    for part, origin in family.origins(settings).items():
+        rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)
 
     trainer = LLaVATrainer(

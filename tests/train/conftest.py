@@ -19,6 +19,7 @@ class Kit:
         self.clip_fine = tiny.tower(folder / "clip_fine", side=56)  # 4 x 4 tokens
         self.siglip = tiny.tower(folder / "siglip", kind="siglip")
         self.hevc_vit = tiny.tower(folder / "hevc_vit", kind="hevc_vit")
+        self.projector = tiny.projector(folder / "mm_projector.safetensors")
         self.data: dict[str, str] = {}
 
     def records(self, kinds: str) -> str:

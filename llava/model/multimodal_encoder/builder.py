@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
 __all__ = ["COMPRESSED", "TOWERS", "TowerEntry", "build_vision_tower", "tower_type", "uses_compression"]
@@ -107,7 +107,8 @@ def tower_type(cfg, tower: str) -> str:
             kind = _by_name(os.path.basename(tower.rstrip("/")), readers) or next(by_type, None)
         if kind is None:
             found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
-            raise LlavaError(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")
+            fault = LlavaError if model_type else OutOfReach
+            raise fault(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")
     return "clip_s2" if kind == "clip" and getattr(cfg, "s2", False) else kind
 
 

@@ -5,7 +5,7 @@ from abc import abstractmethod
 
 import torch
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, OutOfReach
 from llava.utils import rank0_print
 
 from .base import VisionTower
@@ -62,9 +62,9 @@ class HFVisionTower(VisionTower):
         except (OSError, ValueError) as error:
             if source in PUBLISHED:
                 return cls.from_dict(PUBLISHED[source][cls is not self.config_class])
-            place = "the folder" if os.path.isdir(source) else "the hub or its cache"
+            fault, place = (LlavaError, "the folder") if os.path.isdir(source) else (OutOfReach, "the hub or its cache")
             what = "config.json" if cls is self.config_class else "preprocessor_config.json"
-            raise LlavaError(
+            raise fault(
                 f"vision tower {source!r}: no usable {what} in {place} ({str(error).splitlines()[0][:160]})"
             ) from None
 

@@ -1,0 +1,165 @@
+"""What LLaVA's settings, and the configs of its language model and vision tower, show to be wrong without any weights."""
+
+import contextlib
+import os
+from types import SimpleNamespace
+
+from llava.errors import LlavaError, OutOfReach
+from llava.families.llava_geometry import run_config
+from llava.families.llava_layout import VisionLayout, check_layout, vision_layout
+from llava.families.settings import arguments, check_common, check_parts, trained_parts
+from llava.model.vision_change import VisionChange
+
+# part that may be random -> its name, and the key that names weights for it
+_RANDOM = {
+    "mm_mlp_adapter": ("projector", "pretrain_mm_mlp_adapter"),
+    "mm_token_compressor": ("token compressor", "pretrain_token_compressor"),
+}
+
+
+def check_fit(run) -> None:
+    """Whether language model, tower, projector, crops and the parts that are trained fit each other.
+
+    Raises:
+        LlavaError: what does not fit.
+        OutOfReach: a model, tower or projector that is not here; the rest has been checked.
+    """
+    from llava.data.preprocess import resolve_supervise
+    from llava.families.llava_training import architecture_for, rope_overrides
+    from llava.model.builder import read_config
+
+    check_common(run)
+    resolve_supervise(run["version"], run["supervise"])
+    lacking: list[str] = []
+    args, checkpoint = arguments(run), None
+    with _later(lacking):
+        checkpoint = read_config(run["model_name_or_path"])
+        architecture_for(args, checkpoint)
+        rope_overrides(args, checkpoint)
+    if run["vision_tower"] is None:
+        check_parts(trained_parts(run), {"mm_language_model"})
+    else:
+        _check_vision(run, checkpoint, lacking)
+    if lacking:
+        raise OutOfReach("; ".join(lacking))
+
+
+@contextlib.contextmanager
+def _later(lacking: list[str]):
+    """What is out of reach is said when the rest has been checked."""
+    try:
+        yield
+    except OutOfReach as error:
+        lacking.append(str(error))
+
+
+def _check_vision(run, checkpoint: dict | None, lacking: list[str]) -> None:
+    """`checkpoint`: the config that the run's model comes with, if it is in reach."""
+    from llava.model.multimodal_encoder.token_compressor import load_token_compressor
+
+    with _later(lacking):
+        layout = vision_layout(run_config(run))
+        check_layout(layout, "image")
+        check_projector(layout, checkpoint and checkpoint.get("hidden_size"))
+        if run["pretrain_token_compressor"] and layout.tower.token_compressor is not None:
+            load_token_compressor(layout.tower.token_compressor, run["pretrain_token_compressor"])  # compares, on meta
+        file = _projector_file(run)
+        if checkpoint is None:
+            return
+        check_projector(layout, checkpoint.get("hidden_size"), file)
+        _check_origins(trained_parts(run), _origins(run, checkpoint, layout))
+        _check_tokens(run, trained_parts(run))
+
+
+def _check_origins(parts: set[str], origins: dict) -> None:
+    """Refuse to train nothing, or behind a part that is random and stays so."""
+    check_parts(parts, {"mm_language_model", *origins})
+    for part, origin in origins.items():
+        if origin.random and part not in parts:
+            name, key = _RANDOM[part]
+            raise LlavaError(
+                f"mm_tunable_parts: the {name} is {origin.text}, and would stay so: only {', '.join(sorted(parts))} is "
+                f"trained; expected {part} among the trained parts, or weights to start from ({key})"
+            )
+
+
+def check_media(run, kinds: set[str]) -> None:
+    """Whether the kinds of media that the data have ("image", "video") become tokens with these settings."""
+    if run["vision_tower"] is not None and "video" in kinds:
+        check_layout(vision_layout(run_config(run)), "video")
+
+
+def check_projector(layout: VisionLayout, hidden_size: int | None, file: str | None = None) -> None:
+    """Build the projector without weights, and compare those of a file with it.
+
+    Raises:
+        LlavaError: there is none of that kind, or it does not fit the tower, a language model of this width or the file.
+    """
+    import torch
+
+    from llava.model.checkpoint import load_projector
+    from llava.model.multimodal_projector.builder import build_vision_projector
+
+    kind, width = layout.token_grid.kind, layout.tower.hidden_size
+    config = SimpleNamespace(mm_projector_type=kind, mm_hidden_size=width, hidden_size=hidden_size or width)
+    with torch.device("meta"):
+        projector = build_vision_projector(config)
+    if file is not None:
+        load_projector(SimpleNamespace(mm_projector=projector, vision_tower=layout.tower, config=config), file)
+
+
+def origins(run) -> dict[str, str]:
+    """{part: where its weights start from}, of a run whose settings have been checked."""
+    from llava.model.builder import read_config
+
+    model = run["model_name_or_path"]
+    found = {"mm_language_model": model}
+    if run["vision_tower"] is None:
+        return found
+    parts = _origins(run, read_config(model), vision_layout(run_config(run)))
+    return {part: origin.text.replace("the checkpoint", model, 1) for part, origin in parts.items()} | found
+
+
+def _origins(run, checkpoint: dict, layout: VisionLayout) -> dict:
+    """{part: `Origin`}; `checkpoint` is the config that the run's model comes with."""
+    file = _projector_file(run)
+    compressor_file = run["pretrain_token_compressor"] or _compressor_in(file)
+    change = VisionChange.between(checkpoint, run_config(run), run["model_name_or_path"])
+    return change.origins(layout.tower, file, compressor_file)
+
+
+def _projector_file(run) -> str | None:
+    """The file that the projector starts from.
+
+    Raises:
+        OutOfReach: there is none at the path that is named.
+    """
+    from llava.model.checkpoint import find_projector
+
+    path = run["pretrain_mm_mlp_adapter"]
+    if not path:
+        return None
+    file = find_projector(path) if os.path.isdir(path) else path
+    if file is None or not os.path.isfile(file):
+        raise OutOfReach(
+            f"{run.source('pretrain_mm_mlp_adapter')}: pretrain_mm_mlp_adapter {path}: no such file, expected a "
+            "projector (mm_projector.safetensors or .bin)"
+        )
+    return file
+
+
+def _compressor_in(file: str | None) -> str | None:
+    """The projector's file, if there is a token compressor in it too."""
+    from llava.model.checkpoint import weight_names
+
+    return file if file and any("token_compressor." in name for name in weight_names(file)) else None
+
+
+def _check_tokens(run, parts: set[str]) -> None:
+    """As `check_new_tokens`, with the tokenizer that the run will have."""
+    from llava.families.llava_training import check_new_tokens
+    from llava.model.builder import load_tokenizer
+
+    if run["mm_use_im_start_end"]:
+        args = arguments(run)
+        check_new_tokens(args, args, load_tokenizer(run["model_name_or_path"], cache_dir=run["cache_dir"]))

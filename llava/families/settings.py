@@ -1,0 +1,52 @@
+"""What a run's settings and the configs of its models show to be wrong, whatever the family; no weight is read."""
+
+import os
+from types import SimpleNamespace
+
+from llava.config.deepspeed_file import check_deepspeed
+from llava.constants import TUNABLE_PARTS
+from llava.errors import LlavaError
+from llava.families.training import check_attention, check_bits, check_no_adapter, tunable_parts
+
+
+def check_common(run) -> None:
+    """What every family asks of a resolved run.
+
+    Raises:
+        LlavaError: as it says.
+    """
+    check_deepspeed(run)
+    check_attention(run["attn_implementation"])
+    check_no_adapter(run["model_name_or_path"])
+    check_bits(run["bits"], run["lora_enable"])
+    check_lora(run["lora_enable"], trained_parts(run))
+    path = run["lora_weight_path"]
+    if run["lora_enable"] and path and not os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise LlavaError(f"{run.source('lora_weight_path')}: lora_weight_path {path}: found no adapter_config.json")
+
+
+def trained_parts(run) -> set[str]:
+    """The parts that a resolved run trains."""
+    args = arguments(run)
+    return tunable_parts(args, args)
+
+
+def arguments(run) -> SimpleNamespace:
+    """A resolved run's own keys as attributes."""
+    return SimpleNamespace(**{name: run[name] for name in run.settings})
+
+
+def check_lora(enabled: bool, parts: set[str]) -> None:
+    """Refuse LoRA in a run that leaves the language model as it is."""
+    if enabled and "mm_language_model" not in parts:
+        raise LlavaError(
+            f"lora_enable: adapters go into the language model, but {', '.join(sorted(parts))} alone is to be trained; "
+            "expected mm_language_model among mm_tunable_parts, or no lora_enable"
+        )
+
+
+def check_parts(parts: set[str], there: set[str]) -> None:
+    """Refuse a run that trains nothing of the parts that its model has."""
+    if not parts & there:
+        listed = ", ".join(part for part in TUNABLE_PARTS if part in there)
+        raise LlavaError(f"nothing to train: found {', '.join(sorted(parts)) or 'no part'}, expected some of {listed}")
