@@ -82,10 +82,21 @@ _LAYOUTS = {
 
 
 class Turn(NamedTuple):
-    """A piece of the prompt; the characters from `answer_start` to the end are the model's (None: none of them)."""
+    """A piece of the prompt; the characters from `answer_start` to the end are the model's (None: none of them), those
+    up to `answer_end` the answer's own, before what closes its turn."""
 
     text: str
     answer_start: int | None = None
+    answer_end: int | None = None
+
+    @property
+    def answer(self) -> list[tuple[int, int]]:
+        """Where the answer's own text begins and ends; empty where there is none."""
+        if self.answer_start is None:
+            return []
+        text = self.text[: self.answer_end]
+        begin = len(text) - len(text[self.answer_start :].lstrip())
+        return [(begin, len(text))] if begin < len(text) else []
 
 
 @dataclasses.dataclass
@@ -134,9 +145,10 @@ class Conversation:
                 pieces.append(Turn(self._fill(layout.pending[odd], role)))
                 continue
             opening = self._fill(self._opening(layout, index), role)
-            body = (text.strip() if layout.strip else text) + self._fill(layout.close[odd], role)
+            said = opening + (text.strip() if layout.strip else text)
             is_answer = role == self.roles[1] and (odd or self.roles[0] != self.roles[1])
-            pieces.append(Turn(opening + body, len(opening.rstrip(" ")) if is_answer else None))
+            answer = (len(opening.rstrip(" ")), len(said)) if is_answer else ()
+            pieces.append(Turn(said + self._fill(layout.close[odd], role), *answer))
         return pieces
 
     def append_message(self, role: str, message) -> None:

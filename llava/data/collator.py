@@ -18,11 +18,14 @@ def pad_rows(instances: list, pad_token_id: int) -> tuple[dict, list[dict]]:
 
     Returns:
         a batch of `input_ids`, `labels` (LongTensors [B, L]; pad id and -100 behind each row), `attention_mask` (bool
-        [B, L]) and, if there are any, `bad_records`: the records left out, as "id: reason"; and the samples in it. A
-        batch with nothing left is one row without labels, so that every rank takes its step.
+        [B, L]) and, if there are any, `bad_records` and `no_label`: the records left out, as "id: reason"; and the
+        samples in it. A batch with nothing left is one row without labels, so that every rank takes its step.
     """
     samples = [instance for instance in instances if not isinstance(instance, BadRecord)]
-    bad = [str(item) for item in instances if isinstance(item, BadRecord) and item.kind == "bad"]
+    left_out = {"bad_records": [], "no_label": []}
+    for item in instances:
+        if isinstance(item, BadRecord):
+            left_out["no_label" if item.kind == "no_label" else "bad_records"].append(str(item))
     rows, length = max(len(samples), 1), max((len(sample["input_ids"]) for sample in samples), default=2)
     input_ids = torch.full((rows, length), pad_token_id, dtype=torch.long)
     labels = torch.full((rows, length), IGNORE_INDEX, dtype=torch.long)
@@ -34,7 +37,7 @@ def pad_rows(instances: list, pad_token_id: int) -> tuple[dict, list[dict]]:
         labels[row, :filled] = sample["labels"]
         attention_mask[row, :filled] = True
     batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-    return batch | ({"bad_records": bad} if bad else {}), samples
+    return batch | {kind: found for kind, found in left_out.items() if found}, samples
 
 
 @dataclass

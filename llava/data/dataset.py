@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.data.paths import media_of, resolve_path
+from llava.data.preprocess import Encoded
 from llava.data.records import Part, Records
 from llava.errors import LlavaError
 from llava.images.processing import PixelOptions
@@ -18,7 +19,12 @@ _MAX_WORKERS = 256
 
 
 class NoLabel(LlavaError):
-    """A sample that was cut to the longest length, so that nothing is left to learn."""
+    """A sample that has nothing to learn: no answer with text, or none of it within the longest length.
+
+    cut: whether it was cut to that length.
+    """
+
+    cut = False
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,7 @@ class BadRecord:
     Attributes:
         id: the record's id.
         reason: one line.
-        kind: "bad" (unreadable image, ...: counts towards the limit that stops a run) or "no_label" (nothing left to
-            learn after truncation).
+        kind: "bad" (unreadable image, ...) or "no_label" (nothing to learn); each has a limit that stops a run.
     """
 
     id: str
@@ -121,12 +126,12 @@ def read_media(record: dict, args: SampleArgs) -> Media:
 
 
 def fit(
-    ids: list[int], labels: list[int], sizes: list[int], limit: int | None, whole_images: bool
+    encoded: Encoded, sizes: list[int], limit: int | None, whole_images: bool
 ) -> tuple[list[int], list[int], int, bool]:
     """A sample, cut where its sequence with every image's tokens in place passes `limit` tokens (None: never).
 
     Args:
-        ids, labels: with one -200 for each image.
+        encoded: with one -200 for each image.
         sizes: tokens of each image, in order.
         limit: in tokens.
         whole_images: what does not fit whole goes, and all behind it; else an image that begins before the limit
@@ -137,8 +142,11 @@ def fit(
 
     Raises:
         LlavaError: another number of -200 than of images.
-        NoLabel: nothing is left to learn.
+        NoLabel: there is no text of an answer in it, or none is left. The tokens of the template alone teach nothing.
     """
+    ids, labels, answer = encoded
+    if answer is None:
+        raise NoLabel("no answer has text, so there is nothing to learn")
     if (found := ids.count(IMAGE_TOKEN_INDEX)) != len(sizes):
         raise LlavaError(f"conversations: found {found} <image> for {len(sizes)} images, expected as many")
     if limit is None or len(ids) - len(sizes) + sum(sizes) <= limit:
@@ -152,10 +160,11 @@ def fit(
             break
         merged += size
         kept += token == IMAGE_TOKEN_INDEX
-    ids, labels = ids[:end], labels[:end]
-    if all(label == IGNORE_INDEX for label in labels[1:]):  # the first token is nobody's prediction
-        raise NoLabel(f"no label left after truncation to {limit} tokens")
-    return ids, labels, kept, True
+    if answer >= end:
+        error = NoLabel(f"no label left after truncation to {limit} tokens")
+        error.cut = True
+        raise error
+    return ids[:end], labels[:end], kept, True
 
 
 class LazySupervisedDataset(Dataset):
@@ -185,7 +194,8 @@ class LazySupervisedDataset(Dataset):
         try:
             sample = self.family.sample(self.records[index], self.loaded, args, at=(epoch, index))
         except NoLabel as error:
-            self._count("truncated")
+            if error.cut:
+                self._count("truncated")
             self._count("no_label")
             return BadRecord(name, str(error), "no_label")
         except LlavaError as error:

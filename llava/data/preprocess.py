@@ -19,6 +19,14 @@ from llava.text_encoding import TextEncoder, text_encoder
 SUPERVISE = ("llava_next", "answers_only")
 
 
+class Encoded(NamedTuple):
+    """Token ids, their labels, and where in them the first token of an answer's own text is (None: there is none)."""
+
+    ids: list[int]
+    labels: list[int]
+    answer: int | None
+
+
 class _Unit(NamedTuple):
     """How LLaVA-NeXT trains a template that is tokenised turn by turn."""
 
@@ -82,6 +90,10 @@ class Preprocessor:
         Raises:
             LlavaError: the conversation does not fit the template.
         """
+        return self.encode(source, has_image)[:2]
+
+    def encode(self, source: list, has_image: bool = False) -> Encoded:
+        """As a call, and where the first answer is."""
         turns = read_turns(source)
         check_turns(turns, self.template)
         if self.template.sep_style is SeparatorStyle.PLAIN:
@@ -99,47 +111,55 @@ class Preprocessor:
         found = (self.encoder.fixed_ids(text) for text in self._unit.special)
         return frozenset(ids[0] for ids in found if len(ids) == 1)
 
-    def _plain(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    def _plain(self, turns: list[tuple[str, str]]) -> Encoded:
         """One image and its caption; whatever else the human's turn says is dropped."""
-        text = DEFAULT_IMAGE_TOKEN + turns[1][1].replace(NOISE, "") + self._base.sep
-        return encode_spans(self.encoder, text, [(len(DEFAULT_IMAGE_TOKEN), len(text))], images=True, bos=True)
+        start = len(DEFAULT_IMAGE_TOKEN)
+        said = DEFAULT_IMAGE_TOKEN + turns[1][1].replace(NOISE, "")
+        turn = Turn(said + self._base.sep, start, len(said))
+        return encode_spans(self.encoder, turn.text, [(start, len(turn.text))], True, bos=True, answers=turn.answer)
 
-    def _by_turn(self, pieces: list[Turn], has_image: bool) -> tuple[list[int], list[int]]:
+    def _by_turn(self, pieces: list[Turn], has_image: bool) -> Encoded:
         head = self.encoder.fixed_ids(pieces[0].text)
-        ids, labels = list(head), [IGNORE_INDEX] * len(head)
+        ids, labels, answer = list(head), [IGNORE_INDEX] * len(head), None
         for piece in pieces[1:]:
             spans = []
             if piece.answer_start is not None:
                 spans = [(0 if self.llava_next else piece.answer_start, len(piece.text))]
-            piece_ids, piece_labels = encode_spans(self.encoder, piece.text, spans, images=has_image)
-            ids += piece_ids
-            labels += piece_labels
+            found = encode_spans(self.encoder, piece.text, spans, images=has_image, answers=piece.answer)
+            if answer is None and found.answer is not None:
+                answer = len(ids) + found.answer
+            ids += found.ids
+            labels += found.labels
         if self._special:
             special = self._special
             labels = [token if token in special else label for token, label in zip(ids, labels, strict=True)]
-        return ids, labels
+        return Encoded(ids, labels, answer)
 
-    def _whole(self, pieces: list[Turn], has_image: bool) -> tuple[list[int], list[int]]:
-        spans, length = [], 0
+    def _whole(self, pieces: list[Turn], has_image: bool) -> Encoded:
+        spans, answers, length = [], [], 0
         for piece in pieces:
             if piece.answer_start is not None:
                 spans.append((length + piece.answer_start, length + len(piece.text)))
+            answers += [(length + begin, length + end) for begin, end in piece.answer]
             length += len(piece.text)
         text = "".join(piece.text for piece in pieces)
-        return encode_spans(self.encoder, text, spans, has_image, bos=True)
+        return encode_spans(self.encoder, text, spans, has_image, bos=True, answers=answers)
 
 
-def encode_spans(encoder: TextEncoder, text: str, spans: list[tuple[int, int]], images: bool, bos: bool = False):
+def encode_spans(
+    encoder: TextEncoder, text: str, spans: list[tuple[int, int]], images: bool, bos: bool = False, answers=()
+) -> Encoded:
     """Ids and labels of a text; every `<image>` in it becomes -200, and what is between them is tokenised by itself.
 
     Args:
         spans: supervised characters (begin, end), in order.
         images: whether `<image>` is an image; else it is text.
         bos: whether the text is given the token that starts a sequence.
+        answers: the characters of the answers' own text, in order.
     """
     ids: list[int] = []
     labels: list[int] = []
-    at = 0
+    answer, at = None, 0
     for index, chunk in enumerate(text.split(DEFAULT_IMAGE_TOKEN) if images else (text,)):
         if index:
             ids.append(IMAGE_TOKEN_INDEX)
@@ -148,11 +168,18 @@ def encode_spans(encoder: TextEncoder, text: str, spans: list[tuple[int, int]], 
         found, offsets = encoder.encode(chunk, add_special_tokens=bos and index == 0)
         starts = index == 0 and bos and bool(found) and found[0] == encoder.bos_token_id
         end = at + len(chunk)
-        inside = [(max(begin, at) - at, min(stop, end) - at) for begin, stop in spans if begin < end and stop > at]
+        if answer is None and (said := _inside(answers, at, end)):
+            marked = _labels(found, offsets, said[:1], skip_first=starts)
+            answer = next((len(ids) + i for i, label in enumerate(marked) if label != IGNORE_INDEX), None)
         ids += found
-        labels += _labels(found, offsets, inside, skip_first=starts)
+        labels += _labels(found, offsets, _inside(spans, at, end), skip_first=starts)
         at = end
-    return ids, labels
+    return Encoded(ids, labels, answer)
+
+
+def _inside(spans, at: int, end: int) -> list[tuple[int, int]]:
+    """The parts of spans within characters `at` to `end`, counted from `at`."""
+    return [(max(begin, at) - at, min(stop, end) - at) for begin, stop in spans if begin < end and stop > at]
 
 
 def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], skip_first: bool):

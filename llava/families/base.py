@@ -131,7 +131,7 @@ class Family(ABC):
         check_common(run)
 
     def check_media(self, run, kinds: set[str]) -> None:
-        """Refuse settings with which no "image" or no "video", of which the data have `kinds`, can be trained on."""
+        """Refuse settings that fit no "image" or no "video", where the data have some; `kinds` are those they have."""
 
     def origins(self, run) -> dict[str, str]:
         """{part: where its weights start from} of a run that `check_fit` has passed."""

@@ -131,13 +131,13 @@ class Llava(Family):
 
         media, limit = read_media(record, args), args.model_max_length
         images = process_pictures(media.pictures, loaded.image_processor, args.pixels, media.paths)
-        ids, labels = loaded.preprocessor(media.conversation, has_image=bool(images))
+        encoded = loaded.preprocessor.encode(media.conversation, has_image=bool(images))
         count, pairs = loaded.count_visual_tokens, list(zip(images, media.sizes, strict=True))
         sizes = [count(image.shape, size, media.kind) for image, size in pairs]
         # where they depend on what an image shows, that is the most that they can be
-        if limit is not None and count and count.chooser and len(ids) - len(sizes) + sum(sizes) > limit:
+        if limit is not None and count and count.chooser and len(encoded.ids) - len(sizes) + sum(sizes) > limit:
             sizes = [count.of_pixels(image, size, media.kind) for image, size in pairs]
-        ids, labels, kept, cut = fit(ids, labels, sizes, limit, whole_images=False)
+        ids, labels, kept, cut = fit(encoded, sizes, limit, whole_images=False)
         sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": cut}
         if kept:
             sample.update(images=images[:kept], image_sizes=media.sizes[:kept], modalities=[media.kind] * kept)

@@ -165,6 +165,6 @@ def _check_grid(layout: VisionLayout) -> None:
     odd = next((pair for pair in rules.image_grid_pinpoints if pair[0] % side or pair[1] % side), None)
     if odd is not None:
         raise LlavaError(
-            f"image_grid_pinpoints: found {odd[0]}x{odd[1]} pixels, expected multiples of {side}, the side of a crop of "
-            f"the tower {layout.tower.vision_tower_name}"
+            f"image_grid_pinpoints: found {odd[0]}x{odd[1]} pixels, expected multiples of {side}, the side of a crop "
+            f"of the tower {layout.tower.vision_tower_name}"
         )

@@ -1,4 +1,4 @@
-"""What LLaVA's settings, and the configs of its language model and vision tower, show to be wrong without any weights."""
+"""What LLaVA's settings, and the configs of its language model and tower, show to be wrong without any weights."""
 
 import contextlib
 import os
@@ -93,7 +93,7 @@ def check_projector(layout: VisionLayout, hidden_size: int | None, file: str | N
     """Build the projector without weights, and compare those of a file with it.
 
     Raises:
-        LlavaError: there is none of that kind, or it does not fit the tower, a language model of this width or the file.
+        LlavaError: there is none of that kind, or it fits not the tower, a language model of this width, or the file.
     """
     import torch
 

@@ -207,14 +207,14 @@ class Qwen2VL(QwenChat, Family):
         from llava.data.dataset import fit, read_media
 
         media = read_media(record, args)
-        ids, labels = self.encode(media.conversation, loaded, bool(media.pictures))
+        encoded = self.encode(media.conversation, loaded, bool(media.pictures))
         images = []
         for number, (picture, path) in enumerate(zip(media.pictures, media.paths, strict=True)):
             drawn = {} if args.patch_choice is None else {"alpha": args.patch_choice.draw(args.seed, *at, number)}
             images.append(self._process(picture, loaded, f" {path}", **drawn))
         counts = [self.picture_tokens(image, loaded)[0][1] for image in images]
         sizes = [count + 2 for count in counts]  # an image stands between two marks
-        ids, labels, kept, cut = fit(ids, labels, sizes, args.model_max_length, whole_images=True)
+        ids, labels, kept, cut = fit(encoded, sizes, args.model_max_length, whole_images=True)
         ids, labels = _expand(ids, labels, counts, loaded.tokenizer)
         sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": cut}
         return sample | _joined(images[:kept])
@@ -249,7 +249,7 @@ class Qwen2VL(QwenChat, Family):
         keys = [key for key in loaded.image_processor.model_input_names if key in images[0]]
         batch |= {key: torch.cat([image[key] for image in images]) for key in keys}
         batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
-        host = {key: value for key, value in batch.items() if key not in ("pixel_values", "bad_records")}
+        host = {key: value for key, value in batch.items() if torch.is_tensor(value) and key != "pixel_values"}
         return batch | {"host": HostCopies(**host)}
 
     def _no_image(self, loaded: Loaded) -> dict:
@@ -269,7 +269,7 @@ class Qwen2VL(QwenChat, Family):
             grids = [images.get_number_of_image_patches(height, width, {}) for width, height in sizes]
         except ValueError as error:  # as `sample` would say
             raise LlavaError(f"image: found sizes {sizes} that cannot be processed ({error})") from None
-        ids, _ = self.encode(record["conversations"], loaded, bool(sizes))
+        ids = self.encode(record["conversations"], loaded, bool(sizes)).ids
         merge = images.merge_size**2
         tokens = len(ids) - len(sizes) + sum(patches // merge + 2 for patches in grids)
         return Length(tokens, sum(grids), self.patch_choice(loaded) is None and args.patch_choice is None)

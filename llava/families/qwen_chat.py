@@ -34,8 +34,9 @@ class QwenChat:
         pieces = [] if system is None else [Turn(f"<|im_start|>system\n{system}<|im_end|>\n")]
         for speaker, text in turns:
             header = f"<|im_start|>{_ROLES[speaker]}\n"
-            body = text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN) + "<|im_end|>"
-            pieces += [Turn(header + body, len(header) if speaker == "gpt" else None), Turn("\n")]
+            said = header + text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN)
+            answer = (len(header), len(said)) if speaker == "gpt" else ()
+            pieces += [Turn(said + "<|im_end|>", *answer), Turn("\n")]
         return pieces
 
     def check_chat_template(self, processor, where: str) -> None:
@@ -55,13 +56,13 @@ class QwenChat:
             if theirs != ours.replace(DEFAULT_IMAGE_TOKEN, "".join(IMAGE_TOKENS)):
                 raise LlavaError(f"{where}: its chat template writes {theirs!r}, expected {self.title}'s")
 
-    def encode(self, source: list, loaded: Loaded, images: bool) -> tuple[list[int], list[int]]:
-        """Ids (-200 marks an image) and labels of one conversation: answers, with the token that ends them.
+    def encode(self, source: list, loaded: Loaded, images: bool):
+        """`Encoded` conversation: ids (-200 marks an image) and labels, the answers' with the token that ends them.
 
         Raises:
             LlavaError: not a conversation, or one that spells out image tokens.
         """
-        from llava.data.preprocess import encode_spans
+        from llava.data.preprocess import Encoded, encode_spans
         from llava.data.turns import leading_system, place_image, read_turns
         from llava.text_encoding import text_encoder
 
@@ -69,14 +70,17 @@ class QwenChat:
         turns = [(speaker, place_image(text) if images else text) for speaker, text in read_turns(source)]
         ids: list[int] = []
         labels: list[int] = []
+        answer = None
         for turn in self.chat_turns(turns if system is None else [("system", system), *turns]):
             spans = [] if turn.answer_start is None else [(turn.answer_start, len(turn.text))]
-            more_ids, more_labels = encode_spans(encoder, turn.text, spans, images)
-            ids += more_ids
-            labels += more_labels
+            found = encode_spans(encoder, turn.text, spans, images, answers=turn.answer)
+            if answer is None and found.answer is not None:
+                answer = len(ids) + found.answer
+            ids += found.ids
+            labels += found.labels
         if loaded.tokenizer.convert_tokens_to_ids(PAD) in ids:
             raise LlavaError(f"conversations: found {PAD} in a text, expected <image> for an image")
-        return ids, labels
+        return Encoded(ids, labels, answer)
 
     def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None) -> str:
         from llava.data.turns import place_image
@@ -88,4 +92,4 @@ class QwenChat:
         from llava.data.preprocess import encode_spans
         from llava.text_encoding import text_encoder
 
-        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=True)[0]
+        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=True).ids

@@ -74,15 +74,15 @@ def supervised_places(labels_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 class ReadLater:
-    """A whole number on its way to the host; `int()` of it waits for its own copy alone."""
+    """Numbers on their way to the host; `tolist` waits for their own copy alone."""
 
-    def __init__(self, number: torch.Tensor):
-        self.number, self.copied = number.to("cpu", non_blocking=True), None
-        if number.is_cuda:
+    def __init__(self, numbers: torch.Tensor):
+        self.numbers, self.copied = numbers.to("cpu", non_blocking=True), None
+        if numbers.is_cuda:
             self.copied = torch.cuda.Event()
             self.copied.record()
 
-    def __int__(self) -> int:
+    def tolist(self) -> list[int]:
         if self.copied is not None:
             self.copied.synchronize()
-        return int(self.number)
+        return self.numbers.tolist()

@@ -1,6 +1,5 @@
 """transformers' `Trainer` with LLaVA-NeXT's sampling, learning rates, loss normalisation, checkpoints, bad records."""
 
-import json
 import os
 
 import torch
@@ -10,15 +9,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.constants import IGNORE_INDEX
 from llava.data.sampler import EpochSampler, LengthGroupedSampler
-from llava.errors import LlavaError
 from llava.families import get_family
 from llava.families.training import trains_projector_alone
 from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
-from llava.utils import rank0_print
-
-BAD_RECORDS_NAME = "bad_records.json"  # in a checkpoint: what was left out so far
+from llava.train.left_out import LeftOut
 
 
 class LLaVATrainer(Trainer):
@@ -27,7 +23,7 @@ class LLaVATrainer(Trainer):
     Args:
         family: the model's; None: LLaVA.
         parts: the parts that are trained (see `families.training.tunable_parts`).
-        *args, **kwargs: as `transformers.Trainer`; the collator's batches may carry "bad_records".
+        *args, **kwargs: as `transformers.Trainer`; the collator's batches may carry "bad_records" and "no_label".
     """
 
     def __init__(self, *args, parts: set[str], family=None, **kwargs):
@@ -38,9 +34,9 @@ class LLaVATrainer(Trainer):
         self.parts, self.family = parts, family or get_family("llava")
         self.float32_inputs = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
-        self.bad_records: set[str] = set()  # "id: reason", of all ranks
-        # of this rank's last step, and how many all ranks found in it; to be told to the others
-        self._found_bad: tuple[list[str], ReadLater | int] = ([], 0)
+        self.left_out = LeftOut(len(self.train_dataset))
+        # of this rank's last step, with what all ranks counted in it: supervised tokens, records left out
+        self._last_step: tuple[tuple[list[str], list[str]], ReadLater] | None = None
 
     @property
     def keeps_projector_alone(self) -> bool:
@@ -76,46 +72,46 @@ class LLaVATrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         """Supervised tokens of the global batch: over micro-batches and ranks. A first token is never predicted.
 
-        What the collator says of bad records is taken out of the batches and counted. Of several ranks, the numbers of
-        both are gathered together, and the records are told in the next step, when the host need not wait for them.
+        What the collator says of records that were left out is taken out of the batches and counted. Of several ranks,
+        the numbers of both are gathered together; they are read in the next step, when the host need not wait for them.
         """
         counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batch_samples]
-        bad = [record for batch in batch_samples for record in batch.pop("bad_records", ())]
+        left_out = tuple(
+            [record for batch in batch_samples for record in batch.pop(kind, ())]
+            for kind in ("bad_records", "no_label")
+        )
         total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        self.tell_last_step()
         if self.args.world_size == 1:
-            self._add_bad_records(bad)
+            self.left_out.add(*left_out)
+            self._last_step = ((), ()), ReadLater(total[None])
             return total
-        self.tell_bad_records()
-        numbers = torch.stack([total, torch.full_like(total, len(bad))])
-        totals, bads = self.accelerator.gather(numbers).view(-1, 2).sum(0).unbind()
-        self._found_bad = bad, ReadLater(bads)
-        return totals if self.args.average_tokens_across_devices else total
+        numbers = torch.stack([total, torch.full_like(total, sum(map(len, left_out)))])
+        totals = self.accelerator.gather(numbers).view(-1, 2).sum(0)
+        self._last_step = left_out, ReadLater(totals)
+        return totals[0] if self.args.average_tokens_across_devices else total
 
-    def tell_bad_records(self) -> None:
-        """Add what any rank left out in the last step; every rank must call it."""
-        (bad, found), self._found_bad = self._found_bad, ([], 0)
-        if int(found) == 0:  # on every rank alike
+    def tell_last_step(self) -> None:
+        """Take note of what all ranks counted and left out in the last step; every rank must call it."""
+        if self._last_step is None:
             return
-        gathered = [None] * self.args.world_size
-        torch.distributed.all_gather_object(gathered, bad)
-        self._add_bad_records([record for part in gathered for record in part])
-
-    def _add_bad_records(self, new: list[str]) -> None:
-        """Stop, on every rank at the same step, when too many distinct records could not be used."""
-        if not new:
-            return
-        for record in sorted(set(new) - self.bad_records):
-            rank0_print(f"left out: {record}")
-        self.bad_records.update(new)
-        limit = max(10, len(self.train_dataset) // 100)
-        if len(self.bad_records) > limit:
-            listed = "; ".join(sorted(self.bad_records))
-            raise LlavaError(f"{len(self.bad_records)} bad records, more than the {limit} that are tolerated: {listed}")
+        (left_out, numbers), self._last_step = self._last_step, None
+        labels, *found = numbers.tolist()
+        if any(found):  # on every rank alike
+            gathered = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, left_out)
+            self.left_out.add(*([record for part in kind for record in part] for kind in zip(*gathered, strict=True)))
+        self.left_out.step(labels)
 
     def train(self, *args, **kwargs):
-        """As `Trainer`'s."""
+        """As `Trainer`'s.
+
+        Raises:
+            LlavaError: too many records were left out, or no step had anything to learn.
+        """
         result = super().train(*args, **kwargs)
-        self.tell_bad_records()  # of the last step
+        self.tell_last_step()
+        self.left_out.check_labelled()
         return result
 
     def _prepare_inputs(self, inputs):
@@ -172,21 +168,13 @@ class LLaVATrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
-        self.tell_bad_records()  # of the steps up to here
+        self.tell_last_step()  # before what was left out up to here is written
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.bad_records and self.args.should_save:
-            with open(os.path.join(folder, BAD_RECORDS_NAME), "w") as file:
-                json.dump(sorted(self.bad_records), file, indent=1)
+        if self.args.should_save:
+            self.left_out.save(folder)
         if self.keeps_projector_alone:
             self.save_projector(folder)
-
-    def read_bad_records(self, checkpoint: str) -> None:
-        """Go on counting from what the run that wrote `checkpoint` had left out."""
-        path = os.path.join(checkpoint, BAD_RECORDS_NAME)
-        if os.path.isfile(path):
-            with open(path) as file:
-                self.bad_records = set(json.load(file))
 
     def save_projector(self, folder: str) -> None:
         """Write the projector (newline, token compressor) alone; every rank must call it."""

@@ -100,7 +100,7 @@ def _train(model_args, data_args, training_args, make):
         if training_args.deepspeed:
             check_own(checkpoint, out)
         rank0_print(f"resuming from {checkpoint}")
-        trainer.read_bad_records(checkpoint)
+        trainer.left_out.load(checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     save(trainer, out)
 
@@ -178,11 +178,12 @@ def save(trainer, out: str):
             json.dump(trainer.args.run_config.to_dict(), file, indent=2)
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()  # last: its presence says that the run has ended
-    if trainer.bad_records:
-        rank0_print(f"records left out: {len(trainer.bad_records)}")
-    stats = trainer.train_dataset.stats
-    if stats["truncated"]:
-        rank0_print(f"samples cut to model_max_length: {stats['truncated']}, {stats['no_label']} of them left no label")
+    if trainer.left_out.bad:
+        rank0_print(f"records left out: {len(trainer.left_out.bad)}")
+    if trainer.left_out.no_label:
+        rank0_print(f"records left out because they have nothing to learn: {len(trainer.left_out.no_label)}")
+    if truncated := trainer.train_dataset.stats["truncated"]:
+        rank0_print(f"samples cut to model_max_length: {truncated}")
     rank0_print(f"saved to {out}")
 
 

@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessorPil
 
 from llava.data import BadRecord, DataCollatorForSupervisedDataset, make_data, read_records
 from llava.data.dataset import NoLabel, fit
+from llava.data.preprocess import Encoded
 from llava.errors import LlavaError
 from llava.mm_utils import process_image
 from tests.data.common import llava_parts, talk, tokenizer
@@ -101,12 +102,13 @@ def merged(ids, visual):
 def test_truncation_is_that_of_the_merged_sequence(limit):
     ids, visual = [1, -200, 2, 3, -200, 4, 5], [4, 5]
     labels = list(range(10, 17))
+    encoded = Encoded(ids, labels, answer=1)
     kept = sorted(set(merged(ids, visual)[:limit]))
     if limit == 1:  # the first token is nobody's prediction
         with pytest.raises(NoLabel, match="no label left after truncation to 1 tokens"):
-            fit(ids, labels, visual, limit, whole_images=False)
+            fit(encoded, visual, limit, whole_images=False)
         return
-    found_ids, found_labels, images, cut = fit(ids, labels, visual, limit, whole_images=False)
+    found_ids, found_labels, images, cut = fit(encoded, visual, limit, whole_images=False)
     assert found_ids == [ids[at] for at in kept]
     assert found_labels == [labels[at] for at in kept]
     assert images == found_ids.count(-200) and cut == (limit < 14)
@@ -124,14 +126,15 @@ def test_long_samples_are_cut_and_counted(folder):
 
 
 def test_images_that_are_cut_away_go_with_their_marker(folder):
-    ids = module(folder)["train_dataset"][2]["input_ids"].tolist()
+    record = RECORDS[2] | {"conversations": talk("<image>?", "One.", "And <image>?", "Another.")}
+    ids = module(folder, [record])["train_dataset"][0]["input_ids"].tolist()
     first = ids.index(-200)
     second = ids.index(-200, first + 1)
     limit = second - 1 + 5  # ends just where the second image would begin
-    cut = module(folder, model_max_length=limit)["train_dataset"][2]
+    cut = module(folder, [record], model_max_length=limit)["train_dataset"][0]
     assert cut["input_ids"].tolist() == ids[:second]
     assert len(cut["images"]) == len(cut["image_sizes"]) == len(cut["modalities"]) == 1
-    cut = module(folder, model_max_length=limit + 1)["train_dataset"][2]
+    cut = module(folder, [record], model_max_length=limit + 1)["train_dataset"][0]
     assert cut["input_ids"].tolist() == ids[: second + 1] and len(cut["images"]) == 2
 
 
@@ -142,7 +145,8 @@ def test_a_sample_without_label_is_dropped_but_not_bad(folder):
     assert isinstance(dropped, BadRecord) and dropped.kind == "no_label"
     assert str(dropped) == "one: no label left after truncation to 40 tokens"
     assert data.stats == {"truncated": 1, "no_label": 1}
-    assert "bad_records" not in collator([dropped])
+    batch = collator([dropped])
+    assert "bad_records" not in batch and batch["no_label"] == [str(dropped)]
 
 
 def test_a_mixed_batch(folder):

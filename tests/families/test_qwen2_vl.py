@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from llava.data.dataset import BadRecord, LazySupervisedDataset, NoLabel, SampleArgs, fit
+from llava.data.preprocess import Encoded
 from llava.data.records import load_records
 from llava.data.sampler import EpochSampler
 from llava.errors import LlavaError
@@ -181,6 +182,7 @@ def test_sampler_says_the_epoch():
 
 def test_truncation_never_cuts_an_image():
     ids, labels, visual = [1, -200, 2, -200, 3], [-100, -100, 2, -100, 3], [5, 4]
+    encoded = Encoded(ids, labels, answer=2)
     for limit, kept, images in [
         (99, 5, 2),
         (12, 5, 2),
@@ -191,11 +193,11 @@ def test_truncation_never_cuts_an_image():
         (5, 1, 0),
         (1, 1, 0),
     ]:
-        if not any(label != -100 for label in labels[1:kept]):
+        if kept <= 2:
             with pytest.raises(NoLabel):
-                fit(ids, labels, visual, limit, whole_images=True)
+                fit(encoded, visual, limit, whole_images=True)
             continue
-        found = fit(ids, labels, visual, limit, whole_images=True)
+        found = fit(encoded, visual, limit, whole_images=True)
         assert found == (ids[:kept], labels[:kept], images, kept < 5), limit
 
 

@@ -113,7 +113,8 @@ def test_long_samples_are_cut_and_counted(kit, tmp_path, capsys):
     records[1]["conversations"][1]["value"] = "A temple in China. " * 40
     data.write_text(json.dumps(records))
     kit.run(tmp_path / "long", None, data_path=data, model_max_length=96, max_steps=1)
-    assert "samples cut to model_max_length: 1, 0 of them left no label" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "samples cut to model_max_length: 1\n" in printed and "nothing to learn" not in printed
 
 
 def test_a_sample_without_a_label_left_is_dropped(kit, tmp_path, capsys):
@@ -124,8 +125,10 @@ def test_a_sample_without_a_label_left_is_dropped(kit, tmp_path, capsys):
     flags = dict(model_max_length=96, max_steps=1, supervise="answers_only", learning_rate=0.0)
     ours = kit.run(tmp_path / "out", None, data_path=data, per_device_train_batch_size=5, **flags)
     printed = capsys.readouterr().out
-    assert "samples cut to model_max_length: 1, 1 of them left no label" in printed
-    assert "left out" not in printed  # not a fault of the record's
+    assert "samples cut to model_max_length: 1\n" in printed
+    assert "left out, nothing to learn: r2: no label left after truncation to 96 tokens" in printed
+    assert "records left out because they have nothing to learn: 1" in printed
+    assert "left out: " not in printed  # not a fault of the record's
 
     del records[2]
     data.write_text(json.dumps(records))
@@ -157,4 +160,4 @@ def test_what_the_last_step_left_out_is_told(kit, tmp_path):
     assert "records left out: 2" in done.stdout
     for step, known in ((1, ["r1"]), (3, ["r1"]), (4, ["r1", "r7"])):
         found = json.loads((tmp_path / f"out/checkpoint-{step}/bad_records.json").read_text())
-        assert [record.split(": ")[0] for record in found] == known
+        assert [record.split(": ")[0] for record in found["bad"]] == known and found["no_label"] == []

@@ -213,13 +213,13 @@ def test_bad_records_of_several_ranks_cost_no_wait(taken, monkeypatch):
         return torch.cat([numbers, numbers])
 
     def all_gather_object(out, new):
-        out[:] = [new, []]  # the other rank found none
+        out[:] = [new, ([], [])]  # the other rank found none
 
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     monkeypatch.setattr(trainer.accelerator, "gather", gather)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    monkeypatch.setattr(trainer, "_add_bad_records", told.extend)
+    monkeypatch.setattr(trainer.left_out, "add", lambda bad, no_label: told.extend(bad))
     with Waits() as waits:
         batch = waits.to_device(batch)
         for bad in (["r1: dark"], [], []):
