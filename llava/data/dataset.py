@@ -189,20 +189,25 @@ class LazySupervisedDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict | BadRecord:
+        item, cut = self.peek(index)
+        if cut:
+            self._count("truncated")
+        if isinstance(item, BadRecord) and item.kind == "no_label":
+            self._count("no_label")
+        return item
+
+    def peek(self, index: int | tuple[int, int]) -> tuple[dict | BadRecord, bool]:
+        """An item, and whether it was cut to the longest length; it is not counted."""
         epoch, index = index if isinstance(index, tuple) else (0, index)
         args, name = self.args.within(self.records.part(index)), self.records.record_id(index)
         try:
             sample = self.family.sample(self.records[index], self.loaded, args, at=(epoch, index))
         except NoLabel as error:
-            if error.cut:
-                self._count("truncated")
-            self._count("no_label")
-            return BadRecord(name, str(error), "no_label")
+            return BadRecord(name, str(error), "no_label"), error.cut
         except LlavaError as error:
-            return BadRecord(name, str(error))
-        if sample.pop("truncated", False):
-            self._count("truncated")
-        return {**sample, "id": name}
+            return BadRecord(name, str(error)), False
+        cut = sample.pop("truncated", False)
+        return {**sample, "id": name}, cut
 
     @property
     def draws(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 
 # a conversation: ("human" | "gpt" | "system", text) in order, `<image>` where a picture is
@@ -132,6 +133,7 @@ class Family(ABC):
 
     def check_media(self, run, kinds: set[str]) -> None:
         """Refuse settings that fit no "image" or no "video", where the data have some; `kinds` are those they have."""
+        return
 
     def origins(self, run) -> dict[str, str]:
         """{part: where its weights start from} of a run that `check_fit` has passed."""
@@ -205,6 +207,10 @@ class Family(ABC):
         Raises:
             LlavaError: the record's own fault; `NoLabel` where cutting left nothing to learn.
         """
+
+    def visual_token(self, loaded: Loaded) -> int:
+        """The id in a sample's `input_ids` that stands for an image, or for each of its tokens."""
+        return IMAGE_TOKEN_INDEX
 
     @abstractmethod
     def collate(self, samples: list, loaded: Loaded, args) -> dict:

@@ -227,6 +227,9 @@ class Qwen2VL(QwenChat, Family):
             reason = f"image{which}: found {picture.width}x{picture.height} pixels that cannot be processed"
             raise LlavaError(f"{reason} ({error})") from None
 
+    def visual_token(self, loaded):
+        return loaded.tokenizer.convert_tokens_to_ids(PAD)
+
     def collate(self, samples, loaded, args):
         """As the contract. A batch without images gets one of a single token, masked, behind the last row: it has no
         influence, but each of several processes runs the vision encoder in each step, as ZeRO-3 and DDP need. `host`
@@ -236,7 +239,7 @@ class Qwen2VL(QwenChat, Family):
         from llava.data.collator import pad_rows
         from llava.model.host import HostCopies
 
-        pad, image_token = loaded.tokenizer.pad_token_id, loaded.tokenizer.convert_tokens_to_ids(PAD)
+        pad, image_token = loaded.tokenizer.pad_token_id, self.visual_token(loaded)
         batch, samples = pad_rows(samples, pad)
         batch["attention_mask"] = batch["attention_mask"].long()
         images = [sample for sample in samples if "pixel_values" in sample]
@@ -314,7 +317,7 @@ class Qwen2VL(QwenChat, Family):
         counts = [[next(left) for _ in range(prompt.count(IMAGE_TOKEN_INDEX))] for prompt in prompts]
         rows = [_expand(row, row, sizes, loaded.tokenizer)[0] for row, sizes in zip(prompts, counts, strict=True)]
         inputs = left_padded(rows, loaded)
-        kinds = (inputs["input_ids"] == loaded.tokenizer.convert_tokens_to_ids(PAD)).long()
+        kinds = (inputs["input_ids"] == self.visual_token(loaded)).long()
         shown = {key: value.to(loaded.model.device) for key, value in _joined(images).items()}
         return {**inputs, "mm_token_type_ids": kinds, **shown}
 

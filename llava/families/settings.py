@@ -3,7 +3,6 @@
 import os
 from types import SimpleNamespace
 
-from llava.config.deepspeed_file import check_deepspeed
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
 from llava.families.training import check_attention, check_bits, check_no_adapter, tunable_parts
@@ -15,7 +14,6 @@ def check_common(run) -> None:
     Raises:
         LlavaError: as it says.
     """
-    check_deepspeed(run)
     check_attention(run["attn_implementation"])
     check_no_adapter(run["model_name_or_path"])
     check_bits(run["bits"], run["lora_enable"])

@@ -15,6 +15,7 @@ from typing import Any
 
 from llava.config import Run, resolve
 from llava.config.commandline import WHERE
+from llava.config.deepspeed_file import check_deepspeed
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
 from llava.train.devices import check_devices
@@ -79,6 +80,7 @@ def __getattr__(name: str):
 
 def make_training_arguments(run: Run):
     """The `TrainingArguments` of a resolved run, after falling back from what this machine cannot do."""
+    check_deepspeed(run)
     values = _values(run)
     _fall_back(values, run)
     if values.get("logging_dir"):
@@ -94,6 +96,7 @@ def make_training_arguments(run: Run):
 def check_training_arguments(run: Run) -> None:
     """Raise `LlavaError` for what `make_training_arguments` would refuse on the machine that the run is for; no device
     is looked at, and no DeepSpeed."""
+    check_deepspeed(run)
     values = {name: value for name, value in _values(run).items() if name not in _NEEDS_DEVICE}
     _make({**values, "deepspeed": None, "use_cpu": True})
 

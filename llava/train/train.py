@@ -58,6 +58,7 @@ def _train(model_args, data_args, training_args, make):
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.lora import adapt
     from llava.train.parts import set_trainable
+    from llava.train.preview import show_samples
 
     family = family_of(model_args.model_name_or_path)
     settings = training_args.run_config
@@ -85,6 +86,7 @@ def _train(model_args, data_args, training_args, make):
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
     data, model = make_data(records, family, loaded, args), loaded.model
+    show_samples(data["train_dataset"])
     if training_args.lora_enable:
         model = adapt(model, model_args, training_args)
     set_trainable(model, parts, training_args.lora_bias, family)
