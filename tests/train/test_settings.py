@@ -87,7 +87,7 @@ def refusal(run, kinds=()) -> str | None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """One picture, two in one record, text, and a clip as a folder of frames."""
+    """One picture, two in one record, text, a picture of each candidate's size, and a clip as a folder of frames."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("data")
@@ -97,7 +97,12 @@ def data(tmp_path_factory):
     for number in range(3):
         Image.new("RGB", (40, 30), (60 * number, 0, 0)).save(folder / f"images/clip/{number}.png")
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A clip."}]
-    path.write_text(json.dumps([*records, {"id": "clip", "video": "clip", "conversations": talk}]))
+    records.append({"id": "clip", "video": "clip", "conversations": talk})
+    for width, height in {(20, 20), (28, 56), (56, 28), (56, 112), (112, 56), (24, 48), (48, 24), (14, 14)}:
+        name = f"{width}x{height}.png"
+        Image.new("RGB", (width, height)).save(folder / "images" / name)
+        records.append({"id": name, "image": name, "conversations": talk})
+    path.write_text(json.dumps(records))
     return path
 
 
