@@ -114,7 +114,8 @@ class Qwen2VL(QwenChat, Family):
         from llava.model.builder import context_length
 
         limit = limit or context_length(model.config.get_text_config())
-        return Loaded(model, processor, processor.tokenizer, processor.image_processor, limit, "qwen_1_5")
+        images, system_turn = processor.image_processor, getattr(model.config, "system_turn", None)
+        return Loaded(model, processor, processor.tokenizer, images, limit, "qwen_1_5", system_turn=system_turn)
 
     def prepare(self, model_args, data_args, training_args):
         from llava.data.dataset import SampleArgs
@@ -136,6 +137,7 @@ class Qwen2VL(QwenChat, Family):
             quantization_config=quantisation_for(training_args),
         )[0]
         model.config.get_text_config().use_cache = False
+        model.config.system_turn = data_args.system_turn
         args = SampleArgs.from_args(data_args, model_max_length=limit, patch_choice=choice, seed=training_args.seed)
         return self._loaded(model, processor, limit), args
 
@@ -197,7 +199,7 @@ class Qwen2VL(QwenChat, Family):
         from llava.data.dataset import fit, read_media
 
         media = read_media(record, args)
-        ids, labels = self.encode(media.conversation, loaded, bool(media.pictures))
+        ids, labels = self.encode(media.conversation, loaded, media.kind is not None)
         images = []
         for number, (picture, path) in enumerate(zip(media.pictures, media.paths, strict=True)):
             drawn = {} if args.patch_choice is None else {"alpha": args.patch_choice.draw(args.seed, *at, number)}
@@ -254,12 +256,15 @@ class Qwen2VL(QwenChat, Family):
         return image
 
     def length(self, record, sizes, loaded, args) -> Length:
-        images = loaded.image_processor
+        from llava.data.paths import shown_media
+
+        kind, names = shown_media(record)
+        images, sizes = loaded.image_processor, sizes if names else []
         try:
             grids = [images.get_number_of_image_patches(height, width, {}) for width, height in sizes]
         except ValueError as error:  # as `sample` would say
             raise LlavaError(f"image: found sizes {sizes} that cannot be processed ({error})") from None
-        ids, _ = self.encode(record["conversations"], loaded, bool(sizes))
+        ids, _ = self.encode(record["conversations"], loaded, kind is not None)
         merge = images.merge_size**2
         tokens = len(ids) - len(sizes) + sum(patches // merge + 2 for patches in grids)
         return Length(tokens, sum(grids), self.patch_choice(loaded) is None and args.patch_choice is None)

@@ -22,20 +22,23 @@ class QwenChat:
     title: str
     system: str | None
 
-    def chat_turns(self, turns: Turns) -> list[Turn]:
+    def chat_turns(self, turns: Turns, images: bool = True, system_turn: str | None = None) -> list[Turn]:
         """A conversation as the chat template writes it, piece by piece; the first piece is the system's.
 
-        An `<image>` stays `<image>`; a newline right behind one, as LLaVA's data has it, is left out, since the
-        template's own prompts have none there. A system turn at the front takes the place of the family's own text.
+        Args:
+            images: whether an `<image>` stands for an image. It stays `<image>`; a newline right behind one, as LLaVA's
+                data has it, is left out, since the template's own prompts have none there.
+            system_turn: "template": a system turn at the front is dropped; else it takes the place of the family's own
+                system text, as in the chat template.
         """
         system = self.system
         if turns and turns[0][0] == "system":
-            system, turns = turns[0][1], turns[1:]
+            system, turns = system if system_turn == "template" else turns[0][1], turns[1:]
         pieces = [] if system is None else [Turn(f"<|im_start|>system\n{system}<|im_end|>\n")]
         for speaker, text in turns:
             header = f"<|im_start|>{_ROLES[speaker]}\n"
-            body = text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN) + "<|im_end|>"
-            pieces += [Turn(header + body, len(header) if speaker == "gpt" else None), Turn("\n")]
+            text = text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN) if images else text
+            pieces += [Turn(f"{header}{text}<|im_end|>", len(header) if speaker == "gpt" else None), Turn("\n")]
         return pieces
 
     def check_chat_template(self, processor, where: str) -> None:
@@ -58,6 +61,10 @@ class QwenChat:
     def encode(self, source: list, loaded: Loaded, images: bool) -> tuple[list[int], list[int]]:
         """Ids (-200 marks an image) and labels of one conversation: answers, with the token that ends them.
 
+        Args:
+            source: as a record has it.
+            images: whether an `<image>` stands for an image; else it is text.
+
         Raises:
             LlavaError: not a conversation, or one that spells out image tokens.
         """
@@ -69,7 +76,8 @@ class QwenChat:
         turns = [(speaker, place_image(text) if images else text) for speaker, text in read_turns(source)]
         ids: list[int] = []
         labels: list[int] = []
-        for turn in self.chat_turns(turns if system is None else [("system", system), *turns]):
+        turns = turns if system is None else [("system", system), *turns]
+        for turn in self.chat_turns(turns, images, loaded.system_turn):
             spans = [] if turn.answer_start is None else [(turn.answer_start, len(turn.text))]
             more_ids, more_labels = encode_spans(encoder, turn.text, spans, images)
             ids += more_ids
@@ -78,14 +86,15 @@ class QwenChat:
             raise LlavaError(f"conversations: found {PAD} in a text, expected <image> for an image")
         return ids, labels
 
-    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None) -> str:
+    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None, images=True) -> str:
         from llava.data.turns import place_image
 
-        placed = [(speaker, place_image(text) if speaker == "human" else text) for speaker, text in turns]
-        return "".join(turn.text for turn in self.chat_turns(placed)) + _OPEN + (answer or "")
+        placed = [(speaker, place_image(text) if images and speaker == "human" else text) for speaker, text in turns]
+        pieces = self.chat_turns(placed, images, loaded and loaded.system_turn)
+        return "".join(piece.text for piece in pieces) + _OPEN + (answer or "")
 
-    def tokens(self, text, loaded):
+    def tokens(self, text, loaded, *, images=True):
         from llava.data.preprocess import encode_spans
         from llava.text_encoding import text_encoder
 
-        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=True)[0]
+        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=images)[0]
