@@ -94,8 +94,8 @@ class _Media:
             self.shown.append(_path(source, where))
             return
         if self.bare == len(self.named):
-            found = f"{len(self.named)} {kind}(s) for more parts of that type"
-            raise LlavaError(f"{where}: found {found}, expected a path for each")
+            found = f"found no path, and none is left of the {len(self.named)} that the record names"
+            raise LlavaError(f"{where}: {found}; expected one for each {kind}")
         self.shown.append(self.named[self.bare])
         self.bare += 1
 

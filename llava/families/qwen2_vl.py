@@ -110,11 +110,11 @@ class Qwen2VL(QwenChat, Family):
         if found not in self.model_types:
             raise LlavaError(f"{path}: found model_type {found!r}, expected {' or '.join(map(repr, self.model_types))}")
 
-    def _loaded(self, model, processor, limit: int | None = None) -> Loaded:
+    def _loaded(self, model, processor, limit: int | None = None, system_turn: str | None = None) -> Loaded:
         from llava.model.builder import context_length
 
         limit = limit or context_length(model.config.get_text_config())
-        images, system_turn = processor.image_processor, getattr(model.config, "system_turn", None)
+        images, system_turn = processor.image_processor, system_turn or getattr(model.config, "system_turn", None)
         return Loaded(model, processor, processor.tokenizer, images, limit, "qwen_1_5", system_turn=system_turn)
 
     def prepare(self, model_args, data_args, training_args):
@@ -296,7 +296,8 @@ class Qwen2VL(QwenChat, Family):
 
         processor = self.load_processor(path)
         model = None if run else SimpleNamespace(config=AutoConfig.from_pretrained(path))
-        return self._loaded(model, processor, run and run["model_max_length"])
+        limit, system_turn = (run["model_max_length"], run["system_turn"]) if run else (None, None)
+        return self._loaded(model, processor, limit, system_turn)
 
     # --- prompts and answers ---
 
