@@ -16,7 +16,7 @@ from llava.utils import rank0_print
 _KEYS = {
     *("model_name_or_path", "mm_tunable_parts", "freeze_backbone", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
     *("unfreeze_language_model", "delay_load", "data_path", "image_folder", "allow_absolute_paths", "lazy_preprocess"),
-    *("is_multimodal", "early_mix_text", "min_pixels", "max_pixels", "supervise"),
+    *("is_multimodal", "early_mix_text", "min_pixels", "max_pixels", "supervise", "system_turn"),
 }
 _SIZES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # pixels, whatever the names say
 
