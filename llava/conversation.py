@@ -159,6 +159,24 @@ class Conversation:
         """An independent copy: appending to it leaves the template as it is."""
         return dataclasses.replace(self, messages=[[role, message] for role, message in self.messages])
 
+    @property
+    def takes_system(self) -> bool:
+        """Whether the template has a place for a system text."""
+        layout = self._layout
+        return self.sep_style is not SeparatorStyle.PLAIN and "{system}" in layout.head + (layout.first or "")
+
+    def with_system(self, text: str) -> "Conversation":
+        """A copy with another system text in the template's own wrapping, the header of a system turn kept.
+
+        Raises:
+            LlavaError: the template has no place for one.
+        """
+        if not self.takes_system:
+            raise LlavaError(f"template {self.version}: has no place for a system text, expected none")
+        first, newline, _ = self.system.partition("\n")
+        header = first + newline if first.startswith("<|") else ""
+        return dataclasses.replace(self.copy(), system=header + (text.strip() if self._layout.strip else text))
+
     def dict(self) -> dict:
         """The conversation as plain data, images left out."""
         messages = [[role, text[0] if isinstance(text, tuple) else text] for role, text in self.messages]

@@ -89,7 +89,8 @@ def text_encoder(tokenizer) -> TextEncoder:
     return encoder
 
 
-def _with_special_tokens(tokenizer, text):
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text by itself, with what the tokenizer puts around every text; an `<image>` in it is text."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return tokenizer(text).input_ids
     return text_encoder(tokenizer).encode(text, add_special_tokens=True).ids
@@ -104,7 +105,7 @@ def tokenizer_image_token(prompt, tokenizer, image_token_index=IMAGE_TOKEN_INDEX
     Returns:
         list of int, or LongTensor [L] with `return_tensors="pt"`.
     """
-    chunks = [_with_special_tokens(tokenizer, chunk) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    chunks = [text_ids(tokenizer, chunk) for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
     input_ids = list(chunks[0])
     for chunk in chunks[1:]:
         input_ids.append(image_token_index)

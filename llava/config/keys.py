@@ -183,6 +183,12 @@ class DataKeys(KeyGroup):
     supervise: Literal["llava_next", "answers_only"] | None = key(
         None, "which tokens carry labels; not given: llava_next where the template has it, else answers_only"
     )
+    system_turn: Literal["template", "record"] = key(
+        "template",
+        "a record's own system turn: template: dropped for the template's system text, as LLaVA-NeXT does; record: in "
+        "place of it",
+        checkpoint=True,
+    )
 
 
 class TrainKeys(KeyGroup):

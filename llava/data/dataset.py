@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.data.paths import media_of, resolve_path
+from llava.data.paths import media_of, resolve_path, shown_media
 from llava.data.preprocess import Encoded
 from llava.data.records import Part, Records
 from llava.errors import LlavaError
@@ -67,6 +67,7 @@ class SampleArgs:
     add_time_instruction: bool = False
     early_mix_text: bool = False
     allow_absolute_paths: bool = False
+    system_turn: str = "template"
     model_max_length: int | None = None
     patch_choice: object = None
     seed: int = 0
@@ -92,8 +93,8 @@ class Media:
     """What a record shows.
 
     Attributes:
-        kind: "image", "video" or None.
-        paths: of the files.
+        kind: "image", "video" or None: what the record names.
+        paths: of the files; none where the conversation has no `<image>` for what it names.
         pictures: PIL images; of a video one list, its frames.
         sizes: (width, height) of each.
         conversation: the record's, with the times of a video's frames where they are asked for.
@@ -112,11 +113,11 @@ def read_media(record: dict, args: SampleArgs) -> Media:
     Raises:
         LlavaError: a file that is missing, cannot be read or leaves its folder.
     """
-    kind, names = media_of(record)
+    kind, names = shown_media(record, args.add_time_instruction)
     conversation = record["conversations"]
     folder = args.video_folder if kind == "video" else args.image_folder
     paths = [resolve_path(folder, name, args.allow_absolute_paths) for name in names]
-    if kind != "video":
+    if kind != "video" or not paths:
         pictures = [load_image(path) for path in paths]
         return Media(kind, paths, pictures, [picture.size for picture in pictures], conversation)
     video = load_video(paths[0], args.video_fps, args.frames_upbound, args.force_sample)

@@ -37,6 +37,7 @@ def read_records(data_args, *, version: str, refused: dict[str, str], seed: int 
         video_folder=args.video_folder,
         allow_absolute_paths=args.allow_absolute_paths,
         add_time_instruction=args.add_time_instruction,
+        system_turn=args.system_turn,
         # one process per machine asks the file system; the others' runs end with it
         check_paths=int(os.environ.get("LOCAL_RANK", "0")) in (-1, 0),
     )

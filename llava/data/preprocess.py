@@ -12,7 +12,7 @@ import torch
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, Turn, get_template
-from llava.data.turns import NOISE, check_turns, place_image, read_turns
+from llava.data.turns import NOISE, check_system_turn, check_turns, leading_system, place_image, read_turns
 from llava.errors import LlavaError
 from llava.text_encoding import TextEncoder, text_encoder
 
@@ -68,11 +68,26 @@ class Preprocessor:
         version: template name.
         supervise: see `resolve_supervise`.
         mm_use_im_start_end: wrap every `<image>` in `<im_start>` and `<im_end>`.
+        system_turn: "template": a conversation's own leading system turn is dropped, as LLaVA-NeXT does; "record": it
+            takes the place of the template's system text.
+
+    Raises:
+        LlavaError: "record" for a template that has no place for a system text.
     """
 
-    def __init__(self, tokenizer, version: str, supervise: str | None = None, mm_use_im_start_end: bool = False):
+    def __init__(
+        self,
+        tokenizer,
+        version: str,
+        supervise: str | None = None,
+        mm_use_im_start_end: bool = False,
+        system_turn: str = "template",
+    ):
         self.template = get_template(version)
         self.version = version
+        self.version = version
+        check_system_turn(version, system_turn)
+        self.own_system = system_turn == "record"
         self.llava_next = resolve_supervise(version, supervise) == "llava_next"
         self.mm_use_im_start_end = mm_use_im_start_end
         self.encoder = text_encoder(tokenizer)
@@ -101,7 +116,9 @@ class Preprocessor:
         if has_image:
             turns = [(speaker, place_image(text, self._mmtag, self.mm_use_im_start_end)) for speaker, text in turns]
         messages = [(self._roles[speaker], text) for speaker, text in turns]
-        conversation = dataclasses.replace(self._base, messages=messages)
+        system = leading_system(source) if self.own_system else None
+        base = self._base if system is None else self._base.with_system(system)
+        conversation = dataclasses.replace(base, messages=messages)
         if self._unit:
             return self._by_turn(conversation.turns(closed=True), has_image)
         return self._whole(conversation.turns(), has_image)
@@ -119,8 +136,9 @@ class Preprocessor:
         return encode_spans(self.encoder, turn.text, [(start, len(turn.text))], True, bos=True, answers=turn.answer)
 
     def _by_turn(self, pieces: list[Turn], has_image: bool) -> Encoded:
-        head = self.encoder.fixed_ids(pieces[0].text)
-        ids, labels, answer = list(head), [IGNORE_INDEX] * len(head), None
+        head = pieces[0].text
+        ids = list(self.encoder.encode(head).ids if self.own_system else self.encoder.fixed_ids(head))
+        labels, answer = [IGNORE_INDEX] * len(ids), None
         for piece in pieces[1:]:
             spans = []
             if piece.answer_start is not None:
@@ -202,6 +220,7 @@ def preprocess(
     version: str = "qwen_1_5",
     supervise: str | None = None,
     mm_use_im_start_end: bool = False,
+    system_turn: str = "template",
 ) -> dict:
     """Tokenise a batch of conversations and label what is to be learned (LLaVA-NeXT's `preprocess`).
 
@@ -212,6 +231,7 @@ def preprocess(
         version: template name.
         supervise: see `resolve_supervise`.
         mm_use_im_start_end: wrap every `<image>` in `<im_start>` and `<im_end>`.
+        system_turn: see `Preprocessor`.
 
     Returns:
         `input_ids` and `labels`, LongTensors [B, L], padded on the right with the pad id and -100. Nothing is cut.
@@ -219,7 +239,7 @@ def preprocess(
     Raises:
         LlavaError: unknown template, or a conversation that does not fit it.
     """
-    prepare = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end)
+    prepare = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end, system_turn)
     rows = [prepare(source, has_image) for source in sources]
     pad = tokenizer.pad_token_id or 0
     length = max((len(ids) for ids, _ in rows), default=0)

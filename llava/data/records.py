@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from llava.data.forms import canonical
 from llava.errors import LlavaError
 
 _MIXTURE_KEYS = ("json_path", "sampling_strategy", "image_folder", "video_folder")
@@ -60,7 +61,9 @@ class Records(list):
 
 
 def load_records(data_path: str, seed: int = 0) -> Records:
-    """Read all records that `data_path` names.
+    """Read all records that `data_path` names, in the form of LLaVA (see `llava.data.forms.canonical`).
+
+    One that has a fault is left as it is, for `llava.data.validate.validate_records` to tell with all others.
 
     Args:
         data_path: a `.json` (a list) or `.jsonl` file, several as `folder/{a,b}.json`, or a `.yaml` mixture:
@@ -80,11 +83,11 @@ def load_records(data_path: str, seed: int = 0) -> Records:
                 found = read_file(path)
                 rows = sample_rows(len(found), strategy, f"{seed}/{number}/{os.path.basename(path)}", data_path)
                 part = Part(path, rows, entry.get("image_folder"), entry.get("video_folder"))
-                records.add_part(part, [found[row] for row in rows])
+                records.add_part(part, [_in_llavas_form(found[row]) for row in rows])
         return records
     for path in _expand(data_path):
         found = read_file(path)
-        records.add_part(Part(path, range(len(found))), found)
+        records.add_part(Part(path, range(len(found))), [_in_llavas_form(record) for record in found])
     return records
 
 
@@ -101,8 +104,15 @@ def media_kinds(records) -> set[str]:
     return {kind for kind in ("image", "video") if any(record.get(kind) for record in records)}
 
 
+def _in_llavas_form(record: dict) -> dict:
+    try:
+        return canonical(record)
+    except LlavaError:
+        return record
+
+
 def read_file(path: str) -> list[dict]:
-    """The records of one `.json` or `.jsonl` file.
+    """The records of one `.json` or `.jsonl` file, as they are written there.
 
     Raises:
         LlavaError: missing, not UTF-8, not JSON (names the line), or not a list of objects (names the record).
@@ -110,7 +120,7 @@ def read_file(path: str) -> list[dict]:
     if not path.endswith((".json", ".jsonl")):
         raise LlavaError(f"{path}: found an unknown kind of data file, expected .json, .jsonl or .yaml")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             records = _read_lines(path, file) if path.endswith(".jsonl") else json.load(file)
     except FileNotFoundError:
         raise LlavaError(f"{path}: no such file, expected training data") from None
@@ -133,6 +143,7 @@ def read_file(path: str) -> list[dict]:
 def _read_lines(path: str, file) -> list:
     records = []
     for number, line in enumerate(file, start=1):
+        line = line.removeprefix("\ufeff")  # files that were joined have one inside
         if not line.strip():
             continue
         try:
@@ -187,7 +198,7 @@ def _read_mixture(path: str) -> list[dict]:
     import yaml
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = yaml.safe_load(file)
     except FileNotFoundError:
         raise LlavaError(f"{path}: no such file, expected a data mixture") from None

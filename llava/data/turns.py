@@ -1,7 +1,7 @@
 """What a record's conversation says: its turns, checked against a template; imports nothing heavy."""
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle
+from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.errors import LlavaError
 
 NOISE = "QA_GT_caption_based_noisy"  # left over in the video instruction data that LLaVA-NeXT trains on
@@ -64,6 +64,19 @@ def check_turns(turns: list[tuple[str, str]], template: Conversation) -> None:
             raise LlavaError(f"turn {index}: found {speaker}, expected {expected} (the template's turns alternate)")
     if style is SeparatorStyle.LLAMA_2 and not turns[0][1]:
         raise LlavaError("turn 0: found no text, expected some (the template cannot open without)")
+
+
+def check_system_turn(version: str, system_turn: str) -> None:
+    """Whether a template can have "template" or "record" as what becomes of a record's own system turn.
+
+    Raises:
+        LlavaError: "record" for one without a place for a system text (plain, gemma_instruct), or another value.
+    """
+    if system_turn not in ("template", "record"):
+        raise LlavaError(f"system_turn: found {system_turn!r}, expected template or record")
+    if system_turn == "record" and not get_template(version).takes_system:
+        reason = f"template {version!r} has no place for a system text"
+        raise LlavaError(f"system_turn: found record, but {reason}; expected template")
 
 
 def place_image(text: str, mmtag: bool = False, mm_use_im_start_end: bool = False) -> str:

@@ -44,7 +44,7 @@ class Answerer:
         from tqdm import tqdm
 
         inference = self.inference
-        prompts = [inference.prompt(question.turns) for question in questions]
+        prompts = [question.prompt(inference) for question in questions]
         # alike lengths together, so that little padding is computed
         order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(prompts[i])))
         predictions = [""] * len(questions)

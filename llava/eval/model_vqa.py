@@ -21,6 +21,7 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass
 
+from llava.data.forms import canonical
 from llava.data.paths import media_of, resolve_path
 from llava.data.records import read_file
 from llava.errors import LlavaError, report_errors
@@ -50,16 +51,15 @@ def read_question_file(path: str, image_folder, inference, allow_absolute_paths:
         question_id = row.get("question_id", row.get("id"))
         if not isinstance(question_id, str | int):
             raise LlavaError(f"{path}: row {number}: question_id: found {question_id!r}, expected text or a number")
-        if "conversations" in row:
-            template = inference.template
-            questions = read_questions([row], path, image_folder, template, allow_absolute_paths)
-            prompts = [question.text for question in questions]
-        else:
-            try:
-                questions = [_question(row, image_folder, allow_absolute_paths)]
-            except LlavaError as error:
-                raise LlavaError(f"{path}: row {number} (question {question_id}): {error}") from None
-            prompts = [row["text"]]
+        try:
+            row = canonical(row)
+            is_record = "conversations" in row
+            questions = [] if is_record else [_question(row, image_folder, allow_absolute_paths)]
+        except LlavaError as error:
+            raise LlavaError(f"{path}: row {number} (question {question_id}): {error}") from None
+        if is_record:
+            questions = read_questions([row], path, image_folder, inference.template, allow_absolute_paths)
+        prompts = [question.text for question in questions] if is_record else [row["text"]]
         for question, prompt in zip(questions, prompts, strict=True):
             asked.append(Asked(**vars(question), key=(question_id, prompt, seen[question_id, prompt])))
             seen[question_id, prompt] += 1
@@ -150,7 +150,7 @@ class Asker:
     def _answers(self, batch: list[Asked]) -> list:
         """A text per question, or the error that kept it from one."""
         try:
-            prompts = [self.inference.prompt(question.turns) for question in batch]
+            prompts = [question.prompt(self.inference) for question in batch]
             return self.inference.generate(prompts, [_pictures(question) for question in batch], **self.options)
         except (ValueError, ZeroDivisionError):
             faults = [self._fault(question) for question in batch]
@@ -163,7 +163,7 @@ class Asker:
     def _fault(self, question: Asked) -> Exception | None:
         """What is wrong with a question's pictures: one is none, or of a size that no processor takes."""
         try:
-            self.inference.inputs([self.inference.prompt(question.turns)], [_pictures(question)])
+            self.inference.inputs([question.prompt(self.inference)], [_pictures(question)])
         except (ValueError, ZeroDivisionError) as error:
             return error
         return None

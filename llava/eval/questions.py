@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
+from llava.data.forms import canonical
 from llava.data.paths import media_of, resolve_path
 from llava.data.turns import leading_system, place_image, read_turns
 from llava.data.validate import check_record
@@ -26,8 +27,13 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question alone, without `<image>`."""
-        return self.turns[-1][1].replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        """The question alone, without its images' `<image>`."""
+        text = self.turns[-1][1]
+        return (text.replace(DEFAULT_IMAGE_TOKEN, "") if self.paths else text).strip()
+
+    def prompt(self, inference) -> list[int]:
+        """Token ids for an `Inference`; without a picture an `<image>` is text, as in training."""
+        return inference.prompt(self.turns, images=bool(self.paths))
 
 
 def read_questions(
@@ -57,7 +63,8 @@ def read_questions(
 
 
 def _record_questions(record, name, image_folder, template, allow_absolute_paths) -> list[Question]:
-    check_record(record, template)
+    record = canonical(record)
+    check_record(record, template, system_turn="record")
     media, images = media_of(record)
     if media == "video":
         raise LlavaError("video: found a video record, expected images or text")
@@ -65,13 +72,15 @@ def _record_questions(record, name, image_folder, template, allow_absolute_paths
     for path in paths:
         if not os.path.isfile(path):
             raise LlavaError(f"image {path}: no such file")
-    turns = [(speaker, place_image(text)) for speaker, text in read_turns(record["conversations"])]
+    turns = read_turns(record["conversations"])
+    if media is not None:
+        turns = [(speaker, place_image(text)) for speaker, text in turns]
     if any(speaker == "system" for speaker, _ in turns):
         raise LlavaError("conversations: found a system turn, expected human and gpt")
     questions = []
     for index, (speaker, answer) in enumerate(turns):
         if speaker == "gpt":
-            used = sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in turns[:index])
+            used = sum(text.count(DEFAULT_IMAGE_TOKEN) for _, text in turns[:index]) if images else 0
             kind = str(record.get("kind", "all"))
             system = leading_system(record["conversations"])
             before = turns[:index] if system is None else [("system", system), *turns[:index]]
@@ -80,7 +89,8 @@ def _record_questions(record, name, image_folder, template, allow_absolute_paths
 
 
 def add_images(text: str, count: int) -> str:
-    """A question's text with an `<image>` for each of its pictures: those it has, or else all of them in front.
+    """A question's text with an `<image>` for each of its pictures: those it has, or else all of them in front. Without
+    pictures an `<image>` is text.
 
     Raises:
         LlavaError: the text has another number of them.
@@ -88,7 +98,7 @@ def add_images(text: str, count: int) -> str:
     found = text.count(DEFAULT_IMAGE_TOKEN)
     if not found and count:
         return " ".join([DEFAULT_IMAGE_TOKEN] * count) + "\n" + text
-    if found != count:
+    if count and found != count:
         raise LlavaError(f"text: found {found} <image> for {count} images, expected as many, or none")
     return text
 

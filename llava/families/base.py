@@ -29,6 +29,9 @@ class Loaded:
         count_visual_tokens: of a model whose forward merges images into the text, what one becomes there (see
             `VisualTokenCounter`); else None.
         preprocessor: LLaVA's `Preprocessor` of conversations; other families write their own chat format.
+        system_turn: what becomes of a conversation's own system turn at its front: "template" (it is dropped) or
+            "record" (it takes the place of the template's system text); None, of a model that was not trained here: as
+            its makers have it, which is the first for LLaVA and the second for chat models.
     """
 
     model: Any
@@ -39,6 +42,7 @@ class Loaded:
     template: str
     count_visual_tokens: Any = None
     preprocessor: Any = None
+    system_turn: str | None = None
 
     def without_model(self) -> "Loaded":
         """What makes samples, and no more: fit for the processes of a data loader."""
@@ -251,16 +255,20 @@ class Family(ABC):
     # --- prompts and answers ---
 
     @abstractmethod
-    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer: str | None = None) -> str:
-        """The text of a conversation up to where the next answer begins, or to the end of `answer`."""
+    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer: str | None = None, images: bool = True) -> str:
+        """The text of a conversation up to where the next answer begins, or to the end of `answer`.
+
+        Args:
+            images: whether an `<image>` stands for an image; else it is text.
+        """
 
     @abstractmethod
-    def tokens(self, text: str, loaded: Loaded) -> list[int]:
-        """Token ids of a prompt, IMAGE_TOKEN_INDEX for every `<image>`."""
+    def tokens(self, text: str, loaded: Loaded, *, images: bool = True) -> list[int]:
+        """Token ids of a prompt, IMAGE_TOKEN_INDEX for every `<image>` that stands for an image."""
 
-    def prompt(self, turns: Turns, loaded: Loaded, *, answer: str | None = None) -> list[int]:
+    def prompt(self, turns: Turns, loaded: Loaded, *, answer: str | None = None, images: bool = True) -> list[int]:
         """Token ids of `prompt_text`."""
-        return self.tokens(self.prompt_text(turns, loaded, answer=answer), loaded)
+        return self.tokens(self.prompt_text(turns, loaded, answer=answer, images=images), loaded, images=images)
 
     def stops(self, loaded: Loaded) -> tuple[list[int], list[str]]:
         """Tokens and texts that end an answer."""

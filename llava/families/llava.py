@@ -27,10 +27,12 @@ class Llava(Family):
 
     def check(self, run) -> None:
         from llava.conversation import get_template
+        from llava.data.turns import check_system_turn
         from llava.model.vision_settings import check_combination, check_merge_options
 
         super().check(run)
         get_template(run["version"])
+        check_system_turn(run["version"], run["system_turn"])
         check_merge_options(run["mm_patch_merge_type"], run["image_aspect_ratio"])
         check_combination(SimpleNamespace(**{name: run[name] for name in run.settings}))
 
@@ -63,8 +65,9 @@ class Llava(Family):
         )
         limit, template = context_limit(model.config), model.config.conversation_template
         count = image_processor and model.visual_token_counter()
-        preprocessor = Preprocessor(tokenizer, template)
-        return Loaded(model, tokenizer, tokenizer, image_processor, limit, template, count, preprocessor)
+        system_turn = getattr(model.config, "system_turn", None)
+        preprocessor = Preprocessor(tokenizer, template, system_turn=system_turn or "template")
+        return Loaded(model, tokenizer, tokenizer, image_processor, limit, template, count, preprocessor, system_turn)
 
     def prepare(self, model_args, data_args, training_args):
         from llava.data.dataset import SampleArgs
@@ -86,8 +89,10 @@ class Llava(Family):
             seed=training_args.seed,
         )
         image_processor, count = (tower.image_processor, model.visual_token_counter()) if tower else (None, None)
-        preprocessor = Preprocessor(tokenizer, version, supervise, model_args.mm_use_im_start_end)
-        return Loaded(model, tokenizer, tokenizer, image_processor, limit, version, count, preprocessor), args
+        wrapped, system_turn = model_args.mm_use_im_start_end, args.system_turn
+        preprocessor = Preprocessor(tokenizer, version, supervise, wrapped, system_turn)
+        loaded = Loaded(model, tokenizer, tokenizer, image_processor, limit, version, count, preprocessor, system_turn)
+        return loaded, args
 
     def answer_states(self, inputs, counts, loaded):
         import torch
@@ -131,7 +136,7 @@ class Llava(Family):
 
         media, limit = read_media(record, args), args.model_max_length
         images = process_pictures(media.pictures, loaded.image_processor, args.pixels, media.paths)
-        encoded = loaded.preprocessor.encode(media.conversation, has_image=bool(images))
+        encoded = loaded.preprocessor.encode(media.conversation, has_image=media.kind is not None)
         count, pairs = loaded.count_visual_tokens, list(zip(images, media.sizes, strict=True))
         sizes = [count(image.shape, size, media.kind) for image, size in pairs]
         # where they depend on what an image shows, that is the most that they can be
@@ -157,11 +162,12 @@ class Llava(Family):
         return DataCollatorForSupervisedDataset(loaded.tokenizer.pad_token_id or 0)(samples)
 
     def length(self, record, sizes, loaded, args) -> Length:
-        from llava.data.paths import media_of
+        from llava.data.paths import shown_media
         from llava.images.processing import pixel_shape
 
-        kind, names = media_of(record)
-        ids, _ = loaded.preprocessor(record["conversations"], has_image=bool(names))
+        kind, names = shown_media(record, args.add_time_instruction)
+        sizes = sizes if names else []
+        ids, _ = loaded.preprocessor(record["conversations"], has_image=kind is not None)
         count = loaded.count_visual_tokens
         shapes = [pixel_shape(size, loaded.image_processor, args.pixels, len(sizes)) for size in sizes]
         if kind == "video":  # as many frames as there may be; how many a file has shows when it is read
@@ -186,25 +192,28 @@ class Llava(Family):
         config = {} if run else read_config(path)
         limit = run["model_max_length"] if run else context_limit(SimpleNamespace(**config))
         template = run["version"] if run else config.get("conversation_template")
+        system_turn = run["system_turn"] if run else config.get("system_turn")
         template = template or LANGUAGE_MODELS[resolve_architecture(config, path)].template
         wrapped = run["mm_use_im_start_end"] if run else config.get("mm_use_im_start_end", False)
         tokenizer = load_tokenizer(path)
         if wrapped:
             tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
         model = SimpleNamespace(config=SimpleNamespace(mm_use_im_start_end=wrapped))
-        return Loaded(model, tokenizer, tokenizer, None, limit, template)
+        return Loaded(model, tokenizer, tokenizer, None, limit, template, system_turn=system_turn)
 
     # --- prompts and answers ---
 
-    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None) -> str:
+    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None, images=True) -> str:
         from llava.conversation import get_template
         from llava.data.turns import place_image
 
         conversation = get_template(loaded.template)
+        if turns and turns[0][0] == "system" and loaded.system_turn == "record" and conversation.takes_system:
+            conversation = conversation.with_system(turns[0][1])
         human, gpt = conversation.roles
         wrapped = bool(getattr(loaded.model.config, "mm_use_im_start_end", False))
         for speaker, text in turns:
-            if speaker == "human":
+            if speaker == "human" and images:
                 text = place_image(text, "mmtag" in conversation.version, wrapped)
             if speaker != "system":  # the templates have system texts of their own
                 conversation.append_message(human if speaker == "human" else gpt, text)
@@ -215,10 +224,10 @@ class Llava(Family):
         end = last.text.index(answer, last.answer_start) + len(answer)
         return "".join(piece.text for piece in before) + last.text[:end]
 
-    def tokens(self, text, loaded):
-        from llava.text_encoding import tokenizer_image_token
+    def tokens(self, text, loaded, *, images=True):
+        from llava.text_encoding import text_ids, tokenizer_image_token
 
-        return tokenizer_image_token(text, loaded.tokenizer)
+        return tokenizer_image_token(text, loaded.tokenizer) if images else list(text_ids(loaded.tokenizer, text))
 
     def stops(self, loaded):
         """The tokenizer's token and the template's; separators that are no token, such as v0's `###`, as text."""

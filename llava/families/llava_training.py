@@ -93,6 +93,7 @@ def describe(model, model_args, data_args, training_args):
     config = model.config
     config.architectures = [type(model).__name__]  # not the language model's, as it came
     config.conversation_template = model_args.version
+    config.system_turn = data_args.system_turn
     config.tokenizer_padding_side = "right"
     config.tokenizer_model_max_length = training_args.model_max_length
     if model_args.vision_tower is None:

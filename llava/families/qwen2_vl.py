@@ -16,7 +16,7 @@ from llava.utils import rank0_print
 _KEYS = {
     *("model_name_or_path", "mm_tunable_parts", "freeze_backbone", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
     *("unfreeze_language_model", "delay_load", "data_path", "image_folder", "allow_absolute_paths", "lazy_preprocess"),
-    *("is_multimodal", "early_mix_text", "min_pixels", "max_pixels", "supervise"),
+    *("is_multimodal", "early_mix_text", "min_pixels", "max_pixels", "supervise", "system_turn"),
 }
 _SIZES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # pixels, whatever the names say
 
@@ -120,11 +120,12 @@ class Qwen2VL(QwenChat, Family):
         if found not in self.model_types:
             raise LlavaError(f"{path}: found model_type {found!r}, expected {' or '.join(map(repr, self.model_types))}")
 
-    def _loaded(self, model, processor, limit: int | None = None) -> Loaded:
+    def _loaded(self, model, processor, limit: int | None = None, system_turn: str | None = None) -> Loaded:
         from llava.model.builder import context_length
 
         limit = limit or context_length(model.config.get_text_config())
-        return Loaded(model, processor, processor.tokenizer, processor.image_processor, limit, "qwen_1_5")
+        images, system_turn = processor.image_processor, system_turn or getattr(model.config, "system_turn", None)
+        return Loaded(model, processor, processor.tokenizer, images, limit, "qwen_1_5", system_turn=system_turn)
 
     def prepare(self, model_args, data_args, training_args):
         from llava.data.dataset import SampleArgs
@@ -146,6 +147,7 @@ class Qwen2VL(QwenChat, Family):
             quantization_config=quantisation_for(training_args),
         )[0]
         model.config.get_text_config().use_cache = False
+        model.config.system_turn = data_args.system_turn
         args = SampleArgs.from_args(data_args, model_max_length=limit, patch_choice=choice, seed=training_args.seed)
         return self._loaded(model, processor, limit), args
 
@@ -207,7 +209,7 @@ class Qwen2VL(QwenChat, Family):
         from llava.data.dataset import fit, read_media
 
         media = read_media(record, args)
-        encoded = self.encode(media.conversation, loaded, bool(media.pictures))
+        encoded = self.encode(media.conversation, loaded, media.kind is not None)
         images = []
         for number, (picture, path) in enumerate(zip(media.pictures, media.paths, strict=True)):
             drawn = {} if args.patch_choice is None else {"alpha": args.patch_choice.draw(args.seed, *at, number)}
@@ -267,12 +269,15 @@ class Qwen2VL(QwenChat, Family):
         return image
 
     def length(self, record, sizes, loaded, args) -> Length:
-        images = loaded.image_processor
+        from llava.data.paths import shown_media
+
+        kind, names = shown_media(record)
+        images, sizes = loaded.image_processor, sizes if names else []
         try:
             grids = [images.get_number_of_image_patches(height, width, {}) for width, height in sizes]
         except ValueError as error:  # as `sample` would say
             raise LlavaError(f"image: found sizes {sizes} that cannot be processed ({error})") from None
-        ids = self.encode(record["conversations"], loaded, bool(sizes)).ids
+        ids = self.encode(record["conversations"], loaded, kind is not None).ids
         merge = images.merge_size**2
         tokens = len(ids) - len(sizes) + sum(patches // merge + 2 for patches in grids)
         return Length(tokens, sum(grids), self.patch_choice(loaded) is None and args.patch_choice is None)
@@ -304,7 +309,8 @@ class Qwen2VL(QwenChat, Family):
 
         processor = self.load_processor(path)
         model = None if run else SimpleNamespace(config=AutoConfig.from_pretrained(path))
-        return self._loaded(model, processor, run and run["model_max_length"])
+        limit, system_turn = (run["model_max_length"], run["system_turn"]) if run else (None, None)
+        return self._loaded(model, processor, limit, system_turn)
 
     # --- prompts and answers ---
 

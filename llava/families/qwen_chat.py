@@ -22,19 +22,23 @@ class QwenChat:
     title: str
     system: str | None
 
-    def chat_turns(self, turns: Turns) -> list[Turn]:
+    def chat_turns(self, turns: Turns, images: bool = True, system_turn: str | None = None) -> list[Turn]:
         """A conversation as the chat template writes it, piece by piece; the first piece is the system's.
 
-        An `<image>` stays `<image>`; a newline right behind one, as LLaVA's data has it, is left out, since the
-        template's own prompts have none there. A system turn at the front takes the place of the family's own text.
+        Args:
+            images: whether an `<image>` stands for an image. It stays `<image>`; a newline right behind one, as LLaVA's
+                data has it, is left out, since the template's own prompts have none there.
+            system_turn: "template": a system turn at the front is dropped; else it takes the place of the family's own
+                system text, as in the chat template.
         """
         system = self.system
         if turns and turns[0][0] == "system":
-            system, turns = turns[0][1], turns[1:]
+            system, turns = system if system_turn == "template" else turns[0][1], turns[1:]
         pieces = [] if system is None else [Turn(f"<|im_start|>system\n{system}<|im_end|>\n")]
         for speaker, text in turns:
             header = f"<|im_start|>{_ROLES[speaker]}\n"
-            said = header + text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN)
+            text = text.replace(DEFAULT_IMAGE_TOKEN + "\n", DEFAULT_IMAGE_TOKEN) if images else text
+            said = header + text
             answer = (len(header), len(said)) if speaker == "gpt" else ()
             pieces += [Turn(said + "<|im_end|>", *answer), Turn("\n")]
         return pieces
@@ -59,6 +63,10 @@ class QwenChat:
     def encode(self, source: list, loaded: Loaded, images: bool):
         """`Encoded` conversation: ids (-200 marks an image) and labels, the answers' with the token that ends them.
 
+        Args:
+            source: as a record has it.
+            images: whether an `<image>` stands for an image; else it is text.
+
         Raises:
             LlavaError: not a conversation, or one that spells out image tokens.
         """
@@ -71,7 +79,8 @@ class QwenChat:
         ids: list[int] = []
         labels: list[int] = []
         answer = None
-        for turn in self.chat_turns(turns if system is None else [("system", system), *turns]):
+        turns = turns if system is None else [("system", system), *turns]
+        for turn in self.chat_turns(turns, images, loaded.system_turn):
             spans = [] if turn.answer_start is None else [(turn.answer_start, len(turn.text))]
             found = encode_spans(encoder, turn.text, spans, images, answers=turn.answer)
             if answer is None and found.answer is not None:
@@ -82,14 +91,15 @@ class QwenChat:
             raise LlavaError(f"conversations: found {PAD} in a text, expected <image> for an image")
         return Encoded(ids, labels, answer)
 
-    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None) -> str:
+    def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None, images=True) -> str:
         from llava.data.turns import place_image
 
-        placed = [(speaker, place_image(text) if speaker == "human" else text) for speaker, text in turns]
-        return "".join(turn.text for turn in self.chat_turns(placed)) + _OPEN + (answer or "")
+        placed = [(speaker, place_image(text) if images and speaker == "human" else text) for speaker, text in turns]
+        pieces = self.chat_turns(placed, images, loaded and loaded.system_turn)
+        return "".join(piece.text for piece in pieces) + _OPEN + (answer or "")
 
-    def tokens(self, text, loaded):
+    def tokens(self, text, loaded, *, images=True):
         from llava.data.preprocess import encode_spans
         from llava.text_encoding import text_encoder
 
-        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=True).ids
+        return encode_spans(text_encoder(loaded.tokenizer), text, [], images=images).ids

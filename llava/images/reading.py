@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ def load_image(path: str) -> Image.Image:
 
 
 def load_video(path: str, video_fps=1, frames_upbound: int = 0, force_sample: bool = False) -> Video:
-    """Frames of a video file, or of a folder of pictures in the order of their names.
+    """Frames of a video file, or of a folder of pictures in the natural order of their names (2 before 10).
 
     A file is sampled as LLaVA-NeXT does: `video_fps` frames a second, but evenly spread `frames_upbound` frames if
     that would be more (or always, with `force_sample`); 0 sets no bound. A folder counts as two frames a second and
@@ -91,8 +92,15 @@ def _spread(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, count, dtype=int).tolist()
 
 
+def _natural(name: str) -> tuple:
+    """What names sort by, digits in them as numbers; the name itself decides between equal ones (1 and 01)."""
+    parts = re.split(r"([0-9]+)", name)  # text and digits in turn
+    return [int(part) if at % 2 else part for at, part in enumerate(parts)], name
+
+
 def _load_folder(path: str, frames_upbound: int, force_sample: bool) -> Video:
-    names = sorted(name for name in os.listdir(path) if name.lower().endswith(PICTURE_SUFFIXES))
+    pictures = (name for name in os.listdir(path) if name.lower().endswith(PICTURE_SUFFIXES))
+    names = sorted((name for name in pictures if not name.startswith(".")), key=_natural)
     if not names:
         raise LlavaError(f"video {path}: found no pictures in the folder, expected frames")
     bound = frames_upbound if frames_upbound > 0 else _FOLDER_FRAMES

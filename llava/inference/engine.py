@@ -62,10 +62,10 @@ class Inference:
         """Texts that end an answer and are no token of their own."""
         return self.family.stops(self.loaded)[1]
 
-    def prompt(self, turns: list[tuple[str, str]], answer: str | None = None) -> list[int]:
+    def prompt(self, turns: list[tuple[str, str]], answer: str | None = None, images: bool = True) -> list[int]:
         """Token ids of a conversation up to where its next answer begins (or to the end of `answer`), IMAGE_TOKEN_INDEX
-        for every `<image>`; turns are ("human" | "gpt" | "system", text)."""
-        return self.family.prompt(turns, self.loaded, answer=answer)
+        for every `<image>`, unless `images` is False: then it is text; turns are ("human" | "gpt" | "system", text)."""
+        return self.family.prompt(turns, self.loaded, answer=answer, images=images)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a prompt that is written out, IMAGE_TOKEN_INDEX for every `<image>`."""

@@ -46,7 +46,7 @@ def check_choices(task: str, rows: list[dict], accuracy: float, questions: list,
     faults, correct, chosen = [], 0, set()
     for row in rows:
         question = questions[row["doc_id"]]
-        inputs = inference.inputs([inference.prompt(question.turns)], [[load_image(path) for path in question.paths]])
+        inputs = inference.inputs([question.prompt(inference)], [[load_image(path) for path in question.paths]])
         with torch.no_grad():
             logs = inference.model(**inputs).logits[0, -1].double().log_softmax(-1)[[ids[0] for ids in digits]]
         losses = torch.tensor([float(choice[0]) for choice in row["filtered_resps"]], dtype=torch.float64)

@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil
 
 from llava.data import BadRecord, DataCollatorForSupervisedDataset, make_data, read_records
 from llava.data.dataset import NoLabel, fit
-from llava.data.preprocess import Encoded
+from llava.data.preprocess import Encoded, preprocess
 from llava.errors import LlavaError
 from llava.mm_utils import process_image
 from tests.data.common import llava_parts, talk, tokenizer
@@ -90,6 +90,38 @@ def test_lengths(folder):
     assert data.modality_lengths == [4, -4, 5, 6, 4]
     assert data.lengths == [132, 4, 133, 6, 132]
     assert module(folder, early_mix_text=True)["train_dataset"].modality_lengths == [4, 4, 5, 6, 4]
+
+
+UNUSED = [  # what LLaVA-NeXT trains as text, though it reads the pictures
+    {"id": "one", "image": "broken.png", "conversations": talk("QA_GT_caption_based_noisyWhat?", "A cat.")},
+    {"id": "two", "image": ["a.png", "b.png"], "conversations": talk("What?", "A cat.")},
+    {"id": "clip", "video": "clip", "conversations": talk("What?", "A cat.")},
+    {"id": "text", "conversations": talk("What?", "A cat.")},
+]
+
+
+def test_media_without_any_image_token_are_not_read_and_train_as_text(folder):
+    data = module(folder, UNUSED)["train_dataset"]
+    text = data[3]
+    for at in range(3):
+        assert set(data[at]) == {"input_ids", "labels", "id"}
+        assert data[at]["input_ids"].equal(text["input_ids"]) and data[at]["labels"].equal(text["labels"])
+    assert data.modality_lengths == [2 + 1, 2 + 1, 2 + 1, -3] and data.lengths == [131, 131, 3, 3]
+    family, loaded, args = data.family, data.loaded, data.args
+    lengths = [family.length(record, [(60, 40)], loaded, args).tokens for record in data.records[:3]]
+    assert lengths == [len(text["input_ids"])] * 3
+    timed = module(folder, UNUSED[2:3], add_time_instruction=True)["train_dataset"][0]
+    assert timed["input_ids"].tolist().count(-200) == 1 and len(timed["images"]) == 1
+
+
+def test_an_image_token_without_media_is_text(folder):
+    record = {"id": "rss", "conversations": talk("Write a channel with <image>\n.", "<rss><image></image></rss>")}
+    data = module(folder, [record, RECORDS[0]])["train_dataset"]
+    expected = preprocess([record["conversations"]], tokenizer("qwen"), has_image=False)
+    assert data[0]["input_ids"].equal(expected["input_ids"][0]) and data[0]["labels"].equal(expected["labels"][0])
+    assert "<image>\n.<|im_end|>" in tokenizer("qwen").decode(data[0]["input_ids"])
+    assert "images" not in data[0] and data.modality_lengths[0] < 0
+    assert data.family.length(data.records[0], [], data.loaded, data.args).tokens == len(data[0]["input_ids"])
 
 
 def merged(ids, visual):

@@ -58,6 +58,30 @@ def frames(tmp_path):
     return str(folder)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{at}.png" for at in range(1, 13)],
+        ["frame_1.png", "frame_2.jpg", "frame_10.png", "frame_11.JPG"],
+        ["s1_2.png", "s1_10.png", "s2_1.png", "s10_1.png"],
+        ["a02.png", "a2.png", "a10.png"],  # equal numbers: by the plain name
+        ["img9b.png", "img9c.png", "img10a.png"],
+    ],
+)
+def test_frames_come_in_natural_order(tmp_path, names):
+    for at, name in enumerate(names):
+        picture(tmp_path / name, value=(at * 10, 0, 0))
+    (tmp_path / f"._{names[0]}").write_bytes(b"left by another system")
+    found = load_video(str(tmp_path), frames_upbound=32)
+    assert [frame.getpixel((0, 0))[0] for frame in found.frames] == [at * 10 for at in range(len(names))]
+
+
+def test_a_folder_of_hidden_files_has_no_frames(tmp_path):
+    picture(tmp_path / ".a.png")
+    with pytest.raises(LlavaError, match="found no pictures in the folder"):
+        load_video(str(tmp_path))
+
+
 def reds(video):
     return [frame.getpixel((0, 0))[0] // 10 for frame in video.frames]
 

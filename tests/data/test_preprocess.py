@@ -130,6 +130,80 @@ def test_every_qwen_template_trains_with_the_same_system_text():
     assert row(source, tokenizer("qwen"), version="qwen_2_5") == row(source, tokenizer("qwen"), version="qwen_1_5")
 
 
+QWEN2 = (  # the stock chat template
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+)
+OWN = {"from": "system", "value": "Be\nbrief. "}
+
+
+def with_own(*texts):
+    chat = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+    return [OWN, *talk(*texts)], [{"role": "system", "content": OWN["value"]}, *chat]
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "stock"),
+    [("qwen_1_5", "qwen", QWEN2), ("qwen_2_5", "qwen", QWEN2), ("llava_llama_3", "llama3", None)],
+)
+def test_a_records_own_system_turn_is_the_chat_templates(version, name, stock):
+    source, chat = with_own("Hi", "Hello", "Why?", "So.")
+    tok = tokenizer(name)
+    expected = tok.apply_chat_template(chat, chat_template=stock, tokenize=False)
+    options = {"version": version, "system_turn": "record"}
+    ids, labels = row(source, tok, **options)
+    assert ids == text_encoder(tok).encode(expected).ids and "brief." in expected
+    assert learned(source, tok, supervise="answers_only", **options) == learned(
+        source[1:], tok, supervise="answers_only", version=version
+    )
+    # of the system's text nothing is learned but the tokens that LLaVA-NeXT supervises wherever they stand
+    head = expected[: expected.index("brief.") + len("brief.")]
+    found = {tok.decode(label) for label in labels[: len(text_encoder(tok).encode(head).ids)] if label != -100}
+    headers = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"}
+    assert found == ({"<|im_start|>", "\n"} if name == "qwen" else headers)
+    # a record without one has the template's; and without the setting its own is dropped
+    assert row(talk("Hi", "Hello"), tok, **options) == row(talk("Hi", "Hello"), tok, version=version)
+    assert row(source, tok, version=version) == row(source[1:], tok, version=version)
+
+
+WRITTEN = {  # what is written in front of the first turn of (Hi, Hello)
+    "v1": ("{}", " USER: Hi ASSISTANT: Hello</s>"),
+    "llava_v1": ("{}", " USER: Hi ASSISTANT: Hello</s>"),
+    "v0": ("{}", "###Human: Hi###Assistant: Hello###"),
+    "llama_2": ("[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "Hi [/INST] Hello </s>"),
+    "mistral_instruct": ("[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "Hi [/INST] Hello </s>"),
+    "mpt": ("<|im_start|>system\n{}", "<|im_end|><|im_start|>user\nHi<|im_end|><|im_start|>assistant\nHello<|im_end|>"),
+    "mistral_zephyr": ("<|system|>\n{}", "</s><|user|>\nHi</s><|assistant|>\nHello</s>"),
+}
+
+
+@pytest.mark.parametrize("version", WRITTEN)
+def test_a_records_own_system_turn_in_templates_of_one_text(version):
+    before, after = WRITTEN[version]
+    tok = tokenizer("llama")
+    for system in ("Be brief.", "Two\nlines. "):
+        source = [{"from": "system", "value": system}, *talk("Hi", "Hello")]
+        ids, _ = row(source, tok, version=version, system_turn="record")
+        text = before.format(system) + after
+        assert ids == text_encoder(tok).encode(text, add_special_tokens=True).ids
+        answers = learned(source[1:], tok, version=version)
+        assert learned(source, tok, version=version, system_turn="record") == answers and len(answers) == 1
+        assert row(source, tok, version=version) == row(source[1:], tok, version=version)
+
+
+def test_which_templates_have_a_place_for_a_system_text():
+    without = {"plain", "v0_plain", "gemma_instruct"}
+    assert {name for name, template in conv_templates.items() if not template.takes_system} == without
+    for name in sorted(without):
+        with pytest.raises(LlavaError, match=f"system_turn: found record, but template '{name}' has no place"):
+            preprocess([talk("<image>", "a cat")], tokenizer("llama"), version=name, system_turn="record")
+        with pytest.raises(LlavaError, match="no place for a system text"):
+            conv_templates[name].with_system("Be brief.")
+    with pytest.raises(LlavaError, match="system_turn: found 'own', expected template or record"):
+        preprocess([talk("Hi", "Hello")], tokenizer("qwen"), system_turn="own")
+
+
 def test_plain_takes_one_image_and_the_caption():
     source = talk("Describe <image> or <image>", "a cat")
     ids, labels = row(source, tokenizer("llama"), version="plain")

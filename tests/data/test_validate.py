@@ -43,9 +43,14 @@ def test_good_records_pass(folder):
     [
         ({"conversations": None}, "conversations: found None, expected a list of turns"),
         ({"conversations": []}, r"conversations: found \[\]"),
-        ({"conversations": talk("What?", "A cat.")}, r"found 0 <image> for 1 image\(s\)"),
+        ({"image": ["a.png", "a.png"]}, r"found 1 <image> for 2 image\(s\)"),
         ({"conversations": talk("<image><image>", "A cat.")}, r"found 2 <image> for 1 image\(s\)"),
-        ({"image": None}, "found 1 <image> for 0 images"),
+        ({"video": "clip"}, "image and video: found 'a.png' and 'clip', expected one of them"),
+        (
+            {"image": None, "video": "clip", "conversations": talk("<image><image>", "A cat.")},
+            "found 2 <image> for 1 vid",
+        ),
+        ({"image": None, "img": "a.png"}, r"unknown key 'img': did you mean 'image'\?"),
         ({"image": 3}, "image: found 3, expected a path"),
         ({"image": "missing.png"}, r"found no file .*missing\.png"),
         ({"image": "../a.png"}, r"path '\.\./a\.png': leaves the folder"),
@@ -82,6 +87,84 @@ def test_several_faults_in_one_message(folder):
     lines = str(error.value).split("\n")
     assert len(lines) == 5
     assert lines[0].startswith("train.json: record 2 (id 'bad0'): found no file") and lines[0].endswith("(and 4 more)")
+
+
+def test_what_may_not_be_meant_is_noted_once(folder, capsys):
+    """Media without any <image>, <image> without media, and system turns: a count and the first of each kind."""
+    text, system = talk("What?", "A cat."), [{"from": "system", "value": "Be brief."}, *talk("Hi", "Hello")]
+    items = [
+        GOOD,
+        {"id": "u", "image": "a.png", "conversations": text},
+        {"id": "v", "image": ["a.png", "a.png", "a.png"], "conversations": text},
+        {"id": "w", "video": "clip", "conversations": text},
+        {"id": "l", "conversations": talk("Write <image>.", "<image><url/></image>")},
+        {"id": "s", "conversations": system},
+    ]
+    check(folder, *items)
+    notes = [
+        ("2 of 6 records name an image but have no <image>", 2, "u", "trained as text"),
+        ("1 of 6 records name a video but have no <image>", 4, "w", "trained as text"),
+        ("1 of 6 records have <image> in a text but name no image or video", 5, "l", "it is text there"),
+        ("1 of 6 records have a system turn of their own", 6, "s", "dropped for the template's system text"),
+    ]
+    for line, (what, number, name, then) in zip(capsys.readouterr().out.splitlines(), notes, strict=True):
+        assert line.startswith(f"note: {what} (first: train.json: record {number} (id '{name}')): {then}")
+    check(folder, items[3], items[5], add_time_instruction=True, system_turn="record")  # the video is given its <image>
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_still_demands_an_image(folder):
+    for record in (
+        {"image": "a.png", "conversations": talk("What?", "A cat.")},
+        {"conversations": GOOD["conversations"]},
+    ):
+        with pytest.raises(LlavaError, match=r"found no <image>, expected one|image: found 0, expected 1"):
+            check(folder, record, version="plain")
+
+
+def test_an_image_in_a_system_turn_that_is_used(folder):
+    record = {**GOOD, "conversations": [{"from": "system", "value": "As in <image>."}, *GOOD["conversations"]]}
+    check(folder, record)
+    with pytest.raises(LlavaError, match="found <image> in the system turn"):
+        check(folder, record, system_turn="record")
+
+
+def test_a_folder_that_is_wrong_as_a_whole_is_one_line(tmp_path, folder):
+    bad = [{**GOOD, "image": f"{at}.png"} for at in range(30)]
+    clips = [{**GOOD, "image": None, "video": f"v{at}.mp4"} for at in range(2)]
+    with pytest.raises(LlavaError) as error:
+        check(folder, *bad)
+    assert str(error.value) == (
+        f"image_folder {folder}: found none of the records' 30 files (first: {folder}/0.png), expected the folder that "
+        "their paths start from"
+    )
+    for records in (bad, bad[:1]):
+        with pytest.raises(
+            LlavaError, match=rf"^image_folder {folder}/none: no such folder, expected .*none/0\.png"
+        ) as e:
+            validate_records(collect(*records), version="v1", image_folder=f"{folder}/none")
+        assert "\n" not in str(e.value)
+    with pytest.raises(
+        LlavaError, match=r"^image_folder is not used for 2 files \(first: 0\.png\) of which none is there"
+    ):
+        validate_records(collect(*bad[:2]), version="v1")
+    mixed = Records()
+    mixed.add_part(Part("a.json", range(30), f"{folder}/own"), bad)
+    mixed.add_part(Part("b.json", [0]), [GOOD])
+    mixed.add_part(Part("c.json", [0, 1], None, f"{folder}/clips"), clips)
+    with pytest.raises(LlavaError) as error:
+        validate_records(mixed, version="v1", image_folder=str(folder), video_folder=f"{folder}/x")
+    first, second = str(error.value).split("\n  ")
+    assert first.startswith(f"a.json: image_folder {folder}/own: no such folder") and "30 files" in first
+    assert second.startswith(f"c.json: video_folder {folder}/clips: no such folder") and "2 files" in second
+
+
+def test_one_missing_file_of_several_is_told_by_its_record(folder):
+    with pytest.raises(LlavaError, match=r"^train\.json: record 2 .*found no file .*b\.png") as error:
+        check(folder, GOOD, *[{**GOOD, "image": "b.png"}] * 3)
+    assert "\n" not in str(error.value)
+    with pytest.raises(LlavaError, match=r"^train\.json: record 1 .*found no file .*b\.png"):
+        check(folder, {**GOOD, "image": "b.png"})
 
 
 def test_no_records(folder):

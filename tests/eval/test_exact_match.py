@@ -122,6 +122,42 @@ def test_every_answer_is_a_question_after_the_true_turns(folder):
     assert not TEMPLATE.messages
 
 
+def test_records_without_media_or_without_an_image_token(folder):
+    """As they are trained: <image> is text, pictures are unused; other forms are read too."""
+    parts, reply = [{"type": "image"}, {"type": "text", "text": "Light?"}], {"role": "assistant", "content": "yes"}
+    records = [
+        record("tag", "Is <image>\nan RSS tag?", "<image>", "QA_GT_caption_based_noisySure?", "yes"),
+        record("unused", "Is it light?", "no", image="light.png"),
+        {"id": "parts", "image": "light.png", "messages": [{"role": "user", "content": parts}, reply]},
+    ]
+    questions = questions_of(folder, records)
+    assert [len(question.paths) for question in questions] == [0, 0, 0, 1]
+    assert questions[0].text == "Is <image>\nan RSS tag?" and questions[3].text == "Light?"
+    inference = answerer().inference
+    start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    shown = ["Is <image>\nan RSS tag?", None, "Is it light?", "<image>\nLight?"]
+    for question, text in zip(questions, shown, strict=True):
+        ids = question.prompt(inference)
+        assert ids.count(-200) == len(question.paths)
+        written = "".join("<image>" if token == -200 else chr(token) for token in ids)
+        assert text is None or written == f"{start}{text}<|im_end|>\n<|im_start|>assistant\n"
+    assert "<image><|im_end|>" in "".join(map(chr, questions[1].prompt(inference)))
+    result = evaluate(answerer(), questions)
+    assert [row["image"] for row in result["questions"]] == [None, None, None, "light.png"]
+
+
+def test_a_system_turn_is_used_where_the_model_was_trained_so(folder):
+    system = {"from": "system", "value": "Be brief."}
+    asked = record("one", "Is it light?", "no")
+    (question,) = questions_of(folder, [{**asked, "conversations": [system, *asked["conversations"]]}])
+    inference = answerer().inference
+    helpful = "You are a helpful assistant."
+    for setting, text in ((None, helpful), ("template", helpful), ("record", "Be brief.")):
+        inference.loaded.system_turn = setting
+        prompt = inference.family.prompt_text(question.turns, inference.loaded)
+        assert prompt.startswith(f"<|im_start|>system\n{text}<|im_end|>\n<|im_start|>user\nIs it")
+
+
 def test_score_strips_blanks_and_keeps_case():
     class Asked:
         def __init__(self, kind, answer):

@@ -206,6 +206,29 @@ def test_llava_records_and_shared_ids(kit, tmp_path):
     assert asked[1].turns == turns[:3] and asked[1].paths == [str(kit / "0.png")]
 
 
+def test_question_files_in_other_forms(kit, tmp_path):
+    inference = Inference.load(str(kit / "llava-tiny"))
+    parts = [{"type": "image_url", "image_url": "0.png"}, {"type": "text", "text": "A?"}]
+    rows = [
+        {"question_id": 1, "text": "What is <image>\nin RSS?"},
+        {"question_id": 2, "text": "Alike?", "images": ["0.png", "1.png"]},
+        {"id": 3, "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}]},
+    ]
+    path = jsonl(tmp_path / "q.jsonl", rows)
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read()
+    (tmp_path / "q.jsonl").write_text(text, encoding="utf-8-sig")
+    asked = read_question_file(path, str(kit), inference)
+    assert [question.key for question in asked] == [(1, rows[0]["text"], 0), (2, "Alike?", 0), (3, "A?", 0)]
+    assert [len(question.paths) for question in asked] == [0, 2, 1]
+    assert [question.prompt(inference).count(-200) for question in asked] == [0, 2, 1]
+    assert "<image>\nin RSS" in inference.tokenizer.decode(asked[0].prompt(inference))
+    with pytest.raises(LlavaError, match=r"row 1 \(question 1\): unknown key 'img': did you mean 'image'"):
+        read_question_file(
+            jsonl(tmp_path / "b.jsonl", [{"question_id": 1, "text": "x", "img": "0.png"}]), None, inference
+        )
+
+
 def test_answer_files_are_read_whole(tmp_path):
     path = str(tmp_path / "a[1].jsonl")  # a name that is also a pattern
     answer_file.append(path, [{"a": "é"}])

@@ -123,6 +123,34 @@ def test_tokens_are_those_of_the_chat_template(processor, records, row):
     assert [processor.tokenizer.decode(run) for run in runs] == ANSWERS[name]
 
 
+def test_the_two_meanings_of_a_system_turn(processor, records):
+    """Dropped for the family's own text, as LLaVA drops it, or in its place."""
+    found = dataset(processor, records)
+    ids = {}
+    for setting in (None, "template", "record"):
+        found.loaded.system_turn = setting
+        ids[setting] = found[2]["input_ids"].tolist()
+        text = processor.tokenizer.decode(ids[setting])
+        own = "You are a helpful assistant." if setting == "template" else "Be brief."
+        assert text.startswith(f"<|im_start|>system\n{own}<|im_end|>\n<|im_start|>user\n")
+        prompt = FAMILY.prompt_text([("system", "Be brief."), ("human", "Hi")], found.loaded)
+        assert prompt == f"<|im_start|>system\n{own}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert ids["record"] == ids[None]
+
+
+def test_an_image_token_without_media_is_text(processor, records):
+    """With what stands behind it, in training and in a prompt alike."""
+    tokens = processor.tokenizer
+    source = turns("Say <image>\nnow.", "So.")
+    ids, labels = FAMILY.encode(source, loaded(processor), images=False)
+    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nSay <image>\nnow.<|im_end|>\n"
+    text += "<|im_start|>assistant\n"
+    assert tokens.decode(ids) == f"{text}So.<|im_end|>\n"
+    assert tokens.decode([label for label in labels if label != -100]) == "So.<|im_end|>"
+    prompt = FAMILY.prompt([("human", "Say <image>\nnow.")], loaded(processor), images=False)
+    assert tokens.decode(prompt) == text and -200 not in prompt
+
+
 def test_published_prompt():
     assert FAMILY.prompt_text([("human", "<image>\nDescribe this image.")], None) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
