@@ -3,6 +3,7 @@
 import signal
 import sys
 
+from llava.config.reporting import check_reports
 from llava.config.resolve import DEFAULT, Run, resolve
 from llava.config.schema import all_keys
 from llava.config.table import markdown, update_file
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         from llava.families import family_of
 
         family_of(run["model_name_or_path"], download=False).check(run)
+        check_reports(run)
         for notice in run.notices:
             print(f"note: {notice}", file=sys.stderr)
         print(show_text(run, everything))

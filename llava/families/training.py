@@ -45,10 +45,6 @@ def quantisation_for(training_args):
     """How the frozen language model is held under QLoRA (arXiv 2305.14314); None with `bits` 16."""
     if training_args.bits == 16:
         return None
-    if training_args.bits not in (4, 8):
-        raise LlavaError(f"bits: found {training_args.bits}, expected 16, 8 or 4")
-    if not training_args.lora_enable:
-        raise LlavaError(f"bits: {training_args.bits} trains adapters over a quantised model, expected lora_enable too")
     return quantisation(
         f"bits {training_args.bits}",
         training_args.bits,

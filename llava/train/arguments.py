@@ -18,6 +18,7 @@ from llava.config.commandline import WHERE
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
 from llava.train.devices import check_devices
+from llava.train.trial import try_settings
 from llava.utils import rank0_print
 
 
@@ -39,6 +40,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[SimpleNamespace, SimpleNa
         raise LlavaError("output_dir is not set, expected the folder that the run writes to (--output_dir)")
     check_devices(bool(run["use_cpu"]), argv)
     training_args = make_training_arguments(run)
+    try_settings(training_args, run)
     for notice in run.notices:
         rank0_print(f"note: {notice}", file=sys.stderr)
     model_args = SimpleNamespace(**run.group("model"))
@@ -85,6 +87,7 @@ def make_training_arguments(run: Run):
     _fall_back(values, run)
     if values.get("logging_dir"):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", values["logging_dir"])
+    values["neftune_noise_alpha"] = values.get("neftune_noise_alpha") or None  # 0 is no noise, not noise of 0
     if "activation_checkpointing" in names and values.get("activation_checkpointing") is None:
         # the name from transformers 5.20 on; with both set it does not warn about the older one
         values["activation_checkpointing"] = values["gradient_checkpointing"]
@@ -92,8 +95,9 @@ def make_training_arguments(run: Run):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             training_args = make(**values)
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        raise LlavaError(f"training arguments: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of many kinds: transformers', accelerate's and DeepSpeed's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LlavaError(f"training arguments: {reason}") from error
     training_args.run_config = run
     return training_args
 
