@@ -82,10 +82,12 @@ def _check_numbers(run) -> None:
             _together(run, "bits", "lora_enable", "lora_enable too: adapters are trained over a quantised model")
         )
     if run["use_token_compression"] and run["compression_output_size"] > run["compression_input_size"]:
-        raise LlavaError(_together(run, "compression_output_size", "compression_input_size", "the first not above it"))
+        raise LlavaError(
+            _together(run, "compression_output_size", "compression_input_size", "the output not above the input")
+        )
     both_given = all(run.source(name) != "default" for name in ("min_pixels", "max_pixels"))
     if run["min_pixels"] > run["max_pixels"] and (both_given or run["image_aspect_ratio"] == "native"):
-        raise LlavaError(_together(run, "min_pixels", "max_pixels", "the first not above it"))
+        raise LlavaError(_together(run, "min_pixels", "max_pixels", "min_pixels not above max_pixels"))
     if run["dataloader_num_workers"] == 0:
         for name in (
             "dataloader_prefetch_factor",
@@ -100,6 +102,9 @@ def _check_numbers(run) -> None:
 
 
 def _together(run, name: str, other: str, expected: str) -> str:
+    """A message about two keys, led by one that was given."""
+    if run.source(name) == "default":
+        name, other = other, name
     said = f"{run.source(name)}: {name} is {run[name]} with {other} {run[other]}"
     return f"{said} ({run.source(other)}), expected {expected}"
 

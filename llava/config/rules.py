@@ -74,7 +74,6 @@ ABOVE_0 = Rule("number above 0", lambda value: value > 0)
 EPSILON = Rule("number from 1e-30", lambda value: value >= 1e-30)  # one that float32 still knows
 SHARE = Rule("share from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE_BELOW_1 = Rule("share from 0 and below 1", lambda value: 0 <= value < 1)
-SHARE_BETWEEN = Rule("share above 0 and below 1", lambda value: 0 < value < 1)
 INTERVAL = Rule(
     "positive whole number of steps, or a share of all below 1", lambda value: value > 0 and _whole_or_share(value)
 )

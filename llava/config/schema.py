@@ -1,6 +1,7 @@
 """What is known about each key, and the conversion of a found value to the key's type."""
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -174,12 +175,9 @@ def _prepare(key: Key, value: Any) -> Any:
         if key.is_bool:
             return True if value.lower() in TRUE_WORDS else False if value.lower() in FALSE_WORDS else value
         if float in kinds and str not in kinds:
-            try:
-                return float(value)
-            except ValueError:
-                return value
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-        return float(value)
+            return _number(value)
+    if isinstance(value, int) and float in kinds and int not in kinds:
+        return _number(value)
     if isinstance(value, (list, tuple)):
         if list[float] in kinds:
             return [_number(item) for item in value]
@@ -188,13 +186,15 @@ def _prepare(key: Key, value: Any) -> Any:
 
 
 def _number(item: Any) -> Any:
-    """A whole number or a word as a float, if it is one."""
+    """A whole number or a word as a float, if it is one; one that is too large for that as infinity."""
     if isinstance(item, bool) or not isinstance(item, (int, str)):
         return item
     try:
         return float(item)
     except ValueError:
         return item
+    except OverflowError:
+        return math.inf if item > 0 else -math.inf
 
 
 def convert_word(key: Key, words: list[str], where: str) -> Any:
