@@ -70,7 +70,10 @@ def check_run(run) -> None:
     _check_patches(run)
     _check_numbers(run)
     if run["label_smoothing_factor"]:
-        raise LlavaError("label_smoothing_factor is set: the loss of supervised tokens has no smoothing, expected 0")
+        raise LlavaError(
+            f"{run.source('label_smoothing_factor')}: label_smoothing_factor is {run['label_smoothing_factor']}, "
+            "expected 0: the loss of supervised tokens has no smoothing"
+        )
 
 
 def _check_numbers(run) -> None:
