@@ -6,6 +6,7 @@ from typing import Any
 
 from llava.config.keys import PATCH_KEYS
 from llava.config.patch_choice import MEMBERS, THRESHOLDS, PatchChoice
+from llava.config.reporting import report_names
 from llava.config.schema import Key
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
@@ -67,15 +68,48 @@ def check_run(run) -> None:
     if (factor is None) != (kind is None):
         raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, expected both or neither")
     _check_patches(run)
-    stride = run["mm_spatial_pool_stride"]
-    # a LLaVA-NeXT checkpoint may carry any value: it had no effect there either
-    if stride not in (None, 2) and run.source("mm_spatial_pool_stride") != "checkpoint config":
-        raise LlavaError(
-            f"mm_spatial_pool_stride ({run.source('mm_spatial_pool_stride')}) is {stride}, expected 2: video frames are"
-            " pooled by two, as LLaVA-NeXT does whatever this key says"
-        )
+    _check_numbers(run)
     if run["label_smoothing_factor"]:
-        raise LlavaError("label_smoothing_factor is set: the loss of supervised tokens has no smoothing, expected 0")
+        raise LlavaError(
+            f"{run.source('label_smoothing_factor')}: label_smoothing_factor is {run['label_smoothing_factor']}, "
+            "expected 0: the loss of supervised tokens has no smoothing"
+        )
+
+
+def _check_numbers(run) -> None:
+    """Numbers that are right by themselves, and not together."""
+    if run["num_train_epochs"] == 0 and run["max_steps"] == -1:
+        raise LlavaError(_together(run, "num_train_epochs", "max_steps", "one of them positive"))
+    if run["bits"] != 16 and not run["lora_enable"]:
+        raise LlavaError(
+            _together(run, "bits", "lora_enable", "lora_enable too: adapters are trained over a quantised model")
+        )
+    if run["use_token_compression"] and run["compression_output_size"] > run["compression_input_size"]:
+        raise LlavaError(
+            _together(run, "compression_output_size", "compression_input_size", "the output not above the input")
+        )
+    both_given = all(run.source(name) != "default" for name in ("min_pixels", "max_pixels"))
+    if run["min_pixels"] > run["max_pixels"] and (both_given or run["image_aspect_ratio"] == "native"):
+        raise LlavaError(_together(run, "min_pixels", "max_pixels", "min_pixels not above max_pixels"))
+    if run["dataloader_num_workers"] == 0:
+        for name in (
+            "dataloader_prefetch_factor",
+            "dataloader_persistent_workers",
+            "dataloader_multiprocessing_context",
+        ):
+            if run[name]:
+                raise LlavaError(_together(run, name, "dataloader_num_workers", "workers, or none of what is for them"))
+    reports = run["report_to"]
+    if isinstance(reports, list) and len(reports) > 1 and len(report_names(reports)) < len(reports):
+        raise LlavaError(f"{run.source('report_to')}: report_to is {reports}, expected none or all alone")
+
+
+def _together(run, name: str, other: str, expected: str) -> str:
+    """A message about two keys, led by one that was given."""
+    if run.source(name) == "default":
+        name, other = other, name
+    said = f"{run.source(name)}: {name} is {run[name]} with {other} {run[other]}"
+    return f"{said} ({run.source(other)}), expected {expected}"
 
 
 def _check_patches(run) -> None:

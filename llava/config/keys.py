@@ -10,11 +10,27 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llava.config.rules import (
+    COUNT,
+    FROM_0,
+    FROM_1,
+    NUMBER,
+    OPTIMIZER,
+    POSITIVE,
+    REPORTS,
+    SCALES,
+    SHARE_BELOW_1,
+    WHOLE,
+    Rule,
+    one_of,
+)
+
 
 def key(
     default: Any,
     description: str,
     *,
+    within: Rule | None = None,
     tower: bool = False,
     tower_part: bool = False,
     checkpoint: str | bool = False,
@@ -23,11 +39,13 @@ def key(
 ):
     """A pydantic field with what this project needs to know about a key.
 
-    tower: may stand in a tower YAML. tower_part: describes the tower itself, so a checkpoint's value is not used for
-    another tower. checkpoint: read from a checkpoint's config.json, under this name if a string is given. aliases:
-    other names that mean the same key. refuse: values that ask for a part that does not exist here, with its name.
+    within: which values of the type are right; every key that holds numbers has such a rule. tower: may stand in a
+    tower YAML. tower_part: describes the tower itself, so a checkpoint's value is not used for another tower.
+    checkpoint: read from a checkpoint's config.json, under this name if a string is given. aliases: other names that
+    mean the same key. refuse: values that ask for a part that does not exist here, with its name.
     """
     extra = {
+        "within": within,
         "tower": tower or tower_part,
         "tower_part": tower_part,
         "checkpoint": checkpoint,
@@ -77,21 +95,25 @@ class ModelKeys(KeyGroup):
         checkpoint=True,
     )
     mm_vision_select_layer: int = key(
-        -1, "hidden state of the tower that is used, counted as Python does", tower_part=True, checkpoint=True
+        -1,
+        "hidden state of the tower that is used, counted as Python does",
+        tower_part=True,
+        checkpoint=True,
+        within=WHOLE,
     )
     mm_vision_select_feature: str = key(
         "patch", "tokens of that layer: patch, cls_patch, or a slice kind", tower_part=True, checkpoint=True
     )
     s2: bool = key(False, "multi-scale features (S2)", tower_part=True, checkpoint=True)
-    s2_scales: str = key("336,672,1008", "the scales of S2 in pixels", tower_part=True, checkpoint=True)
+    s2_scales: str = key("336,672,1008", "the scales of S2 in pixels", tower_part=True, checkpoint=True, within=SCALES)
     use_token_compression: bool = key(
         False, "compress the tower's tokens with a partial convolution (ToConv)", tower_part=True, checkpoint=True
     )
     compression_input_size: int = key(
-        24, "side of the token grid before the compressor", tower_part=True, checkpoint=True
+        24, "side of the token grid before the compressor", tower_part=True, checkpoint=True, within=POSITIVE
     )
     compression_output_size: int = key(
-        12, "side of the token grid after the compressor", tower_part=True, checkpoint=True
+        12, "side of the token grid after the compressor", tower_part=True, checkpoint=True, within=POSITIVE
     )
     pretrain_token_compressor: str | None = key(
         None, "token compressor to start from: a file of its weights, or the folder of a training run", tower=True
@@ -119,7 +141,10 @@ class ModelKeys(KeyGroup):
         "grid", "where newline tokens go in a video", checkpoint=True
     )
     mm_spatial_pool_stride: int | None = key(
-        None, "pooling stride over a video frame's tokens: 2, or not given", checkpoint=True
+        None,
+        "pooling stride over a video frame's tokens, which are pooled by two whatever this key says",
+        checkpoint=True,
+        within=one_of(2),
     )
     mm_spatial_pool_mode: Literal["bilinear", "average", "max"] = key(
         "bilinear", "how a video frame's tokens are pooled", checkpoint=True
@@ -127,8 +152,12 @@ class ModelKeys(KeyGroup):
     mm_use_im_start_end: bool = key(False, "put <im_start> and <im_end> around an image", checkpoint=True)
     mm_use_im_patch_token: bool = key(True, "add <im_patch> to the tokenizer", checkpoint=True)
 
-    rope_scaling_factor: float | None = key(None, "stretch the language model's rotary positions by this factor")
-    rope_scaling_type: str | None = key(None, "kind of rotary scaling: linear, dynamic, ...")
+    rope_scaling_factor: float | None = key(
+        None, "stretch the language model's rotary positions by this factor", within=FROM_1
+    )
+    rope_scaling_type: Literal["linear", "dynamic", "yarn"] | None = key(
+        None, "kind of rotary scaling, of those that need no more than a factor"
+    )
 
 
 _SPLIT_MODES = {"highres": "the highres image mode", "crop_split": "the crop_split image mode"}
@@ -152,13 +181,18 @@ class DataKeys(KeyGroup):
         refuse=_SPLIT_MODES,
     )
     min_pixels: int = key(
-        56 * 56, "native and Qwen2-VL: smaller images are scaled up to this many pixels", tower=True, checkpoint=True
+        56 * 56,
+        "native and Qwen2-VL: smaller images are scaled up to this many pixels",
+        tower=True,
+        checkpoint=True,
+        within=POSITIVE,
     )
     max_pixels: int = key(
         1280 * 28 * 28,
         "native and Qwen2-VL: larger images are scaled down to this many pixels",
         tower=True,
         checkpoint=True,
+        within=POSITIVE,
     )
     image_grid_pinpoints: str | list[list[int]] | None = key(
         None,
@@ -171,13 +205,17 @@ class DataKeys(KeyGroup):
         "Qwen2-VL: published name of adaptive_patches' method; what these four leave out is as in the model's image "
         "processor; all: every patch is kept",
     )
-    patch_alpha: float | list[float] | None = key(None, "Qwen2-VL: published name of adaptive_patches' alpha")
-    patch_thresholds: list[float] | None = key(None, "Qwen2-VL: published name of adaptive_patches' thresholds")
+    patch_alpha: float | list[float] | None = key(
+        None, "Qwen2-VL: published name of adaptive_patches' alpha", within=FROM_0
+    )
+    patch_thresholds: list[float] | None = key(
+        None, "Qwen2-VL: published name of adaptive_patches' thresholds", within=NUMBER
+    )
     patch_importance: Literal["entropy", "laplacian", "reconstruction"] | None = key(
         None, "Qwen2-VL: published name of adaptive_patches' importance"
     )
-    video_fps: int = key(1, "frames taken per second of video")
-    frames_upbound: int = key(0, "most frames taken from one video; 0: no limit")
+    video_fps: int = key(1, "frames taken per second of video", within=POSITIVE)
+    frames_upbound: int = key(0, "most frames taken from one video; 0: no limit", within=COUNT)
     add_time_instruction: bool = key(False, "tell the model the length of the video and the times of its frames")
     force_sample: bool = key(False, "always take frames_upbound frames")
     supervise: Literal["llava_next", "answers_only"] | None = key(
@@ -194,10 +232,16 @@ class DataKeys(KeyGroup):
 class TrainKeys(KeyGroup):
     """The training run. Every other field of transformers.TrainingArguments is a key too."""
 
-    model_max_length: int = key(4096, "longest sequence in tokens, visual tokens included; longer ones are truncated")
-    mm_projector_lr: float | None = key(None, "learning rate of the projector; not given: learning_rate")
-    mm_token_compressor_lr: float | None = key(None, "learning rate of the token compressor; not given: learning_rate")
-    mm_vision_tower_lr: float | None = key(None, "learning rate of the vision tower; not given: learning_rate")
+    model_max_length: int = key(
+        4096, "longest sequence in tokens, visual tokens included; longer ones are truncated", within=POSITIVE
+    )
+    mm_projector_lr: float | None = key(None, "learning rate of the projector; not given: learning_rate", within=FROM_0)
+    mm_token_compressor_lr: float | None = key(
+        None, "learning rate of the token compressor; not given: learning_rate", within=FROM_0
+    )
+    mm_vision_tower_lr: float | None = key(
+        None, "learning rate of the vision tower; not given: learning_rate", within=FROM_0
+    )
     freeze_mm_mlp_adapter: bool = key(False, "freeze the projector (when mm_tunable_parts is not given)")
     freeze_mm_vision_resampler: bool = key(False, "nothing to freeze: there is no resampler")
     group_by_varlen: bool = key(False, "batches of samples of like length")
@@ -209,24 +253,28 @@ class TrainKeys(KeyGroup):
     cache_dir: str | None = key(None, "where models from the hub are kept")
     verbose_logging: bool = key(False, "print every argument before training")
 
-    optim: str = key("adamw_torch", "optimizer")
+    optim: str = key("adamw_torch", "optimizer", within=OPTIMIZER)
     gradient_checkpointing: bool = key(True, "recompute activations in the backward pass to save memory")
     remove_unused_columns: bool = key(False, "must stay False: the collator needs the whole record")
     auto_find_batch_size: bool = key(False, "halve the batch size until it fits into memory")
-    report_to: str | list[str] = key("none", "where metrics are reported: none, wandb, tensorboard, ...")
+    report_to: str | list[str] = key(
+        "none", "where metrics are reported: none, wandb, tensorboard, ...", within=REPORTS
+    )
 
     overwrite_output_dir: bool = key(False, "train anew although output_dir holds a finished run or checkpoints")
     logging_dir: str | None = key(
         None, "tensorboard's folder (sets TENSORBOARD_LOGGING_DIR, as transformers 5 wants it)"
     )
 
-    bits: int = key(16, "4 or 8: hold the language model quantised by bitsandbytes, under LoRA (QLoRA)")
+    bits: int = key(
+        16, "4 or 8: hold the language model quantised by bitsandbytes, under LoRA (QLoRA)", within=one_of(16, 8, 4)
+    )
     double_quant: bool = key(True, "quantise the quantisation constants (with bits 4)")
     quant_type: Literal["nf4", "fp4"] = key("nf4", "4-bit data type (with bits 4)")
     lora_enable: bool = key(False, "train low-rank adapters in the language model in place of its weights")
-    lora_r: int = key(64, "LoRA: rank (with lora_enable)")
-    lora_alpha: int = key(16, "LoRA: scale (with lora_enable)")
-    lora_dropout: float = key(0.05, "LoRA: dropout (with lora_enable)")
+    lora_r: int = key(64, "LoRA: rank (with lora_enable)", within=POSITIVE)
+    lora_alpha: int = key(16, "LoRA: scale (with lora_enable)", within=POSITIVE)
+    lora_dropout: float = key(0.05, "LoRA: dropout (with lora_enable)", within=SHARE_BELOW_1)
     lora_weight_path: str = key("", "LoRA: folder of an adapter to start from (with lora_enable)")
     lora_bias: Literal["none", "all", "lora_only"] = key("none", "LoRA: which biases train (with lora_enable)")
 

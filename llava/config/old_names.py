@@ -8,31 +8,33 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llava.config.rules import COUNT, POSITIVE, SHARE, Rule
 from llava.config.schema import Key
-from llava.errors import LlavaError
 
 
 @dataclass(frozen=True)
 class OldName:
-    """`target`: the key that takes the value, or "" where nothing does; `note`: why nothing does, for the warning."""
+    """`target`: the key that takes the value, or "" where nothing does; `note`: why nothing does, for the warning;
+    `within`: as a key's."""
 
     type: Any
     target: str = ""
     note: str = ""
+    within: Rule | None = None
 
     def key(self, name: str) -> Key:
-        return Key(name, "old", self.type, None)
+        return Key(name, "old", self.type, None, within=self.within)
 
 
 _GONE = "it has no effect since transformers 5"
 
 OLD_NAMES: dict[str, OldName] = {
     "evaluation_strategy": OldName(str, "eval_strategy"),
-    "warmup_ratio": OldName(float, "warmup_steps"),
+    "warmup_ratio": OldName(float, "warmup_steps", within=SHARE),
     "group_by_length": OldName(bool, "train_sampling_strategy"),
     "no_cuda": OldName(bool, "use_cpu"),
-    "per_gpu_train_batch_size": OldName(int | None, "per_device_train_batch_size"),
-    "per_gpu_eval_batch_size": OldName(int | None, "per_device_eval_batch_size"),
+    "per_gpu_train_batch_size": OldName(int | None, "per_device_train_batch_size", within=POSITIVE),
+    "per_gpu_eval_batch_size": OldName(int | None, "per_device_eval_batch_size", within=POSITIVE),
     "push_to_hub_token": OldName(str | None, "hub_token"),
     "push_to_hub_model_id": OldName(str | None, "hub_model_id"),
     "adafactor": OldName(bool, "optim"),
@@ -41,7 +43,7 @@ OLD_NAMES: dict[str, OldName] = {
     "include_tokens_per_second": OldName(bool | None, "include_num_input_tokens_seen"),
     "dispatch_batches": OldName(bool | None, "accelerator_config"),
     "split_batches": OldName(bool | None, "accelerator_config"),
-    "fsdp_min_num_params": OldName(int, "fsdp_config"),
+    "fsdp_min_num_params": OldName(int, "fsdp_config", within=COUNT),
     "fsdp_transformer_layer_cls_to_wrap": OldName(str | None, "fsdp_config"),
     "save_safetensors": OldName(bool, note="weights are always saved as safetensors"),
     "push_to_hub_organization": OldName(str | None, note="put the organization into hub_model_id"),
@@ -86,7 +88,7 @@ def translate(layer: dict[str, Any], old: dict[str, Any], where: str, notices: l
             if isinstance(nested, dict):
                 nested.setdefault(_NESTED[name], value)
         elif name == "warmup_ratio":
-            _translate_warmup(layer, value, where)
+            _translate_warmup(layer, value)
         elif name in _WHEN_TRUE:
             if value:
                 layer.setdefault(target, _WHEN_TRUE[name])
@@ -94,9 +96,7 @@ def translate(layer: dict[str, Any], old: dict[str, Any], where: str, notices: l
             notices.append(f"{where}: {name} is another name of {target}, which is given too and used")
 
 
-def _translate_warmup(layer: dict[str, Any], ratio: float, where: str) -> None:
+def _translate_warmup(layer: dict[str, Any], ratio: float) -> None:
     """As before transformers 5, warmup_steps wins if it is above 0; there, a value below 1 is a share of all steps."""
-    if not 0 <= ratio <= 1:
-        raise LlavaError(f"{where}: warmup_ratio is {ratio}, expected a number from 0 to 1")
     if not layer.get("warmup_steps"):
         layer["warmup_steps"] = min(ratio, math.nextafter(1, 0))

@@ -238,14 +238,14 @@ def check_alpha(alpha) -> float | tuple[float, float]:
 
 
 def check_thresholds(thresholds, num_scales: int) -> list[float]:
-    """The thresholds as floats; `LlavaError` unless there is one, not NaN, for each level above the first."""
+    """The thresholds as floats; `LlavaError` unless there is one, finite, for each level above the first."""
     try:
         values = [float(value) for value in thresholds]
     except (TypeError, ValueError):
         raise LlavaError(f"thresholds: found {thresholds!r}, expected a list of numbers") from None
-    if len(values) != num_scales - 1 or any(math.isnan(value) for value in values):
+    if len(values) != num_scales - 1 or not all(map(math.isfinite, values)):
         raise LlavaError(
-            f"thresholds: found {values}, expected {num_scales - 1} numbers for {num_scales} scales, one for each size "
-            "above the base"
+            f"thresholds: found {values}, expected {num_scales - 1} numbers for {num_scales} scales, a finite one for "
+            "each size above the base"
         )
     return values

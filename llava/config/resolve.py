@@ -14,7 +14,7 @@ from llava.config.commandline import WHERE, CommandLine, parse_command_line
 from llava.config.files import find_file, read_yaml
 from llava.config.keys import PATCH_KEYS
 from llava.config.old_names import OLD_NAMES, translate
-from llava.config.schema import all_keys, convert, find_key, own_keys
+from llava.config.schema import all_keys, convert, convert_type, find_key, own_keys
 from llava.errors import LlavaError
 
 CHECKPOINT = "checkpoint config"
@@ -70,7 +70,7 @@ def resolve(argv: list[str]) -> Run:
         run.tower = str(tower)
         layers.append((run.tower, _read_layer(tower, read_yaml(tower), run.notices, tower=True)))
         _tell_shadowed(line, layers, run.notices)
-    layers.append((CHECKPOINT, _read_checkpoint(layers)))
+    layers.append((CHECKPOINT, _read_checkpoint(layers, run.notices)))
     for name, key in own_keys().items():
         run.settings[name] = Setting(key.default, DEFAULT)
     for source, values in reversed(layers):
@@ -156,8 +156,11 @@ def _tell_shadowed(line: CommandLine, layers: list[tuple[str, dict]], notices: l
             notices.append(f"{train_source} sets {name} itself, which stands above {tower_source}")
 
 
-def _read_checkpoint(layers: list[tuple[str, dict]]) -> dict[str, Any]:
-    """The keys in config.json of a local checkpoint in model_name_or_path; {} for a plain language model."""
+def _read_checkpoint(layers: list[tuple[str, dict]], notices: list[str]) -> dict[str, Any]:
+    """The keys in config.json of a local checkpoint in model_name_or_path; {} for a plain language model.
+
+    A number that its key does not take can have had no effect in the run that wrote it: it is told and left out.
+    """
     given = {name: value for _, values in reversed(layers) for name, value in values.items()}
     folder = Path(given.get("model_name_or_path", ""))
     path = folder / "config.json"
@@ -173,7 +176,12 @@ def _read_checkpoint(layers: list[tuple[str, dict]]) -> dict[str, Any]:
     for name, key in own_keys().items():
         stored = key.checkpoint if isinstance(key.checkpoint, str) else name
         if key.checkpoint and content.get(stored) is not None:
-            values[name] = convert(key, content[stored], str(path))
+            value = convert_type(key, content[stored], str(path))
+            fault = key.within and key.within.fault(value)
+            if not fault:
+                values[name] = value
+            elif name not in given:
+                notices.append(f"{path}: {stored} is {value}, expected {fault}; it is not used")
     return _keep_matching_tower(values, given, folder)
 
 

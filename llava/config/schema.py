@@ -1,6 +1,7 @@
 """What is known about each key, and the conversion of a found value to the key's type."""
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Literal, Union
 from pydantic import TypeAdapter, ValidationError
 
 from llava.config.keys import GROUPS, REFUSED, REFUSED_IN_CHECKPOINTS, KeyGroup
+from llava.config.rules import TRAINER_RULES, Rule
 from llava.config.trainer_fields import trainer_fields
 from llava.errors import LlavaError
 
@@ -27,6 +29,7 @@ class Key:
     type: Any
     default: Any
     description: str = ""
+    within: Rule | None = None
     tower: bool = False
     tower_part: bool = False
     checkpoint: str | bool = False
@@ -52,8 +55,21 @@ class Key:
 
     @property
     def expected(self) -> str:
-        """The type in words, for messages and the key table."""
-        return " or ".join(dict.fromkeys(_words(kind) for kind in self.kinds if kind is not type(None)))
+        """What values are right in words, for messages and the key table: the type, or the rule in its place."""
+        return self._said(self.within)
+
+    @property
+    def expected_type(self) -> str:
+        return self._said(None)
+
+    def _said(self, rule: Rule | None) -> str:
+        kinds = [kind for kind in self.kinds if kind is not type(None)]
+        if rule and str in kinds:  # a list of them, too
+            return rule.text
+        words = [rule.text if rule and kind in (int, float) else _words(kind) for kind in kinds]
+        if rule and list[float] in kinds:
+            words[-1] = "a list of such" if len(kinds) > 1 else f"list, each item a {rule.text}"
+        return " or ".join(dict.fromkeys(words))
 
 
 def _words(kind) -> str:
@@ -95,7 +111,7 @@ def all_keys() -> dict[str, Key]:
     """Own keys and the fields of the installed `transformers.TrainingArguments` that are not among them."""
     keys = dict(own_keys())
     for name, (kind, default) in trainer_fields().items():
-        keys.setdefault(name, Key(name, "trainer", kind, default))
+        keys.setdefault(name, Key(name, "trainer", kind, default, within=TRAINER_RULES.get(name)))
     return keys
 
 
@@ -118,15 +134,24 @@ def unknown_key(name: str, where: str, candidates: list[str]) -> LlavaError:
 
 
 def convert(key: Key, value: Any, where: str) -> Any:
-    """`value` as found in YAML, JSON or a command line (then text), in the key's type.
+    """`value` as found in YAML, JSON or a command line (then text), in the key's type and within its rule.
 
     Raises `LlavaError` naming `where`, the key, what was found and what was expected.
     """
+    value = convert_type(key, value, where)
+    fault = key.within and key.within.fault(value)
+    if fault:
+        raise LlavaError(f"{where}: {key.name} is {repr(value) if isinstance(value, str) else value}, expected {fault}")
+    return value
+
+
+def convert_type(key: Key, value: Any, where: str) -> Any:
+    """As `convert`, whatever the key's rule says."""
     try:
         return _adapter(key.type).validate_python(_prepare(key, value), strict=True)
     except ValidationError:
         found = repr(value) if isinstance(value, str) else f"{value} ({_type_name(value)})"
-        raise LlavaError(f"{where}: {key.name} is {found}, expected {key.expected}") from None
+        raise LlavaError(f"{where}: {key.name} is {found}, expected {key.expected_type}") from None
 
 
 @cache
@@ -150,12 +175,9 @@ def _prepare(key: Key, value: Any) -> Any:
         if key.is_bool:
             return True if value.lower() in TRUE_WORDS else False if value.lower() in FALSE_WORDS else value
         if float in kinds and str not in kinds:
-            try:
-                return float(value)
-            except ValueError:
-                return value
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-        return float(value)
+            return _number(value)
+    if isinstance(value, int) and float in kinds and int not in kinds:
+        return _number(value)
     if isinstance(value, (list, tuple)):
         if list[float] in kinds:
             return [_number(item) for item in value]
@@ -164,13 +186,15 @@ def _prepare(key: Key, value: Any) -> Any:
 
 
 def _number(item: Any) -> Any:
-    """A whole number or a word as a float, if it is one."""
+    """A whole number or a word as a float, if it is one; one that is too large for that as infinity."""
     if isinstance(item, bool) or not isinstance(item, (int, str)):
         return item
     try:
         return float(item)
     except ValueError:
         return item
+    except OverflowError:
+        return math.inf if item > 0 else -math.inf
 
 
 def convert_word(key: Key, words: list[str], where: str) -> Any:

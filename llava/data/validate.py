@@ -59,7 +59,8 @@ def _check(record: dict, template: Conversation, add_time_instruction: bool, sys
         raise LlavaError("conversations: found no answer (gpt), expected at least one")
     system = leading_system(source)
     notes = ["system"] if system is not None and system_turn == "template" else []
-    notes += ["empty"] if not any(text.strip() for speaker, text in turns if speaker == "gpt") else []
+    answers = turns[1:2] if template.sep_style is SeparatorStyle.PLAIN else [turn for turn in turns if turn[0] == "gpt"]
+    notes += [] if any(text.strip() for _, text in answers) else ["empty"]
     kind, names = shown_media(record, add_time_instruction)
     if template.sep_style is SeparatorStyle.PLAIN and len(names) != 1:
         raise LlavaError(f"image: found {len(names)}, expected 1 (template plain)")

@@ -33,6 +33,11 @@ class Llava(Family):
         super().check(run)
         get_template(run["version"])
         check_system_turn(run["version"], run["system_turn"])
+        if run["neftune_noise_alpha"] and run["vision_tower"]:
+            raise LlavaError(
+                f"{run.source('neftune_noise_alpha')}: neftune_noise_alpha is {run['neftune_noise_alpha']}, expected "
+                "none or 0: the texts of a batch are embedded in one row, whose length the noise would be scaled by"
+            )
         check_merge_options(run["mm_patch_merge_type"], run["image_aspect_ratio"])
         check_combination(SimpleNamespace(**{name: run[name] for name in run.settings}))
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
-from llava.families.training import check_attention, check_bits, check_no_adapter, tunable_parts
+from llava.families.training import check_attention, check_no_adapter, tunable_parts
 
 
 def check_common(run) -> None:
@@ -16,7 +16,6 @@ def check_common(run) -> None:
     """
     check_attention(run["attn_implementation"])
     check_no_adapter(run["model_name_or_path"])
-    check_bits(run["bits"], run["lora_enable"])
     check_lora(run["lora_enable"], trained_parts(run))
     path = run["lora_weight_path"]
     if run["lora_enable"] and path and not os.path.isfile(os.path.join(path, "adapter_config.json")):

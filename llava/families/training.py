@@ -46,19 +46,10 @@ def check_no_adapter(path: str) -> None:
         )
 
 
-def check_bits(bits: int, lora_enable: bool) -> None:
-    """Refuse what QLoRA is not."""
-    if bits not in (4, 8, 16):
-        raise LlavaError(f"bits: found {bits}, expected 16, 8 or 4")
-    if bits != 16 and not lora_enable:
-        raise LlavaError(f"bits: {bits} trains adapters over a quantised model, expected lora_enable too")
-
-
 def quantisation_for(training_args):
     """How the frozen language model is held under QLoRA (arXiv 2305.14314); None with `bits` 16."""
     if training_args.bits == 16:
         return None
-    check_bits(training_args.bits, training_args.lora_enable)
     return quantisation(
         f"bits {training_args.bits}",
         training_args.bits,

@@ -19,6 +19,7 @@ from llava.config.deepspeed_file import check_deepspeed
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
 from llava.train.devices import check_devices
+from llava.train.trial import try_settings
 from llava.utils import rank0_print
 
 
@@ -40,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[SimpleNamespace, SimpleNa
         raise LlavaError("output_dir is not set, expected the folder that the run writes to (--output_dir)")
     check_devices(bool(run["use_cpu"]), argv)
     training_args = make_training_arguments(run)
+    try_settings(training_args, run)
     for notice in run.notices:
         rank0_print(f"note: {notice}", file=sys.stderr)
     model_args = SimpleNamespace(**run.group("model"))
@@ -94,11 +96,11 @@ def make_training_arguments(run: Run):
 
 
 def check_training_arguments(run: Run) -> None:
-    """Raise `LlavaError` for what `make_training_arguments` would refuse on the machine that the run is for; no device
-    is looked at, and no DeepSpeed."""
+    """Raise `LlavaError` for what a run would be refused for on the machine that it is for; no device is looked at, and
+    no DeepSpeed."""
     check_deepspeed(run)
     values = {name: value for name, value in _values(run).items() if name not in _NEEDS_DEVICE}
-    _make({**values, "deepspeed": None, "use_cpu": True})
+    try_settings(_make({**values, "deepspeed": None, "use_cpu": True}), run)
 
 
 _NEEDS_DEVICE = {
@@ -110,6 +112,7 @@ _NEEDS_DEVICE = {
 def _values(run: Run) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(training_arguments_class()) if field.init}
     values = {name: value for name, value in (run.group("trainer") | run.group("train")).items() if name in names}
+    values["neftune_noise_alpha"] = values.get("neftune_noise_alpha") or None  # 0 is no noise, not noise of 0
     if "activation_checkpointing" in names and values.get("activation_checkpointing") is None:
         # the name from transformers 5.20 on; with both set it does not warn about the older one
         values["activation_checkpointing"] = values["gradient_checkpointing"]
@@ -121,8 +124,9 @@ def _make(values: dict[str, Any]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return training_arguments_class()(**values)
-    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
-        raise LlavaError(f"training arguments: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of many kinds: transformers', accelerate's and DeepSpeed's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LlavaError(f"training arguments: {reason}") from error
 
 
 def _fall_back(values: dict[str, Any], run: Run) -> None:

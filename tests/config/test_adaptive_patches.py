@@ -103,7 +103,7 @@ def test_a_towers_choice_may_be_changed_member_by_member(run):
             ["--patch_alpha", "[0.5, 0.3]"],
             "command line: patch_alpha: found [0.5, 0.3], expected a number, or two",
         ),
-        ("patch_alpha: -1\n", [], "train.yaml: patch_alpha: found -1.0"),
+        ("patch_alpha: -1\n", [], "train.yaml: patch_alpha is -1.0, expected number from 0"),
         (
             OLD,
             ["--patch_selection_method", "all"],

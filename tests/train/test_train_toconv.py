@@ -250,7 +250,7 @@ def test_step_without_a_readable_image_is_skipped(flags, tmp_path, pictures):
         ({"objectve": "sinkhorn"}, "unknown key 'objectve'; the nearest valid key is 'objective'"),
         ({"objective": "mmd"}, "objective is 'mmd', expected one of sinkhorn, wgan_gp"),
         ({"epochs": "many"}, "epochs is 'many', expected whole number"),
-        ({"batch_size": 0}, "batch_size: found 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, expected positive whole number"),
         ({"compression_input_size": 4, "report_to": "wandb"}, "report_to: found wandb, which is not installed"),
         ({"vision_tower": "/no/such"}, "vision tower '/no/such'"),
         ({"tower": "x.yaml"}, "unknown key 'tower'"),
