@@ -3,6 +3,8 @@
 import functools
 import sys
 
+from llava.utils import is_rank0
+
 
 class LlavaError(ValueError):
     """A fault in a config, a data file, an image or a checkpoint.
@@ -27,3 +29,29 @@ def report_errors(main):
             raise SystemExit(2) from None
 
     return wrapper
+
+
+def report_interrupts(main):
+    """Decorate a command-line `main`: Ctrl-C ends the program with one line on stderr and exit status 130.
+
+    The line ends with what the `KeyboardInterrupt` says, if anything. Of several processes the first one tells.
+    """
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            if is_rank0():
+                _write_line("interrupted" + (f" {stop}" if stop.args else ""))
+            raise SystemExit(130) from None
+
+    return wrapper
+
+
+def _write_line(text: str) -> None:
+    """On stderr, below a progress bar that may stand there."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)

@@ -15,6 +15,7 @@ from llava.images.geometry import parse_grid_pinpoints
 from llava.images.processing import processor_sides
 from llava.model import builder
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
+from llava.model.generation import generation_settings
 
 _SAVED_MODEL_KEYS = (
     *("mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_use_im_start_end"),
@@ -40,6 +41,7 @@ def load_model(model_args, data_args, training_args):
             attn_implementation=attention_for(training_args, config),
             cache_dir=training_args.cache_dir,
             quantization_config=quantisation_for(training_args),
+            generation_config=generation_settings(path, training_args.cache_dir),
         )
     model.config.use_cache = False
     tokenizer = builder.load_tokenizer(

@@ -132,6 +132,7 @@ class Qwen2VL(QwenChat, Family):
         from llava.families.precision import Precision
         from llava.families.training import attention_for, check_no_adapter, quantisation_for, tunable_parts
         from llava.model.builder import load_weights
+        from llava.model.generation import generation_settings
 
         path, limit = model_args.model_name_or_path, training_args.model_max_length
         check_no_adapter(path)
@@ -145,6 +146,7 @@ class Qwen2VL(QwenChat, Family):
             attn_implementation=attention_for(training_args),
             cache_dir=training_args.cache_dir,
             quantization_config=quantisation_for(training_args),
+            generation_config=generation_settings(path, training_args.cache_dir),
         )[0]
         model.config.get_text_config().use_cache = False
         model.config.system_turn = data_args.system_turn

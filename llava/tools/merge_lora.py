@@ -43,9 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from llava.families import family_of
     from llava.model.builder import pick_dtype
+    from llava.model.generation import generation_settings
 
     dtype = pick_dtype(stored_dtype(base) if args.dtype == "auto" else args.dtype, device_is_cpu=False)
-    loaded = family_of(base).load(args.model_path, base=args.model_base, dtype=dtype, device="cpu")
+    settings = generation_settings(base)
+    loaded = family_of(base).load(
+        args.model_path, base=args.model_base, dtype=dtype, device="cpu", generation_config=settings
+    )
     with torch.no_grad():
         loaded.model.save_pretrained(out)
     loaded.processor.save_pretrained(out)

@@ -1,5 +1,6 @@
 """transformers' `Trainer` with LLaVA-NeXT's sampling, learning rates, loss normalisation, checkpoints, bad records."""
 
+import json
 import os
 
 import torch
@@ -9,12 +10,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.constants import IGNORE_INDEX
 from llava.data.sampler import EpochSampler, LengthGroupedSampler
+from llava.errors import LlavaError
 from llava.families import get_family
 from llava.families.training import trains_projector_alone
 from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
 from llava.train.left_out import LeftOut
+from llava.train.resume import RUN_NAME
+from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
+from llava.utils import rank0_print
 
 
 class LLaVATrainer(Trainer):
@@ -167,14 +172,47 @@ class LLaVATrainer(Trainer):
         elif not self.family.restore(self.accelerator.unwrap_model(self.model), resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As `Trainer`'s; of a checkpoint that lacks a part of the state, the rest. The learning rates are those of
+        this run's schedule."""
+        schedule, step = unwrapped(self.lr_scheduler), self.state.global_step
+        rates = getattr(schedule, "base_lrs", None)
+        in_engine = schedule is not self.lr_scheduler  # DeepSpeed loads it with the rest of its state
+        elsewhere = self.is_deepspeed_enabled or self.is_fsdp_enabled  # the optimizer's state, in files of their own
+        optimizer, scheduler = optimizer_file(checkpoint), has_scheduler(checkpoint)
+        try:
+            if in_engine or (scheduler and (optimizer or elsewhere)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+                step = getattr(schedule, "last_epoch", step)  # less than the steps where fp16 skipped some
+            elif optimizer:
+                self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True))
+        except ValueError as error:  # the numbers of parameters differ
+            reason = " ".join(str(error).split())
+            raise LlavaError(f"{checkpoint}: its optimizer is of another run ({reason}), expected this one's") from None
+        if not (optimizer or elsewhere):
+            rank0_print(
+                f"{checkpoint}: holds no optimizer state (save_only_model): its moments begin anew, the learning rate "
+                f"goes on from step {step}"
+            )
+        elif not (scheduler or in_engine):
+            rank0_print(f"{checkpoint}: holds no scheduler state: the learning rate goes on from step {step}")
+        go_on(schedule, rates, step)
+
     def _save_checkpoint(self, model, trial):
         self.tell_last_step()  # before what was left out up to here is written
-        super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
+            self.save_run(folder)
             self.left_out.save(folder)
+        super()._save_checkpoint(model, trial)
         if self.keeps_projector_alone:
             self.save_projector(folder)
+
+    def save_run(self, folder: str) -> None:
+        """Write what the run is: its settings, and how many records it has."""
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, RUN_NAME), "w") as file:
+            json.dump({**self.args.run_config.to_dict(), "records": len(self.train_dataset)}, file, indent=2)
 
     def save_projector(self, folder: str) -> None:
         """Write the projector (newline, token compressor) alone; every rank must call it."""

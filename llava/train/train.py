@@ -4,17 +4,25 @@ Also `python llava/train/train_mem.py <flags>`, as LLaVA-NeXT is launched. The s
 under `torchrun` or `deepspeed` on many GPUs.
 """
 
-import json
-import os
-import shutil
 import time
-from pathlib import Path
 
-from llava.errors import LlavaError, report_errors
+from llava.errors import LlavaError, report_errors, report_interrupts
+from llava.train.resume import (
+    check_own,
+    checkpoint_to_resume,
+    finished_steps,
+    how_to_go_on,
+    open_output,
+    remove_run,
+    reopen,
+)
 from llava.utils import is_rank0, rank0_print
+
+__all__ = ["check_own", "checkpoint_to_resume", "finished_steps", "open_output", "remove_run", "run", "save", "train"]
 
 
 @report_errors
+@report_interrupts
 def train(argv=None):
     """Train as the arguments say, resume where a checkpoint lies in `output_dir`, save; see `llava.config`."""
     from llava.train.arguments import parse_args
@@ -31,6 +39,8 @@ def run(model_args, data_args, training_args, make=None):
     """
     try:
         _train(model_args, data_args, training_args, make)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(*(stop.args or [how_to_go_on(training_args, None)])) from None
     finally:
         leave_process_group()
 
@@ -50,7 +60,7 @@ def leave_process_group():
 def _train(model_args, data_args, training_args, make):
     from transformers import set_seed
 
-    from llava.data import make_data, read_records
+    from llava.data import load_records, make_data, read_records
     from llava.data.records import media_kinds
     from llava.families import family_of
     from llava.families.precision import Precision
@@ -72,8 +82,11 @@ def _train(model_args, data_args, training_args, make):
             "training; python -m llava.eval.exact_match evaluates a checkpoint"
         )
     out = training_args.output_dir
-    if not open_output(training_args):
+    if not open_output(training_args, lambda: len(load_records(data_args.data_path, training_args.seed))):
         return
+    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, out)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, training_args)
     if training_args.deepspeed:
         import deepspeed
 
@@ -97,72 +110,31 @@ def _train(model_args, data_args, training_args, make):
     trainer = LLaVATrainer(
         model=model, processing_class=loaded.processor, args=training_args, family=family, parts=parts, **data
     )
-    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, out)
     if checkpoint is not None:
-        if training_args.deepspeed:
-            check_own(checkpoint, out)
         rank0_print(f"resuming from {checkpoint}")
         trainer.left_out.load(checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    save(trainer, out)
+    trainer.accelerator.wait_for_everyone()  # each has seen what the folder holds
+    reopen(out)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        save(trainer, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on(training_args, trainer.state.global_step)) from None
 
 
-def open_output(training_args) -> bool:
-    """Whether the run's folder is to be trained into: False where a run has ended in it."""
-    out = training_args.output_dir
-    if training_args.overwrite_output_dir:
-        with training_args.main_process_first(local=False, desc="removing the earlier run"):
-            if is_rank0():
-                remove_run(out)
-    elif finished_steps(out) is not None:
-        rank0_print(f"{out}: already trained ({finished_steps(out)} steps); --overwrite_output_dir trains again")
-        return False
-    return True
+def check_checkpoint(checkpoint: str, training_args) -> None:
+    """Refuse to go on from a checkpoint that is not this run's, or lacks what the run needs; no weight is read.
 
-
-def remove_run(out: str) -> None:
-    """Remove an earlier run's state and checkpoints from its folder, and nothing else."""
-    folder = Path(out)
-    (folder / "trainer_state.json").unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / "trainer_state.json").is_file():
-            shutil.rmtree(checkpoint)
-
-
-def checkpoint_to_resume(asked: str | None, out: str) -> str | None:
-    """The checkpoint a run goes on from: the one `asked` for, else the last in `out` that was written to its end.
-
-    `asked` may also be "true" (the last one, as without it) or "false" (none).
+    Raises:
+        LlavaError: what is wrong.
     """
-    if asked is not None and asked.lower() not in ("true", "false"):
-        if not os.path.isfile(os.path.join(asked, "trainer_state.json")):
-            raise LlavaError(
-                f"resume_from_checkpoint: {asked}: found no trainer_state.json, expected a run's checkpoint-N folder"
-            )
-        return asked
-    if asked is not None and asked.lower() == "false":
-        return None
-    whole = [path.parent for path in Path(out).glob("checkpoint-*/trainer_state.json")]  # a checkpoint's last file
-    numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
-    return str(max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if numbered else None
+    from llava.train.same_model import check_same_model
+    from llava.train.schedule import check_state
 
-
-def check_own(checkpoint: str, out: str) -> None:
-    """DeepSpeed's state is a pickle, which runs code when it is read: only this run's own folder is trusted."""
-    if Path(out).resolve() not in Path(checkpoint).resolve().parents:
-        raise LlavaError(
-            f"resume_from_checkpoint: {checkpoint} is not in output_dir {out}, expected one of the run's own "
-            "checkpoints: DeepSpeed's state is unpickled; to go on from a model use model_name_or_path"
-        )
-
-
-def finished_steps(out: str) -> int | None:
-    """Steps of a run that has ended in this folder, else None."""
-    path = os.path.join(out, "trainer_state.json")
-    if not os.path.isfile(path):
-        return None
-    with open(path) as file:
-        return json.load(file)["global_step"]
+    if training_args.deepspeed:
+        check_own(checkpoint, training_args.output_dir)
+    check_state(checkpoint, training_args)
+    check_same_model(checkpoint, training_args.run_config)
 
 
 def save(trainer, out: str):
@@ -176,8 +148,7 @@ def save(trainer, out: str):
     else:
         trainer.save_model(out)
     if is_rank0():
-        with open(os.path.join(out, "run_config.json"), "w") as file:
-            json.dump(trainer.args.run_config.to_dict(), file, indent=2)
+        trainer.save_run(out)
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()  # last: its presence says that the run has ended
     if trainer.left_out.bad:

@@ -10,10 +10,11 @@ from `last/`.
 
 import sys
 
-from llava.errors import report_errors
+from llava.errors import report_errors, report_interrupts
 
 
 @report_errors
+@report_interrupts
 def main(argv: list[str] | None = None) -> None:
     from llava.train.toconv.config import help_text, resolve
 

@@ -190,7 +190,8 @@ def test_stop_tokens_and_settings(tmp_path, out):
     run("--model-path", source, "--output", out)
     settings = json.loads((out / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [700, 701] and settings["pad_token_id"] == 701
-    assert settings["repetition_penalty"] == 1.05 and "temperature" not in settings
+    assert settings["repetition_penalty"] == 1.05
+    assert (settings["temperature"], settings["top_p"], settings["do_sample"]) == (0.7, 0.8, True)
 
 
 def test_the_onevision_processor_config(exported):

@@ -122,18 +122,18 @@ def generation_config(path: str, tokenizer, template: str):
     """
     from transformers import GenerationConfig
 
+    from llava.model.generation import mended, read_settings
+
     settings = GenerationConfig()
     if os.path.isfile(os.path.join(path, "generation_config.json")):
         try:
-            settings = GenerationConfig.from_pretrained(path)
+            settings = read_settings(path)
         except (OSError, ValueError, TypeError) as error:
             raise LlavaError(f"{path}: generation_config.json: {str(error).splitlines()[0][:160]}") from None
+        settings = mended(settings, path)
     ids, left = stop_ids(tokenizer, template, settings)
     settings.eos_token_id = ids if len(ids) != 1 else ids[0]
     if not ids:
         settings.eos_token_id = None
     settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    if not settings.do_sample:  # transformers 5 refuses to save settings that have no effect
-        for name in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
-            setattr(settings, name, None)
     return settings, left

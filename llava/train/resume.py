@@ -1,0 +1,188 @@
+"""Where a run begins: anew, at a checkpoint, or nowhere, as it has ended before. Reads what lies in `output_dir`."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from llava.errors import LlavaError
+from llava.utils import is_rank0, rank0_print
+
+STATE_NAME = "trainer_state.json"  # a checkpoint's last file; in a run's own folder it says that the run has ended
+RUN_NAME = "run_config.json"
+
+
+def open_output(training_args, count_records: Callable[[], int]) -> bool:
+    """Whether there is something to train in the run's folder: False where as many steps have been trained before.
+
+    Args:
+        training_args: the run's `TrainingArguments`.
+        count_records: how many records the run has; asked of runs that are counted in epochs.
+
+    Raises:
+        LlavaError: more steps are asked for, and there is no checkpoint to go on from.
+    """
+    out = training_args.output_dir
+    if training_args.overwrite_output_dir:
+        with training_args.main_process_first(local=False, desc="removing the earlier run"):
+            if is_rank0():
+                remove_run(out)
+        return True
+    done = finished_steps(out)
+    if done is None:
+        return True
+    asked = steps_asked_of_finished(training_args, count_records)
+    if asked is None:
+        rank0_print(f"{out}: already trained ({done} steps); --overwrite_output_dir trains again")
+        return False
+    if checkpoint_to_resume(training_args.resume_from_checkpoint, out) is None:
+        raise LlavaError(
+            f"output_dir: {out} was trained for {done} steps, {asked} are asked for, and there is no checkpoint to go "
+            f"on from; expected --overwrite_output_dir to train all of them anew, or {out} as "
+            f"{_start_key(out)} of a run with another output_dir"
+        )
+    rank0_print(f"{out}: was trained for {done} steps, {asked} are asked for: the run goes on")
+    return True
+
+
+def remove_run(out: str) -> None:
+    """Remove an earlier run's state and checkpoints from its folder, and nothing else."""
+    folder = Path(out)
+    (folder / STATE_NAME).unlink(missing_ok=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / STATE_NAME).is_file():
+            shutil.rmtree(checkpoint)
+
+
+def reopen(out: str) -> None:
+    """Let a folder in which a run goes on look finished no more; every rank must have passed `open_output`."""
+    if is_rank0():
+        (Path(out) / STATE_NAME).unlink(missing_ok=True)
+
+
+def checkpoint_to_resume(asked: str | None, out: str) -> str | None:
+    """The checkpoint a run goes on from: the one `asked` for, else the last in `out` that was written to its end.
+
+    `asked` may also be "true" (the last one, as without it) or "false" (none).
+    """
+    if asked is not None and asked.lower() not in ("true", "false"):
+        if not os.path.isfile(os.path.join(asked, STATE_NAME)):
+            raise LlavaError(
+                f"resume_from_checkpoint: {asked}: found no trainer_state.json, expected a run's checkpoint-N folder"
+            )
+        return asked
+    if asked is not None and asked.lower() == "false":
+        return None
+    whole = [path.parent for path in Path(out).glob(f"checkpoint-*/{STATE_NAME}")]
+    numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
+    return str(max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if numbered else None
+
+
+def check_own(checkpoint: str, out: str) -> None:
+    """DeepSpeed's state is a pickle, which runs code when it is read: only this run's own folder is trusted."""
+    if Path(out).resolve() not in Path(checkpoint).resolve().parents:
+        raise LlavaError(
+            f"resume_from_checkpoint: {checkpoint} is not in output_dir {out}, expected one of the run's own "
+            "checkpoints: DeepSpeed's state is unpickled; to go on from a model use model_name_or_path"
+        )
+
+
+# --- how much is trained, and how much is asked for -------------------------------------------------------------------
+
+
+def finished_steps(out: str) -> int | None:
+    """Steps of a run that has ended in this folder, else None."""
+    state = read_json(out, STATE_NAME)
+    if state is not None and not isinstance(state.get("global_step"), int):
+        raise LlavaError(f"{os.path.join(out, STATE_NAME)}: found no global_step, expected what a run has written")
+    return None if state is None else state["global_step"]
+
+
+def steps_asked(training_args, records: int, batch_size: int | None = None) -> int:
+    """Optimizer steps of a whole run, as transformers' `Trainer` counts them.
+
+    Args:
+        training_args: the run's `TrainingArguments`.
+        records: how many the run has.
+        batch_size: of one rank, in place of the arguments'.
+    """
+    args = training_args
+    if args.max_steps > 0:
+        return args.max_steps
+    part = math.floor if args.dataloader_drop_last else math.ceil
+    batches = part(records / (batch_size or args.train_batch_size))
+    if not args.accelerator_config.split_batches:  # each rank gets batches of its own
+        batches = part(batches / args.world_size)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def steps_asked_of_finished(training_args, count_records: Callable[[], int]) -> int | None:
+    """`steps_asked`, where that is more than the run that has ended in `output_dir` has trained; else None."""
+    args, out = training_args, training_args.output_dir
+    done, state = finished_steps(out), read_json(out, STATE_NAME)
+    if args.max_steps > 0:
+        return args.max_steps if args.max_steps > done else None
+    epochs = state.get("epoch") or 0.0
+    again = args.num_train_epochs <= epochs + 1e-6  # of the data as they were
+    try:
+        records = count_records()
+    except LlavaError:
+        if again:  # the data have gone, and are not needed
+            return None
+        raise
+    asked = steps_asked(args, records, state.get("train_batch_size") if args.auto_find_batch_size else None)
+    before = (read_json(out, RUN_NAME) or {}).get("records")
+    if asked <= done or (again and before is not None and records <= before):  # other batches make other steps
+        return None
+    return asked
+
+
+def read_json(folder: str, name: str) -> dict | None:
+    """A JSON file of a run's folder; None where there is none.
+
+    Raises:
+        LlavaError: it does not hold a JSON object.
+    """
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise LlavaError(f"{path}: not valid JSON ({error}), expected what a run has written") from None
+    if not isinstance(content, dict):
+        raise LlavaError(f"{path}: found a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _start_key(out: str) -> str:
+    """The key that starts another run from what lies in a finished run's folder."""
+    if os.path.isfile(os.path.join(out, "adapter_config.json")):
+        return "lora_weight_path"
+    alone = os.path.isfile(os.path.join(out, "mm_projector.safetensors"))
+    return "pretrain_mm_mlp_adapter" if alone else "model_name_or_path"
+
+
+# --- a run that is interrupted ----------------------------------------------------------------------------------------
+
+
+def how_to_go_on(training_args, step: int | None) -> str:
+    """What to say of a run that was interrupted after `step` steps; None: before it began to train."""
+    args, last = training_args, checkpoint_to_resume(None, training_args.output_dir)
+    reached = "before training began" if step is None else f"at step {step}"
+    asked = (args.resume_from_checkpoint or "true").lower()
+    anew = args.overwrite_output_dir or asked == "false"
+    if step is None and anew:
+        return f"{reached}; the same command begins anew"
+    if last is None and (anew or asked == "true"):
+        return f"{reached}; no checkpoint yet: the same command begins anew"
+    if args.overwrite_output_dir:
+        return f"{reached}; the command without --overwrite_output_dir goes on from {last}"
+    if asked == "true":
+        return f"{reached}; the same command goes on from {last}"
+    if step is None or last is None:
+        return f"{reached}; the same command goes on from {args.resume_from_checkpoint}"
+    return f"{reached}; the command without --resume_from_checkpoint goes on from {last}"
