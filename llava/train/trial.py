@@ -10,7 +10,9 @@ from llava.errors import LlavaError
 STEPS = 1000  # of the trial's schedule where the run's own are not known yet
 # first letters of optimizers that are made for a model's own layers -> the package that they need
 OF_A_MODEL = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "adalomo": "lomo_optim"}
-OF_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")  # a schedule's arguments
+OF_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # a schedule's arguments
+OF_TRANSFORMERS = ("every_n_layers", "offload")  # of checkpointing's arguments, those that are not PyTorch's
+NOT_GIVEN = {"function", "args", "kwargs"}
 PACKAGES = {"lora_enable": "peft", "use_liger_kernel": "liger_kernel"}
 
 
@@ -27,8 +29,25 @@ def try_settings(training_args, run) -> None:
     for name, package in PACKAGES.items():
         if getattr(training_args, name):
             _need(package, name)
+    _check_words(training_args)
     _try_optimizer(training_args)
     _try_schedule(training_args)
+
+
+def _check_words(args) -> None:
+    """What transformers finds wrong only when it trains."""
+    import torch
+
+    if isinstance(getattr(args, "parallelism_config", None), str):
+        raise LlavaError(f"parallelism_config is {args.parallelism_config!r}, expected none: it is an object of Python")
+    if args.save_strategy == "best" and not args.metric_for_best_model:
+        raise LlavaError("save_strategy is best without metric_for_best_model, expected both")
+    if args.fsdp and args.parallel_mode.value != "distributed":
+        raise LlavaError(f"fsdp is {args.fsdp} in a run of one process, expected several (torchrun)")
+    taken = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, *OF_TRANSFORMERS} - NOT_GIVEN
+    for key in args.gradient_checkpointing_kwargs or {}:
+        if key not in taken:
+            raise LlavaError(f"gradient_checkpointing_kwargs: found {key!r}, expected {', '.join(sorted(taken))}")
 
 
 def _try_report(name: str) -> None:
@@ -71,8 +90,9 @@ def _try_schedule(args) -> None:
     name, options = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
     if not isinstance(options, dict):
         raise LlavaError(f"lr_scheduler_kwargs is {options!r}, expected a mapping")
-    taken = [key for key in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters if key not in OF_THE_RUN]
-    unknown = [key for key in options if key not in taken]
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
+    taken = [key for key in parameters if key not in OF_THE_RUN]
+    unknown = [key for key in options if key not in taken and "kwargs" not in taken]  # some pass on what they get
     if unknown:
         raise LlavaError(
             f"lr_scheduler_kwargs: found {unknown[0]!r}, expected {', '.join(taken) or 'none'} with lr_scheduler_type "

@@ -455,7 +455,7 @@ def test_qwen2_vl_of_a_training_config_needs_no_network(shot, capsys, monkeypatc
         (["--image_aspect_ratio", "pad"], "image_aspect_ratio is 'pad', but Qwen2-VL has"),
         (["--tower", "configs/towers/clip_l336.yaml"], "expected no tower config"),
         (["--crop", "336"], "--crop: Qwen2-VL has image sizes of its own"),
-        (["--min_pixels", "99999999"], "min_pixels and max_pixels: found 99999999 and 1003520"),
+        (["--min_pixels", "99999999"], "min_pixels is 99999999 with max_pixels 1003520"),
         (["--adaptive_patches", "{method: nope}"], "method: found 'nope'"),
         (["--prompt", "What?"], "Qwen/Qwen2-VL-7B-Instruct: no "),
         (["--model_name_or_path", "acme/Qwen2-VL-mine"], "acme/Qwen2-VL-mine: no image processor"),

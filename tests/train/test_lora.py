@@ -220,7 +220,7 @@ def test_refusals(kit, full, adapter, tmp_path, capsys):
         (dict(mm_tunable_parts="mm_mlp_adapter"), "mm_mlp_adapter alone is to be trained"),
         (dict(model_name_or_path=adapter, **NO_TOWER), "is a LoRA adapter, expected a model"),
         (dict(mm_use_im_start_end=True, **NO_TOWER), "LoRA adapters"),
-        (dict(bits=3, **NO_TOWER), "bits: found 3"),
+        (dict(bits=3, **NO_TOWER), "bits is 3, expected 16, 8 or 4"),
         (dict(bits=4, lora_enable=False, **NO_TOWER), "expected lora_enable too"),
     ]:
         with pytest.raises(SystemExit):
