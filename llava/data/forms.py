@@ -230,11 +230,13 @@ def _pairs(texts: list, media: _Media) -> list[dict]:
 
 def _with_image_token(turns: list) -> list:
     """`<image>` where a ShareGPT file writes `<video>`."""
-    texts = [turn["value"] if isinstance(turn, dict) else None for turn in turns]
-    texts = [text for text in texts if isinstance(text, str)]
-    if any(DEFAULT_IMAGE_TOKEN in text for text in texts) or not any(_VIDEO_TOKEN in text for text in texts):
+    texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
+    if any(isinstance(text, str) and DEFAULT_IMAGE_TOKEN in text for text in texts):
         return turns
-    return [{**turn, "value": turn["value"].replace(_VIDEO_TOKEN, DEFAULT_IMAGE_TOKEN)} for turn in turns]
+    return [
+        {**turn, "value": text.replace(_VIDEO_TOKEN, DEFAULT_IMAGE_TOKEN)} if isinstance(text, str) else turn
+        for turn, text in zip(turns, texts, strict=True)
+    ]
 
 
 def _check_names(record: dict, wanted: tuple[str, ...]) -> None:

@@ -69,7 +69,14 @@ class Qwen2VL(QwenChat, Family):
 
     def load(self, path, *, base=None, dtype=None, device=None, load_8bit=False, load_4bit=False, **overrides):
         """As the contract; `overrides` are `from_pretrained`'s."""
-        from llava.model.builder import base_of_adapter, best_attention, load_weights, pick_dtype, quantisation
+        from llava.model.builder import (
+            base_of_adapter,
+            best_attention,
+            load_weights,
+            pick_dtype,
+            quantisation,
+            read_config,
+        )
         from llava.model.lora import is_lora, load_lora
 
         adapted = is_lora(path)
@@ -90,6 +97,7 @@ class Qwen2VL(QwenChat, Family):
         if adapted:
             model = load_lora(model, path)
             model = model if load_8bit or load_4bit else model.merge_and_unload()
+            model.config.system_turn = read_config(path).get("system_turn")
         if "device_map" not in overrides:
             model = model.to(device)
         return self._loaded(model.eval(), self.load_processor(path))

@@ -132,6 +132,11 @@ def test_sharegpts_video_marker():
     assert canonical(said("What is <video>?", "A tag."))["conversations"][0]["value"] == "What is <video>?"
 
 
+def test_turns_that_are_none_are_left_for_the_check():
+    found = canonical({"videos": ["v.mp4"], "messages": [{"role": "user", "content": "<video>"}, {"role": []}, "Hi"]})
+    assert found["conversations"] == [{"from": "human", "value": "<image>"}, {"from": [], "value": None}, "Hi"]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

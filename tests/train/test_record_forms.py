@@ -90,8 +90,9 @@ def test_qwen2_vl_has_the_same_rule(tmp_path, capsys):
     kit = FamilyKit("qwen2_vl", tmp_path)
     data = with_system(kit.records)
     firsts = {}
-    for setting, own in (("template", DEFAULT), ("record", "Be brief.")):
-        run = kit.run(tmp_path / setting, data_path=data, system_turn=setting, max_steps=1)
+    lora = {"lora_enable": True, "lora_r": 2, "mm_tunable_parts": "mm_mlp_adapter,mm_language_model"}
+    for setting, own, adapter in (("template", DEFAULT, lora), ("record", "Be brief.", {})):
+        run = kit.run(tmp_path / setting, data_path=data, system_turn=setting, max_steps=1, **adapter)
         ids = run.trainer.train_dataset[0]["input_ids"]
         firsts[setting] = run.trainer.processing_class.tokenizer.decode(ids)
         assert firsts[setting].startswith(f"<|im_start|>system\n{own}<|im_end|>\n<|im_start|>user\n")
