@@ -25,12 +25,7 @@ def open_output(training_args, count_records: Callable[[], int]) -> bool:
         LlavaError: more steps are asked for, and there is no checkpoint to go on from.
     """
     out = training_args.output_dir
-    if training_args.overwrite_output_dir:
-        with training_args.main_process_first(local=False, desc="removing the earlier run"):
-            if is_rank0():
-                remove_run(out)
-        return True
-    done = finished_steps(out)
+    done = None if training_args.overwrite_output_dir else finished_steps(out)
     if done is None:
         return True
     asked = steps_asked_of_finished(training_args, count_records)
@@ -56,10 +51,33 @@ def remove_run(out: str) -> None:
             shutil.rmtree(checkpoint)
 
 
-def reopen(out: str) -> None:
-    """Let a folder in which a run goes on look finished no more; every rank must have passed `open_output`."""
-    if is_rank0():
-        (Path(out) / STATE_NAME).unlink(missing_ok=True)
+def reopen(training_args) -> None:
+    """Make the run's folder ready for its first step: without an earlier run that it overwrites, or, where one goes on,
+    finished no more. Every rank must have passed `open_output`; what is refused until then costs no earlier run."""
+    if not is_rank0():
+        return
+    if training_args.overwrite_output_dir:
+        remove_run(training_args.output_dir)
+    else:
+        (Path(training_args.output_dir) / STATE_NAME).unlink(missing_ok=True)
+
+
+def checkpoint_to_begin_at(training_args) -> str | None:
+    """`checkpoint_to_resume` of a run, which takes none of an earlier run that it overwrites.
+
+    Raises:
+        LlavaError: there is no such checkpoint, or it would be removed.
+    """
+    asked, out = training_args.resume_from_checkpoint, training_args.output_dir
+    if not training_args.overwrite_output_dir:
+        return checkpoint_to_resume(asked, out)
+    if asked is None or asked.lower() in ("true", "false"):
+        return None
+    if Path(out).resolve() in Path(asked).resolve().parents:
+        raise LlavaError(
+            f"resume_from_checkpoint: {asked} is in {out}, which overwrite_output_dir empties; expected one of them"
+        )
+    return checkpoint_to_resume(asked, out)
 
 
 def checkpoint_to_resume(asked: str | None, out: str) -> str | None:

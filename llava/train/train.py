@@ -9,6 +9,7 @@ import time
 from llava.errors import LlavaError, report_errors, report_interrupts
 from llava.train.resume import (
     check_own,
+    checkpoint_to_begin_at,
     checkpoint_to_resume,
     finished_steps,
     how_to_go_on,
@@ -84,7 +85,7 @@ def _train(model_args, data_args, training_args, make):
     out = training_args.output_dir
     if not open_output(training_args, lambda: len(load_records(data_args.data_path, training_args.seed))):
         return
-    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, out)
+    checkpoint = checkpoint_to_begin_at(training_args)
     if checkpoint is not None:
         check_checkpoint(checkpoint, training_args)
     if training_args.deepspeed:
@@ -114,7 +115,7 @@ def _train(model_args, data_args, training_args, make):
         rank0_print(f"resuming from {checkpoint}")
         trainer.left_out.load(checkpoint)
     trainer.accelerator.wait_for_everyone()  # each has seen what the folder holds
-    reopen(out)
+    reopen(training_args)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         save(trainer, out)

@@ -266,6 +266,25 @@ def test_readmes_tower_goes_with_the_shipped_configs(tmp_path, capsys):
     assert "openai/clip-vit-large-patch14-336" in capsys.readouterr().out
 
 
+def test_what_is_refused_costs_no_earlier_run(kit, tmp_path, capsys):
+    out = kit.run(tmp_path / "out", "iitt", max_steps=1, save_strategy="steps", save_steps=1)
+    kept = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    again = dict(overwrite_output_dir=True, save_strategy="steps", save_steps=1)
+    for wrong in (
+        dict(data_path=tmp_path / "none.json"),
+        dict(image_grid_pinpoints="[[24, 48]]"),
+        dict(resume_from_checkpoint=out / "checkpoint-1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            kit.run(out, "iitt", **again, **wrong)
+        assert stop.value.code == 2
+        assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == kept
+    capsys.readouterr()
+    kit.run(out, "iitt", max_steps=2, overwrite_output_dir=True)
+    assert len(tiny.history(out)) == 2 and not (out / "checkpoint-1").exists()
+    assert "resuming" not in capsys.readouterr().out
+
+
 # --- where the weights of a part come from ---
 
 
