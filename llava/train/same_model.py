@@ -1,4 +1,4 @@
-"""A checkpoint goes on in a run of the same model alone: the two are compared before weights are loaded."""
+"""A checkpoint goes on in a run of the same model, the same parts of it trained: compared before weights are loaded."""
 
 import os
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def check_same_model(checkpoint: str, run) -> None:
         source = f" ({run.source(name)})" if run.source(name) != "default" else ""
         told.append(f"{name} is {after}{source}, it was trained with {before}")
     raise LlavaError(
-        f"{checkpoint}: found a checkpoint of another model: {'; '.join(told)}; expected the same, another output_dir, "
+        f"{checkpoint}: found a checkpoint of another run: {'; '.join(told)}; expected the same, another output_dir, "
         "or --overwrite_output_dir to train anew"
     )
 

@@ -132,7 +132,7 @@ def test_an_overwriting_run_that_is_stopped_is_not_taken_for_a_finished_one(kit,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LLaVATrainer, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match=r"^130$"):
         kit.run(out, max_steps=1, overwrite_output_dir=True)
     assert finished_steps(out) is None
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_cut_off_while_it_was_written(kit, tmp_path, monkeypatch, c
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"^130$"):
         patch.setattr(LLaVATrainer, "training_step", stop_in_third_step)
         kit.run(tmp_path / "out", **flags)
     (tmp_path / "out/checkpoint-2/trainer_state.json").unlink()
