@@ -16,6 +16,7 @@ from typing import Any
 from llava.config import Run, resolve
 from llava.config.commandline import WHERE
 from llava.config.deepspeed_file import check_deepspeed
+from llava.config.reporting import check_reports
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
 from llava.train.devices import check_devices
@@ -98,6 +99,7 @@ def make_training_arguments(run: Run):
 def check_training_arguments(run: Run) -> None:
     """Raise `LlavaError` for what a run would be refused for on the machine that it is for; no device is looked at, and
     no DeepSpeed."""
+    check_reports(run)
     check_deepspeed(run)
     values = {name: value for name, value in _values(run).items() if name not in _NEEDS_DEVICE}
     try_settings(_make({**values, "deepspeed": None, "use_cpu": True}), run)

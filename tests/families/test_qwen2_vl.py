@@ -142,7 +142,7 @@ def test_an_image_token_without_media_is_text(processor, records):
     """With what stands behind it, in training and in a prompt alike."""
     tokens = processor.tokenizer
     source = turns("Say <image>\nnow.", "So.")
-    ids, labels = FAMILY.encode(source, loaded(processor), images=False)
+    ids, labels, _ = FAMILY.encode(source, loaded(processor), images=False)
     text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nSay <image>\nnow.<|im_end|>\n"
     text += "<|im_start|>assistant\n"
     assert tokens.decode(ids) == f"{text}So.<|im_end|>\n"
