@@ -257,7 +257,7 @@ def test_key_table_in_the_readme_is_up_to_date(tmp_path):
     "code",
     [
         "from llava.train.arguments import parse_args\ntry: parse_args(['--help'])\nexcept SystemExit: pass",
-        "from llava.config import resolve; print(resolve(['configs/train/finetune_next.yaml', '--seed', '1']).to_dict())",
+        "from llava.config import resolve; print(resolve(['configs/train/finetune_next.yaml']).to_dict())",
         "from llava.config.__main__ import main; main(['table'])",
     ],
     ids=["help", "resolve", "table"],
