@@ -21,7 +21,8 @@ RANKS = [
     ("families",),
     ("inference",),
     ("mm_utils",),  # a public face of those above
-    ("train", "eval"),
+    ("eval",),
+    ("train",),  # which evaluates
     ("tools", "serve"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}

@@ -69,10 +69,37 @@ def check_run(run) -> None:
         raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, expected both or neither")
     _check_patches(run)
     _check_numbers(run)
+    _check_evaluation(run)
     if run["label_smoothing_factor"]:
         raise LlavaError(
             f"{run.source('label_smoothing_factor')}: label_smoothing_factor is {run['label_smoothing_factor']}, "
             "expected 0: the loss of supervised tokens has no smoothing"
+        )
+
+
+def _check_evaluation(run) -> None:
+    """Evaluation in training: its data, and the numbers that there will be."""
+    evaluates = str(run["eval_strategy"] or "no") != "no"
+    if evaluates and run["eval_data_path"] is None:
+        raise LlavaError(_together(run, "eval_strategy", "eval_data_path", "records to evaluate on"))
+    if not evaluates:
+        for name in ("do_eval", "eval_on_start", "eval_data_path", "eval_exact_match", "metric_for_best_model"):
+            if run[name]:
+                raise LlavaError(
+                    _together(run, name, "eval_strategy", "eval_strategy steps or epoch, and eval_data_path")
+                )
+        return
+    if run["eval_blank_images"] and not run["eval_exact_match"]:
+        raise LlavaError(_together(run, "eval_blank_images", "eval_exact_match", "eval_exact_match too"))
+    metric = run["metric_for_best_model"]
+    name = (metric or "loss").removeprefix("eval_")
+    known = ["loss", *(["exact_match", "exact_match_KIND"] if run["eval_exact_match"] else [])]
+    known += ["blank_images_exact_match"] if run["eval_blank_images"] else []
+    if name not in known and not (run["eval_exact_match"] and name.startswith("exact_match_")):
+        raise LlavaError(
+            f"{run.source('metric_for_best_model')}: metric_for_best_model is {metric!r}, expected one of "
+            f"{', '.join(f'eval_{name}' for name in known)}"
+            + ("" if run["eval_exact_match"] else ", or with eval_exact_match eval_exact_match")
         )
 
 

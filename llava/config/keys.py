@@ -261,6 +261,13 @@ class TrainKeys(KeyGroup):
         "none", "where metrics are reported: none, wandb, tensorboard, ...", within=REPORTS
     )
 
+    eval_data_path: str | None = key(None, "records to evaluate on with eval_strategy steps or epoch; as data_path")
+    eval_image_folder: str | None = key(None, "folder of the evaluation's images; not given: image_folder")
+    eval_exact_match: bool = key(False, "evaluation: also answer the questions, and log how many answers are right")
+    eval_limit: int | None = key(None, "evaluation: most records; not given: all", within=POSITIVE)
+    eval_max_new_tokens: int = key(16, "evaluation: longest answer, in tokens", within=POSITIVE)
+    eval_blank_images: bool = key(False, "evaluation: ask again with blank images (with eval_exact_match)")
+
     overwrite_output_dir: bool = key(False, "train anew although output_dir holds a finished run or checkpoints")
     logging_dir: str | None = key(
         None, "tensorboard's folder (sets TENSORBOARD_LOGGING_DIR, as transformers 5 wants it)"

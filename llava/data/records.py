@@ -48,6 +48,20 @@ class Records(list):
         """The part that record `index` belongs to."""
         return self.parts[bisect.bisect_right(self._starts, index) - 1]
 
+    def by_part(self):
+        """(part, its records) of each."""
+        ends = [*self._starts[1:], len(self)]
+        return [(part, self[at:end]) for part, at, end in zip(self.parts, self._starts, ends, strict=True)]
+
+    def first(self, count: int | None) -> "Records":
+        """The first so many; None: all."""
+        found = Records()
+        for part, records in self.by_part():
+            left = len(records) if count is None else min(len(records), count - len(found))
+            if left:
+                found.add_part(part._replace(rows=part.rows[:left]), records[:left])
+        return found
+
     def record_id(self, index: int) -> str:
         """The record's `id`, or its number where it has none."""
         return str(self[index].get("id", index))

@@ -25,17 +25,24 @@ class Answerer:
 
     Args:
         inference: an `Inference`.
+        max_new_tokens: longest answer.
+        batch_size: questions that are asked at once.
+        share: (rank, number of ranks, function that gathers a list over all ranks), where several processes share the
+            questions; each makes the same number of calls, with pictures in the same ones. A picture that cannot be
+            read costs its question then, and the prediction is None.
+        quiet: without a progress bar.
 
     Attributes:
         blank: replace every picture by one colour (the processor's mean) of the same size.
         counts: (vision tokens, tokens of the language model) of every picture that was shown; None: not counted.
     """
 
-    def __init__(self, inference, *, max_new_tokens=16, batch_size=64):
+    def __init__(self, inference, *, max_new_tokens=16, batch_size=64, share=None, quiet=False):
         self.inference, self.max_new_tokens, self.batch_size = inference, max_new_tokens, batch_size
+        self.share, self.quiet = share, quiet
         self.blank, self.counts = False, None
 
-    def answer(self, questions: list[Question], title: str = "questions") -> list[str]:
+    def answer(self, questions: list[Question], title: str = "questions") -> list[str | None]:
         """One prediction per question, in the order given.
 
         Raises:
@@ -45,42 +52,61 @@ class Answerer:
 
         inference = self.inference
         prompts = [question.prompt(inference) for question in questions]
-        # alike lengths together, so that little padding is computed
-        order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(prompts[i])))
-        predictions = [""] * len(questions)
-        with tqdm(total=len(questions), desc=title, unit="question") as bar:
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                inputs = inference.inputs([prompts[i] for i in rows], [self._pictures(questions[i]) for i in rows])
+        found: list[tuple[int, str | None]] = []
+        with tqdm(total=len(questions), desc=title, unit="question", disable=self.quiet) as bar:
+            for rows, mine in self._turns(questions, prompts):
+                pictures, read = zip(*(self._pictures(questions[i]) for i in rows), strict=True)
+                inputs = inference.inputs([prompts[i] for i in rows], list(pictures))
                 if self.counts is not None:
                     self.counts += inference.family.picture_tokens(inputs, inference.loaded)
                 texts = inference.answer(inputs, max_new_tokens=self.max_new_tokens)
-                for i, text in zip(rows, texts, strict=True):
-                    predictions[i] = text
+                texts = [text if whole else None for text, whole in zip(texts, read, strict=True)]
+                found += zip(rows, texts, strict=True) if mine else ()
                 bar.update(len(rows))
-        return predictions
+        if self.share is not None:
+            found = self.share[2](found)
+        predictions = dict(found)
+        return [predictions[i] for i in range(len(questions))]
 
-    def _pictures(self, question: Question) -> list:
+    def _turns(self, questions: list[Question], prompts: list[list[int]]):
+        """(numbers of questions, whether they are this rank's or only keep it in step) of each call."""
+        rank, ranks = (0, 1) if self.share is None else self.share[:2]
+        for seeing in (False, True):
+            # alike lengths together, so that little padding is computed
+            order = [i for i, question in enumerate(questions) if bool(question.images) == seeing]
+            order.sort(key=lambda i: (len(questions[i].images), len(prompts[i])))
+            batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+            for at in range(0, len(batches), ranks):
+                mine = at + rank < len(batches)
+                yield batches[at + rank if mine else at], mine
+
+    def _pictures(self, question: Question) -> tuple[list, bool]:
+        """A question's pictures, and whether all could be read; one that could not has a stand-in, so that every rank
+        makes its call."""
         from PIL import Image
 
         from llava.images.reading import load_image
 
-        pictures = []
+        mean = tuple(int(255 * value) for value in self.inference.image_processor.image_mean) if question.paths else ()
+        pictures, whole = [], True
         for path in question.paths:
             try:
                 picture = load_image(path)
             except LlavaError as error:
-                raise LlavaError(f"record {question.id}: {error}") from None
-            if self.blank:
-                mean = tuple(int(255 * value) for value in self.inference.image_processor.image_mean)
-                picture = Image.new("RGB", picture.size, mean)
-            pictures.append(picture)
-        return pictures
+                if self.share is None:
+                    raise LlavaError(f"record {question.id}: {error}") from None
+                picture, whole = Image.new("RGB", (64, 64), mean), False
+            pictures.append(Image.new("RGB", picture.size, mean) if self.blank else picture)
+        return pictures, whole
 
 
 def evaluate(answerer: Answerer, questions: list[Question], blank_images: bool = False) -> dict:
-    """The content of `eval.json`."""
-    predictions = answerer.answer(questions)
+    """The content of `eval.json`.
+
+    Raises:
+        LlavaError: a picture cannot be read; of an answerer that leaves such questions out, of none can it be read.
+    """
+    questions, predictions = _answered(questions, answerer.answer(questions))
     result = score(questions, predictions)
     result["questions"] = [
         {
@@ -97,12 +123,20 @@ def evaluate(answerer: Answerer, questions: list[Question], blank_images: bool =
     seen = [question for question in questions if question.images]
     if blank_images and seen:
         answerer.blank = True
-        blank = score(seen, answerer.answer(seen, "questions, images blanked"))
+        blank = score(*_answered(seen, answerer.answer(seen, "questions, images blanked")))
         answerer.blank = False
         for kind, share in chance(seen).items():
             blank["by_kind"][kind]["chance"] = share
         result["blank_images"] = blank
     return result
+
+
+def _answered(questions: list[Question], predictions: list[str | None]) -> tuple[list[Question], list[str]]:
+    """Those that have a prediction."""
+    kept = [pair for pair in zip(questions, predictions, strict=True) if pair[1] is not None]
+    if not kept:
+        raise LlavaError(f"record {questions[0].id}: of none of the questions can the pictures be read")
+    return tuple(map(list, zip(*kept, strict=True)))
 
 
 def evaluate_selections(

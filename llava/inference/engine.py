@@ -100,7 +100,7 @@ class Inference:
         if ends := [*self.stop_texts, *until]:
             criterion = KeywordsStoppingCriteria(ends, self.tokenizer, inputs["input_ids"])
             options["stopping_criteria"] = [*options.get("stopping_criteria", ()), criterion]
-        with torch.inference_mode():
+        with torch.no_grad():  # tensors of inference_mode, cached somewhere, could not be trained with afterwards
             ids = self.model.generate(
                 **inputs, eos_token_id=self.stop_ids, pad_token_id=self.tokenizer.pad_token_id, **options
             )

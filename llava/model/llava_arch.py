@@ -269,7 +269,7 @@ class LlavaMetaForCausalLM:
         visual, anchor = [], None
         if len(images):
             visual = self._visual_tokens(images, *of_images)
-        elif self.training and torch.distributed.is_initialized():
+        elif torch.distributed.is_initialized() and (self.training or hasattr(next(self.parameters()), "ds_id")):
             anchor = self._anchor(device)
         plan = plan_merge(
             host.input_ids,

@@ -28,11 +28,14 @@ class LLaVATrainer(Trainer):
     Args:
         family: the model's; None: LLaVA.
         parts: the parts that are trained (see `families.training.tunable_parts`).
+        evaluation: what the run is evaluated on while it trains (see `llava.train.evaluation`); None: nothing.
         *args, **kwargs: as `transformers.Trainer`; the collator's batches may carry "bad_records" and "no_label".
     """
 
-    def __init__(self, *args, parts: set[str], family=None, **kwargs):
-        settings = kwargs["args"]
+    def __init__(self, *args, parts: set[str], family=None, evaluation=None, **kwargs):
+        settings, self.evaluation = kwargs["args"], evaluation
+        if evaluation is not None:
+            kwargs["eval_dataset"] = evaluation.dataset
         # batches lie in pinned memory: their copies need not be waited for, one by one
         settings.accelerator_config.non_blocking |= settings.dataloader_pin_memory
         super().__init__(*args, **kwargs)
@@ -139,6 +142,25 @@ class LLaVATrainer(Trainer):
         if model.training and not loss.requires_grad:
             loss = loss + sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
         return (loss, *outputs) if return_outputs else loss
+
+    # --- evaluation ---
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """What `run_evaluation` measures, logged; every rank must call it."""
+        from llava.train.evaluation import run_evaluation
+
+        metrics = run_evaluation(self, self.evaluation)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif is_adapted(self.model):
+            restore_lora(self.model, self.state.best_model_checkpoint)
+        elif not self.family.restore(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     # --- optimizer ---
 

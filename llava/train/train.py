@@ -6,7 +6,7 @@ under `torchrun` or `deepspeed` on many GPUs.
 
 import time
 
-from llava.errors import LlavaError, report_errors, report_interrupts
+from llava.errors import report_errors, report_interrupts
 from llava.train.resume import (
     check_own,
     checkpoint_to_begin_at,
@@ -66,6 +66,7 @@ def _train(model_args, data_args, training_args, make):
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
+    from llava.train.evaluation import evaluates, make_evaluation, read_evaluation
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.lora import adapt
     from llava.train.parts import set_trainable
@@ -77,11 +78,6 @@ def _train(model_args, data_args, training_args, make):
     if training_args.verbose_logging:
         for key, setting in settings.settings.items():
             rank0_print(f"{key}: {setting.value} ({setting.source})")
-    if training_args.eval_strategy != "no":
-        raise LlavaError(
-            f"eval_strategy is {training_args.eval_strategy.value}, expected no: there is no evaluation during "
-            "training; python -m llava.eval.exact_match evaluates a checkpoint"
-        )
     out = training_args.output_dir
     if not open_output(training_args, lambda: len(load_records(data_args.data_path, training_args.seed))):
         return
@@ -96,7 +92,10 @@ def _train(model_args, data_args, training_args, make):
     parts = tunable_parts(model_args, training_args)
     version, refused = family.record_template(model_args), family.refused_media(model_args)
     records = read_records(data_args, version=version, refused=refused, seed=training_args.seed)
-    family.check_media(settings, media_kinds(records))
+    held_out = None
+    if evaluates(training_args):
+        held_out = read_evaluation(data_args, training_args, version=version, refused=refused)
+    family.check_media(settings, media_kinds([*records, *(held_out[0] if held_out else ())]))
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
     data, model = make_data(records, family, loaded, args), loaded.model
@@ -108,8 +107,10 @@ def _train(model_args, data_args, training_args, make):
         rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)
 
+    evaluation = held_out and make_evaluation(*held_out, family, loaded, args)
     trainer = LLaVATrainer(
-        model=model, processing_class=loaded.processor, args=training_args, family=family, parts=parts, **data
+        **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
+        **{"parts": parts, "evaluation": evaluation, **data},
     )
     if checkpoint is not None:
         rank0_print(f"resuming from {checkpoint}")

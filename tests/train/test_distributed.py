@@ -49,6 +49,14 @@ LORA = {  # over a whole checkpoint, with a tower that trains too
     "lora_dropout": 0.0,
     "gradient_checkpointing": True,
 }
+EVALUATED = {  # five batches of two for two ranks, some without an image
+    "eval_data_path": "tttiimtti",
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "eval_exact_match": True,
+    "eval_blank_images": True,
+    "per_device_eval_batch_size": 2,
+}
 PROJECTOR_ALONE = {"mm_tunable_parts": "mm_mlp_adapter", "gradient_checkpointing": True}
 
 
@@ -76,6 +84,8 @@ def single(kit, tmp_path_factory):
 
 CASES = {  # name -> ZeRO stage, keys
     "ddp": (None, {}),
+    "ddp-evaluated": (None, EVALUATED),
+    "zero3-evaluated": (3, EVALUATED),
     "zero2": (2, {}),
     "zero3-from-a-checkpoint": (3, {"model_name_or_path": "trained"}),
     "zero3-projector": (3, PROJECTOR_ALONE),
@@ -93,6 +103,9 @@ def keys_of(case, kit, single) -> dict:
         changes["model_name_or_path"] = single()
     if "vision_tower" in changes:  # named as the kit's
         changes["vision_tower"] = getattr(kit, changes["vision_tower"])
+    if "eval_data_path" in changes:
+        changes["eval_data_path"] = kit.records(changes["eval_data_path"])
+        changes["eval_image_folder"] = Path(changes["eval_data_path"]).parent / "images"
     return changes
 
 
@@ -109,6 +122,12 @@ def two(kit, single, tmp_path_factory):
     return out
 
 
+def evaluations(out: Path) -> list[dict]:
+    """What was logged of the evaluations in a run, without their seconds."""
+    logged = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [{k: v for k, v in entry.items() if k != "eval_runtime"} for entry in logged if "eval_loss" in entry]
+
+
 @DEEPSPEED
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(kit, single, two, case):
@@ -119,6 +138,14 @@ def test_two_processes_equal_one(kit, single, two, case):
     for got, want in zip(ours, theirs, strict=True):
         assert abs(got["loss"] - want["loss"]) <= 1e-5, (got, want)
         assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5, (got, want)
+
+    found, wanted = evaluations(out), evaluations(expected)
+    assert len(found) == len(wanted) == (3 if "eval_strategy" in changes else 0)
+    for got, want in zip(found, wanted, strict=True):
+        assert got == pytest.approx(want, abs=1e-5)
+        assert (
+            got["eval_n"] == 9 and {"eval_loss", "eval_exact_match_all", "eval_blank_images_exact_match"} <= got.keys()
+        )
 
     # what is saved is whole, and the same
     names = ["mm_projector"] if changes.get("mm_tunable_parts") == "mm_mlp_adapter" else ["model"]
