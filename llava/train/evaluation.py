@@ -67,9 +67,10 @@ def read_evaluation(data_args, training_args, *, version: str, refused: dict[str
     return records, questions
 
 
-def make_evaluation(records, questions, family, loaded, args) -> Evaluation:
-    """Of records and questions; the rest as `make_data`'s."""
-    args = replace(args, patch_choice=None)  # what is drawn in training has its middle here, as in the saved model
+def make_evaluation(records, questions, family, loaded, args, image_folder: str | None) -> Evaluation:
+    """Of records and questions, whose images lie in a folder of their own, if given; the rest as `make_data`'s."""
+    # what is drawn in training has its middle here, as in the saved model
+    args = replace(args, patch_choice=None, image_folder=image_folder or args.image_folder)
     data = make_data(records, family, loaded, args)
     inference = Inference(family, loaded) if questions else None
     return Evaluation(data["train_dataset"], data["data_collator"], inference, questions, set())

@@ -107,7 +107,7 @@ def _train(model_args, data_args, training_args, make):
         rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)
 
-    evaluation = held_out and make_evaluation(*held_out, family, loaded, args)
+    evaluation = held_out and make_evaluation(*held_out, family, loaded, args, training_args.eval_image_folder)
     trainer = LLaVATrainer(
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
         **{"parts": parts, "evaluation": evaluation, **data},
