@@ -43,15 +43,7 @@ def report_interrupts(main):
             return main(*args, **kwargs)
         except KeyboardInterrupt as stop:
             if is_rank0():
-                _write_line("interrupted" + (f" {stop}" if stop.args else ""))
+                print(f"interrupted {stop}".strip(), file=sys.stderr)
             raise SystemExit(130) from None
 
     return wrapper
-
-
-def _write_line(text: str) -> None:
-    """On stderr, below a progress bar that may stand there."""
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
-    else:
-        print(text, file=sys.stderr)

@@ -112,6 +112,12 @@ def _train(model_args, data_args, training_args, make):
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
         **{"parts": parts, "evaluation": evaluation, **data},
     )
+    _take_steps(trainer, checkpoint)
+
+
+def _take_steps(trainer, checkpoint: str | None) -> None:
+    """Train from the beginning or from a checkpoint on, and save."""
+    out = trainer.args.output_dir
     if checkpoint is not None:
         rank0_print(f"resuming from {checkpoint}")
         trainer.left_out.load(checkpoint)
@@ -121,7 +127,10 @@ def _train(model_args, data_args, training_args, make):
         trainer.train(resume_from_checkpoint=checkpoint)
         save(trainer, out)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(training_args, trainer.state.global_step)) from None
+        for callback in trainer.callback_handler.callbacks:
+            if getattr(callback, "training_bar", None) is not None:
+                callback.training_bar.close()  # else it is drawn again below what is said
+        raise KeyboardInterrupt(how_to_go_on(trainer.args, trainer.state.global_step)) from None
 
 
 def check_checkpoint(checkpoint: str, training_args) -> None:
