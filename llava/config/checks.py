@@ -69,7 +69,6 @@ def check_run(run) -> None:
         raise LlavaError("rope_scaling_factor and rope_scaling_type are only used together, expected both or neither")
     _check_patches(run)
     _check_numbers(run)
-    _check_evaluation(run)
     if run["label_smoothing_factor"]:
         raise LlavaError(
             f"{run.source('label_smoothing_factor')}: label_smoothing_factor is {run['label_smoothing_factor']}, "
@@ -77,47 +76,21 @@ def check_run(run) -> None:
         )
 
 
-def _check_evaluation(run) -> None:
-    """Evaluation in training: its data, and the numbers that there will be."""
-    evaluates = str(run["eval_strategy"] or "no") != "no"
-    if evaluates and run["eval_data_path"] is None:
-        raise LlavaError(_together(run, "eval_strategy", "eval_data_path", "records to evaluate on"))
-    if not evaluates:
-        for name in ("do_eval", "eval_on_start", "eval_data_path", "eval_exact_match", "metric_for_best_model"):
-            if run[name]:
-                raise LlavaError(
-                    _together(run, name, "eval_strategy", "eval_strategy steps or epoch, and eval_data_path")
-                )
-        return
-    if run["eval_blank_images"] and not run["eval_exact_match"]:
-        raise LlavaError(_together(run, "eval_blank_images", "eval_exact_match", "eval_exact_match too"))
-    metric = run["metric_for_best_model"]
-    name = (metric or "loss").removeprefix("eval_")
-    known = ["loss", *(["exact_match", "exact_match_KIND"] if run["eval_exact_match"] else [])]
-    known += ["blank_images_exact_match"] if run["eval_blank_images"] else []
-    if name not in known and not (run["eval_exact_match"] and name.startswith("exact_match_")):
-        raise LlavaError(
-            f"{run.source('metric_for_best_model')}: metric_for_best_model is {metric!r}, expected one of "
-            f"{', '.join(f'eval_{name}' for name in known)}"
-            + ("" if run["eval_exact_match"] else ", or with eval_exact_match eval_exact_match")
-        )
-
-
 def _check_numbers(run) -> None:
     """Numbers that are right by themselves, and not together."""
     if run["num_train_epochs"] == 0 and run["max_steps"] == -1:
-        raise LlavaError(_together(run, "num_train_epochs", "max_steps", "one of them positive"))
+        raise LlavaError(together(run, "num_train_epochs", "max_steps", "one of them positive"))
     if run["bits"] != 16 and not run["lora_enable"]:
         raise LlavaError(
-            _together(run, "bits", "lora_enable", "lora_enable too: adapters are trained over a quantised model")
+            together(run, "bits", "lora_enable", "lora_enable too: adapters are trained over a quantised model")
         )
     if run["use_token_compression"] and run["compression_output_size"] > run["compression_input_size"]:
         raise LlavaError(
-            _together(run, "compression_output_size", "compression_input_size", "the output not above the input")
+            together(run, "compression_output_size", "compression_input_size", "the output not above the input")
         )
     both_given = all(run.source(name) != "default" for name in ("min_pixels", "max_pixels"))
     if run["min_pixels"] > run["max_pixels"] and (both_given or run["image_aspect_ratio"] == "native"):
-        raise LlavaError(_together(run, "min_pixels", "max_pixels", "min_pixels not above max_pixels"))
+        raise LlavaError(together(run, "min_pixels", "max_pixels", "min_pixels not above max_pixels"))
     if run["dataloader_num_workers"] == 0:
         for name in (
             "dataloader_prefetch_factor",
@@ -125,13 +98,13 @@ def _check_numbers(run) -> None:
             "dataloader_multiprocessing_context",
         ):
             if run[name]:
-                raise LlavaError(_together(run, name, "dataloader_num_workers", "workers, or none of what is for them"))
+                raise LlavaError(together(run, name, "dataloader_num_workers", "workers, or none of what is for them"))
     reports = run["report_to"]
     if isinstance(reports, list) and len(reports) > 1 and len(report_names(reports)) < len(reports):
         raise LlavaError(f"{run.source('report_to')}: report_to is {reports}, expected none or all alone")
 
 
-def _together(run, name: str, other: str, expected: str) -> str:
+def together(run, name: str, other: str, expected: str) -> str:
     """A message about two keys, led by one that was given."""
     if run.source(name) == "default":
         name, other = other, name

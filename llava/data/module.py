@@ -10,7 +10,7 @@ from llava.errors import LlavaError
 from llava.utils import rank0_print
 
 
-def read_records(data_args, *, version: str, refused: dict[str, str], seed: int = 0) -> Records:
+def read_records(data_args, *, version: str, refused: dict[str, str], seed: int = 0, key: str = "data_path") -> Records:
     """The records of a run, all of them checked; no picture is read, and no model is needed.
 
     Args:
@@ -18,14 +18,17 @@ def read_records(data_args, *, version: str, refused: dict[str, str], seed: int 
         version: name of the conversation template whose rules the turns follow.
         refused: "image" or "video" -> what is wrong with a record that has one.
         seed: decides what a mixture's `random:X` picks.
+        key: what messages call the path.
 
     Raises:
         LlavaError: a fault in the data files (see `load_records` and `validate_records`), or media of a kind that the
             model does not take.
     """
     if data_args.data_path is None:
-        raise LlavaError("data_path: missing; expected LLaVA JSON or JSONL, or a mixture YAML")
+        raise LlavaError(f"{key}: missing; expected LLaVA JSON or JSONL, or a mixture YAML")
     records, args = load_records(data_args.data_path, seed), SampleArgs.from_args(data_args)
+    if not records:
+        raise LlavaError(f"{key} {data_args.data_path}: found no records, expected at least one")
     for kind, fault in refused.items():
         seen = next((index for index, record in enumerate(records) if record.get(kind)), None)
         if seen is not None:

@@ -27,9 +27,8 @@ class Answerer:
         inference: an `Inference`.
         max_new_tokens: longest answer.
         batch_size: questions that are asked at once.
-        share: (rank, number of ranks, function that gathers a list over all ranks), where several processes share the
-            questions; each makes the same number of calls, with pictures in the same ones. A picture that cannot be
-            read costs its question then, and the prediction is None.
+        share: (rank, number of ranks, function that joins the lists of all ranks), where several processes share the
+            questions; each makes the same number of calls, with pictures in the same ones.
         quiet: without a progress bar.
 
     Attributes:
@@ -42,8 +41,8 @@ class Answerer:
         self.share, self.quiet = share, quiet
         self.blank, self.counts = False, None
 
-    def answer(self, questions: list[Question], title: str = "questions") -> list[str | None]:
-        """One prediction per question, in the order given.
+    def answer(self, questions: list[Question], title: str = "questions") -> list[str]:
+        """One prediction per question, in the order given; of several ranks, on each the same.
 
         Raises:
             LlavaError: a picture cannot be read; names the record.
@@ -52,20 +51,16 @@ class Answerer:
 
         inference = self.inference
         prompts = [question.prompt(inference) for question in questions]
-        found: list[tuple[int, str | None]] = []
-        with tqdm(total=len(questions), desc=title, unit="question", disable=self.quiet) as bar:
-            for rows, mine in self._turns(questions, prompts):
-                pictures, read = zip(*(self._pictures(questions[i]) for i in rows), strict=True)
-                inputs = inference.inputs([prompts[i] for i in rows], list(pictures))
+        turns, found = list(self._turns(questions, prompts)), []
+        with tqdm(total=sum(len(t[0]) for t in turns), desc=title, unit="question", disable=self.quiet) as bar:
+            for rows, mine in turns:
+                inputs = inference.inputs([prompts[i] for i in rows], [self._pictures(questions[i]) for i in rows])
                 if self.counts is not None:
                     self.counts += inference.family.picture_tokens(inputs, inference.loaded)
                 texts = inference.answer(inputs, max_new_tokens=self.max_new_tokens)
-                texts = [text if whole else None for text, whole in zip(texts, read, strict=True)]
                 found += zip(rows, texts, strict=True) if mine else ()
                 bar.update(len(rows))
-        if self.share is not None:
-            found = self.share[2](found)
-        predictions = dict(found)
+        predictions = dict(found if self.share is None else self.share[2](found))
         return [predictions[i] for i in range(len(questions))]
 
     def _turns(self, questions: list[Question], prompts: list[list[int]]):
@@ -80,33 +75,27 @@ class Answerer:
                 mine = at + rank < len(batches)
                 yield batches[at + rank if mine else at], mine
 
-    def _pictures(self, question: Question) -> tuple[list, bool]:
-        """A question's pictures, and whether all could be read; one that could not has a stand-in, so that every rank
-        makes its call."""
+    def _pictures(self, question: Question) -> list:
         from PIL import Image
 
         from llava.images.reading import load_image
 
-        mean = tuple(int(255 * value) for value in self.inference.image_processor.image_mean) if question.paths else ()
-        pictures, whole = [], True
+        pictures = []
         for path in question.paths:
             try:
                 picture = load_image(path)
             except LlavaError as error:
-                if self.share is None:
-                    raise LlavaError(f"record {question.id}: {error}") from None
-                picture, whole = Image.new("RGB", (64, 64), mean), False
-            pictures.append(Image.new("RGB", picture.size, mean) if self.blank else picture)
-        return pictures, whole
+                raise LlavaError(f"record {question.id}: {error}") from None
+            if self.blank:
+                mean = tuple(int(255 * value) for value in self.inference.image_processor.image_mean)
+                picture = Image.new("RGB", picture.size, mean)
+            pictures.append(picture)
+        return pictures
 
 
 def evaluate(answerer: Answerer, questions: list[Question], blank_images: bool = False) -> dict:
-    """The content of `eval.json`.
-
-    Raises:
-        LlavaError: a picture cannot be read; of an answerer that leaves such questions out, of none can it be read.
-    """
-    questions, predictions = _answered(questions, answerer.answer(questions))
+    """The content of `eval.json`."""
+    predictions = answerer.answer(questions)
     result = score(questions, predictions)
     result["questions"] = [
         {
@@ -123,20 +112,12 @@ def evaluate(answerer: Answerer, questions: list[Question], blank_images: bool =
     seen = [question for question in questions if question.images]
     if blank_images and seen:
         answerer.blank = True
-        blank = score(*_answered(seen, answerer.answer(seen, "questions, images blanked")))
+        blank = score(seen, answerer.answer(seen, "questions, images blanked"))
         answerer.blank = False
         for kind, share in chance(seen).items():
             blank["by_kind"][kind]["chance"] = share
         result["blank_images"] = blank
     return result
-
-
-def _answered(questions: list[Question], predictions: list[str | None]) -> tuple[list[Question], list[str]]:
-    """Those that have a prediction."""
-    kept = [pair for pair in zip(questions, predictions, strict=True) if pair[1] is not None]
-    if not kept:
-        raise LlavaError(f"record {questions[0].id}: of none of the questions can the pictures be read")
-    return tuple(map(list, zip(*kept, strict=True)))
 
 
 def evaluate_selections(

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation
@@ -24,6 +24,7 @@ class Question:
     turns: list[tuple[str, str]]
     answer: str
     paths: list[str] = field(default_factory=list)  # `images` resolved in the image folder
+    record: int = 0  # number of its record among those that were read
 
     @property
     def text(self) -> str:
@@ -54,9 +55,10 @@ def read_questions(
     for row, record in enumerate(records):
         name = str(record.get("id", f"row {row}"))
         try:
-            questions += _record_questions(record, name, image_folder, template, allow_absolute_paths)
+            found = _record_questions(record, name, image_folder, template, allow_absolute_paths)
         except LlavaError as error:
             raise LlavaError(f"{data_path}: record {name}: {error}") from None
+        questions += [replace(question, record=row) for question in found]
     if not questions:
         raise LlavaError(f"{data_path}: found no record, expected questions")
     return questions

@@ -114,8 +114,10 @@ class Family(ABC):
         Raises:
             LlavaError: a key that this family does not take, or values that do not go together.
         """
+        from llava.config.evaluation import check_evaluation
         from llava.config.schema import own_keys
 
+        check_evaluation(run)
         for name, key in own_keys().items():
             if run[name] == key.default or (key.group not in ("model", "data") and name not in self.refused):
                 continue

@@ -1,5 +1,6 @@
 """Reading and writing the parts of a LLaVA checkpoint that are not whole models. Nothing is unpickled."""
 
+import contextlib
 import os
 
 import torch
@@ -49,6 +50,19 @@ def projector_state(named_parameters) -> dict[str, torch.Tensor]:
     return gathered((k, v) for k, v in named_parameters if any(f".{key}" in f".{k}" for key in PROJECTOR_KEYS))
 
 
+@contextlib.contextmanager
+def whole(parameters: list):
+    """Inside, parameters that ZeRO-3 has split are whole; for reading. A collective then: every rank must enter."""
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(split):
+        yield
+
+
 def gathered(named_parameters) -> dict[str, torch.Tensor]:
     """Copies of parameters on the CPU, whole under ZeRO-3 too.
 
@@ -56,12 +70,7 @@ def gathered(named_parameters) -> dict[str, torch.Tensor]:
     """
     state = {}
     for name, parameter in named_parameters:
-        if hasattr(parameter, "ds_id"):
-            from deepspeed import zero
-
-            with zero.GatheredParameters([parameter]):
-                state[name] = parameter.detach().cpu().clone()
-        else:
+        with whole([parameter]):
             state[name] = parameter.detach().cpu().clone()
     return state
 

@@ -10,6 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
+from llava.model.checkpoint import whole
 from llava.model.host import HostCopies, needs_no_mask, send, supervised_places
 from llava.model.loss import supervised_loss
 from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
@@ -269,7 +270,7 @@ class LlavaMetaForCausalLM:
         visual, anchor = [], None
         if len(images):
             visual = self._visual_tokens(images, *of_images)
-        elif torch.distributed.is_initialized() and (self.training or hasattr(next(self.parameters()), "ds_id")):
+        elif torch.distributed.is_initialized() and (self.training or self._is_partitioned):
             anchor = self._anchor(device)
         plan = plan_merge(
             host.input_ids,
@@ -313,12 +314,13 @@ class LlavaMetaForCausalLM:
     ):
         """As the language model's forward, with images (see `prepare_inputs_labels_for_multimodal`).
 
-        In training mode with labels only the loss is computed (`logits` is None): the output layer runs on the
-        supervised positions alone. `num_items_in_batch` divides the summed loss; without it, the mean over this batch.
-        A batch without labels has loss 0.
+        With labels, in training mode or with `num_items_in_batch`, only the loss is computed (`logits` is None): the
+        output layer runs on the supervised positions alone. `num_items_in_batch` divides the summed loss; without it,
+        the mean over this batch. A batch without labels has loss 0.
         """
-        if images is None and inputs_embeds is None and self.training and self.get_vision_tower() is not None:
-            images = []
+        loss_alone = labels is not None and (self.training or kwargs.get("num_items_in_batch") is not None)
+        if images is None and inputs_embeds is None and self.get_vision_tower() is not None:
+            images = [] if self.training or (loss_alone and self._is_partitioned) else None
         supervised = None
         if inputs_embeds is None and images is not None:
             text = input_ids, position_ids, attention_mask, past_key_values, labels
@@ -337,7 +339,7 @@ class LlavaMetaForCausalLM:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
         )
-        if self.training and labels is not None:
+        if loss_alone:
             count = kwargs.pop("num_items_in_batch", None)
             hidden = self.get_model()(**inputs, use_cache=False, **kwargs)[0]
             return CausalLMOutputWithPast(loss=supervised_loss(self, hidden, labels, count, supervised))
@@ -346,6 +348,11 @@ class LlavaMetaForCausalLM:
             supervised = (labels[:, 1:] != IGNORE_INDEX).any()
             out.loss = torch.where(supervised, out.loss, torch.zeros_like(out.loss))
         return out
+
+    @property
+    def _is_partitioned(self) -> bool:
+        """Whether ZeRO-3 has split the weights over the ranks, which must all call each module then."""
+        return hasattr(next(self.parameters()), "ds_id")
 
     @property
     def _may_drop_mask(self):
@@ -376,15 +383,11 @@ class LlavaMetaForCausalLM:
         kwargs.pop("position_ids", None)  # they follow from the mask
         mask = kwargs.pop("attention_mask", None)
         ids = ids.to(self.device)
-        merged = self._merge(
-            ids,
-            self._padding_mask(ids, **kwargs) if mask is None else mask,
-            None,
-            "left",
-            [] if images is None else images,
-            modalities,
-            image_sizes,
-        )
+        mask = self._padding_mask(ids, **kwargs) if mask is None else mask
+        images = [] if images is None else images
+        newline = getattr(self.get_model(), "image_newline", None)
+        with whole([] if newline is None else [newline]):  # outside of a forward ZeRO-3 fetches modules' weights alone
+            merged = self._merge(ids, mask, None, "left", images, modalities, image_sizes)
         return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
 
     def _padding_mask(self, ids, pad_token_id=None, eos_token_id=None, generation_config=None, **kwargs):

@@ -60,10 +60,10 @@ def supervised_loss(
 def supervised_training(*inputs: str):
     """Class decorator for a vision-language model of transformers: in training it computes the loss alone.
 
-    In training mode with labels its forward returns `supervised_loss` of its `self.model`, without logits; else it is
-    the forward that the class has. `inputs` are named in its signature besides those the class names itself, since
-    `Trainer` and `generate` look there for what a model takes. If `host` is one of them, `HostCopies` of the labels
-    spare the host a wait.
+    With labels, in training mode or with `num_items_in_batch`, its forward returns `supervised_loss` of its
+    `self.model`, without logits; else it is the forward that the class has. `inputs` are named in its signature
+    besides those the class names itself, since `Trainer` and `generate` look there for what a model takes. If `host`
+    is one of them, `HostCopies` of the labels spare the host a wait.
     """
 
     def decorate(model_class):
@@ -74,7 +74,7 @@ def supervised_training(*inputs: str):
 
         @functools.wraps(own_forward)
         def forward(self, *args, **kwargs):
-            if not self.training:
+            if not self.training and kwargs.get("num_items_in_batch") is None:
                 return own_forward(self, *args, **kwargs)
             given = dict(zip((parameter.name for parameter in named[1:]), args, strict=False)) | kwargs
             labels, count = given.pop("labels", None), given.pop("num_items_in_batch", None)

@@ -16,6 +16,7 @@ from typing import Any
 from llava.config import Run, resolve
 from llava.config.commandline import WHERE
 from llava.config.deepspeed_file import check_deepspeed
+from llava.config.evaluation import greater_is_better
 from llava.config.reporting import check_reports
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
@@ -114,6 +115,8 @@ _NEEDS_DEVICE = {
 def _values(run: Run) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(training_arguments_class()) if field.init}
     values = {name: value for name, value in (run.group("trainer") | run.group("train")).items() if name in names}
+    if values.get("metric_for_best_model"):  # transformers goes by the last letters, which may be a kind of questions
+        values["greater_is_better"] = greater_is_better(run)
     values["neftune_noise_alpha"] = values.get("neftune_noise_alpha") or None  # 0 is no noise, not noise of 0
     if "activation_checkpointing" in names and values.get("activation_checkpointing") is None:
         # the name from transformers 5.20 on; with both set it does not warn about the older one

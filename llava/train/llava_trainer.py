@@ -118,6 +118,8 @@ class LLaVATrainer(Trainer):
             LlavaError: too many records were left out, or no step had anything to learn.
         """
         result = super().train(*args, **kwargs)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            rank0_print("load_best_model_at_end: there is no best checkpoint, the model is that of the last step")
         self.tell_last_step()
         self.left_out.check_labelled()
         return result
