@@ -4,6 +4,7 @@ The tower is built by the class that a training run would take, on PyTorch's met
 compression and image processor are the real ones. Sizes are (width, height) in pixels.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 from llava.errors import LlavaError
@@ -105,8 +106,24 @@ def empty_tower(cfg, crop: int | None = None, patch: int | None = None):
         square = {"height": crop, "width": crop}
         cfg.mm_vision_config = {"image_size": crop, "patch_size": patch}
         cfg.mm_image_processor_config = {"size": {"shortest_edge": crop} if by_edge else square, "crop_size": square}
-    with torch.device("meta"):
+    with torch.device("meta"), _whole():
         return build_vision_tower(cfg, delay_load=True)
+
+
+@contextlib.contextmanager
+def _whole():
+    """Under ZeRO-3 transformers would split what is built over the ranks."""
+    from transformers.integrations import deepspeed
+
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    holder = deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(holder)
 
 
 def check_layout(layout: VisionLayout, kind: str) -> None:
