@@ -61,12 +61,11 @@ def leave_process_group():
 def _train(model_args, data_args, training_args, make):
     from transformers import set_seed
 
-    from llava.data import load_records, make_data, read_records
-    from llava.data.records import media_kinds
+    from llava.data import load_records, make_data
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
-    from llava.train.evaluation import evaluates, make_evaluation, read_evaluation
+    from llava.train.evaluation import make_evaluation
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.lora import adapt
     from llava.train.parts import set_trainable
@@ -78,7 +77,6 @@ def _train(model_args, data_args, training_args, make):
     if training_args.verbose_logging:
         for key, setting in settings.settings.items():
             rank0_print(f"{key}: {setting.value} ({setting.source})")
-    out = training_args.output_dir
     if not open_output(training_args, lambda: len(load_records(data_args.data_path, training_args.seed))):
         return
     checkpoint = checkpoint_to_begin_at(training_args)
@@ -89,24 +87,18 @@ def _train(model_args, data_args, training_args, make):
 
         deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
     family.check_fit(settings)
-    parts = tunable_parts(model_args, training_args)
-    version, refused = family.record_template(model_args), family.refused_media(model_args)
-    records = read_records(data_args, version=version, refused=refused, seed=training_args.seed)
-    held_out = None
-    if evaluates(training_args):
-        held_out = read_evaluation(data_args, training_args, version=version, refused=refused)
-    family.check_media(settings, media_kinds([*records, *(held_out[0] if held_out else ())]))
+    records, held_out = _read_data(family, model_args, data_args, training_args)
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
     data, model = make_data(records, family, loaded, args), loaded.model
     show_samples(data["train_dataset"])
     if training_args.lora_enable:
         model = adapt(model, model_args, training_args)
+    parts = tunable_parts(model_args, training_args)
     set_trainable(model, parts, training_args.lora_bias, family)
     for part, origin in family.origins(settings).items():
         rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)
-
     evaluation = held_out and make_evaluation(*held_out, family, loaded, args, training_args.eval_image_folder)
     trainer = LLaVATrainer(
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
@@ -115,22 +107,36 @@ def _train(model_args, data_args, training_args, make):
     _take_steps(trainer, checkpoint)
 
 
+def _read_data(family, model_args, data_args, training_args):
+    """The checked records to train on, and records and questions to evaluate on, or None."""
+    from llava.data import read_records
+    from llava.data.records import media_kinds
+    from llava.train.evaluation import evaluates, read_evaluation
+
+    rules = {"version": family.record_template(model_args), "refused": family.refused_media(model_args)}
+    records = read_records(data_args, seed=training_args.seed, **rules)
+    held_out = read_evaluation(data_args, training_args, **rules) if evaluates(training_args) else None
+    kinds = media_kinds(records) | (media_kinds(held_out[0]) if held_out else set())
+    family.check_media(training_args.run_config, kinds)
+    return records, held_out
+
+
 def _take_steps(trainer, checkpoint: str | None) -> None:
     """Train from the beginning or from a checkpoint on, and save."""
-    out = trainer.args.output_dir
+    args = trainer.args
     if checkpoint is not None:
         rank0_print(f"resuming from {checkpoint}")
         trainer.left_out.load(checkpoint)
     trainer.accelerator.wait_for_everyone()  # each has seen what the folder holds
-    reopen(training_args)
+    reopen(args)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-        save(trainer, out)
+        save(trainer, args.output_dir)
     except KeyboardInterrupt:
         for callback in trainer.callback_handler.callbacks:
             if getattr(callback, "training_bar", None) is not None:
                 callback.training_bar.close()  # else it is drawn again below what is said
-        raise KeyboardInterrupt(how_to_go_on(trainer.args, trainer.state.global_step)) from None
+        raise KeyboardInterrupt(how_to_go_on(args, trainer.state.global_step)) from None
 
 
 def check_checkpoint(checkpoint: str, training_args) -> None:
