@@ -68,13 +68,15 @@ def test_files_exist(path):
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs" / "train").glob("*.yaml")))
-def test_every_train_config_resolves(config):
-    shown = run(sys.executable, "-m", "llava.config", "show", f"configs/train/{config}", "--learning_rate", "2e-5")
-    assert shown.returncode == 0, shown.stderr
-    assert re.search(r"learning_rate +2e-05 +command line", shown.stdout)
+def test_every_train_config_resolves(config, capsys):
+    from llava.config.__main__ import main
+
+    main(["show", str(ROOT / "configs/train" / config), "--learning_rate", "2e-5"])
+    shown = capsys.readouterr().out
+    assert re.search(r"learning_rate +2e-05 +command line", shown)
     tower = (
-        r"adaptive_patches +\{'method': '(budget|all)'.*\} +configs/"
+        r"adaptive_patches +\{'method': '(budget|all)'.*\} +\S*configs/"
         if "qwen2_vl" in config
-        else r"vision_tower +\S+ +configs/towers/"
+        else r"vision_tower +\S+ +\S*configs/towers/"
     )
-    assert re.search(tower, shown.stdout)
+    assert re.search(tower, shown)

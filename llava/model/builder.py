@@ -24,7 +24,7 @@ def read_config(path: str) -> dict:
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise LlavaError(f"{path}: the folder holds no config.json")
     if not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
-        raise OutOfReach(f"{path}: no such folder, expected a checkpoint's, or a hub id")
+        raise OutOfReach(f"{path}: no config.json (no such folder; expected a checkpoint's, or a hub id)")
     try:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:

@@ -87,7 +87,7 @@ def test_one_percent_of_a_large_set_is_tolerated(kit, tmp_path, capsys):
 def test_bad_records_are_counted_on_when_a_run_resumes(kit, tmp_path, monkeypatch, capsys):
     from llava.train.llava_trainer import LLaVATrainer
 
-    data = data_with_broken(tmp_path / "data", "i" * 12, range(11))
+    data = data_with_broken(tmp_path / "data", "i" * 24, range(11))
     flags = dict(data_path=data, max_steps=3, save_strategy="steps", save_steps=1)
     step = LLaVATrainer.training_step
 

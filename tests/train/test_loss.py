@@ -89,7 +89,9 @@ def test_gradient_checkpointing_in_stage_one(kit, tmp_path, reentrant):
 @pytest.mark.parametrize("parts", [ALL, "mm_mlp_adapter", "mm_vision_tower"])
 def test_text_only_batches_whatever_is_trained(kit, tmp_path, parts):
     """A batch that reaches no trained weight still takes its step: its loss counts, its gradient is zero."""
-    steps = history(kit, tmp_path / "out", "tttiiittt", per_device_train_batch_size=3, mm_tunable_parts=parts)
+    flags = {"pretrain_mm_mlp_adapter": kit.projector} if parts == "mm_vision_tower" else {}
+    flags |= dict(per_device_train_batch_size=3, mm_tunable_parts=parts)
+    steps = history(kit, tmp_path / "out", "tttiiittt", **flags)
     assert [entry["grad_norm"] > 0 for entry in steps] == ([True] * 3 if parts == ALL else [False, True, False])
     assert all(entry["loss"] > 1 for entry in steps)
 
