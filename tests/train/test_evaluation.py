@@ -60,18 +60,21 @@ def mean_loss(folder: Path, family_name: str, held_out: Path) -> float:
         batch = family.collate([data[number]], loaded, args)
         labels = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
-            loss = loaded.model(**batch).loss
-        total, count = total + float(loss) * labels, count + labels
+            whole, alone = loaded.model(**batch), loaded.model(**batch, num_items_in_batch=torch.tensor(2.0))
+        assert alone.logits is None and float(alone.loss) * 2 == pytest.approx(float(whole.loss) * labels, rel=1e-5)
+        total, count = total + float(whole.loss) * labels, count + labels
     return total / count
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_numbers_are_those_of_the_checkpoint(name, held_out, tmp_path):
-    """The loss by a direct sum, exact match by the command, both of what was saved at that step."""
+    """The loss by a direct sum, exact match by the command, both of what was saved at that step; the steps are those of
+    a run without evaluation."""
     kit = FamilyKit(name, tmp_path / "kit")
-    changes = dict(max_steps=2, save_strategy="steps", save_steps=2, eval_steps=2, learning_rate=2e-2)
-    out = kit.run(tmp_path / "out", **evaluated(held_out, eval_blank_images=True, **changes)).out
-    (found,) = evaluations(out)
+    changes = dict(max_steps=2, save_strategy="steps", save_steps=2, learning_rate=2e-2)
+    run = kit.run(tmp_path / "out", **evaluated(held_out, eval_blank_images=True, **changes))
+    assert run.losses == kit.run(tmp_path / "plain", **changes).losses
+    out, (_, found) = run.out, evaluations(run.out)
     checkpoint = out / "checkpoint-2"
     assert found["eval_loss"] == pytest.approx(mean_loss(checkpoint, name, held_out), abs=2e-5)
     words = ["--model-path", checkpoint, "--data-path", held_out, "--image-folder", held_out.parent / "images"]
@@ -96,16 +99,17 @@ def test_right_answers_are_counted(kit, tmp_path):
     assert last["eval_loss"] < first["eval_loss"]
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_batches_do_not_change_the_numbers(kit, tmp_path, held_out, size):
+def test_batches_do_not_change_the_numbers(kit, tmp_path, held_out):
     flags = dict(max_steps=1, learning_rate=1e-2)
     (two,) = evaluations(kit.run(tmp_path / "two", "iitt", **flags, **evaluated(held_out)))
-    changed = evaluated(held_out, per_device_eval_batch_size=size, dataloader_num_workers=size % 2)
-    (other,) = evaluations(kit.run(tmp_path / "other", "iitt", **flags, **changed))
-    assert other == pytest.approx(two, abs=1e-6)
+    for size, workers in ((1, 1), (5, 0)):
+        changed = evaluated(held_out, per_device_eval_batch_size=size, dataloader_num_workers=workers)
+        (other,) = evaluations(kit.run(tmp_path / f"by_{size}", "iitt", **flags, **changed))
+        assert other == pytest.approx(two, abs=1e-6)
     limited = evaluated(held_out, eval_limit=2, eval_exact_match=False)
     (few,) = evaluations(kit.run(tmp_path / "few", "iitt", **flags, **limited))
     assert few["eval_loss"] != pytest.approx(two["eval_loss"], abs=1e-4) and "eval_exact_match" not in few
+    assert (two["eval_n"], few["eval_n"]) == (5, 2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -114,16 +118,17 @@ def test_training_is_the_same_with_and_without(kit, tmp_path, held_out, workers)
     llm = tiny.llm(tmp_path / "llm", attention_dropout=0.3)
     lora = dict(lora_enable=True, lora_r=4, lora_dropout=0.3, gradient_checkpointing=True)
     flags = dict(model_name_or_path=llm, train_sampling_strategy="random", dataloader_num_workers=workers, **lora)
-    flags |= dict(max_steps=5, mm_tunable_parts="mm_mlp_adapter,mm_language_model")  # more than one epoch
+    flags |= dict(max_steps=4, mm_tunable_parts="mm_mlp_adapter,mm_language_model")  # more than one epoch
     plain = kit.run(tmp_path / "plain", **flags)
-    seen = kit.run(tmp_path / "seen", **flags, **evaluated(held_out, eval_on_start=True))
-    assert len(evaluations(seen)) == 6
+    keys = evaluated(held_out, eval_on_start=True, eval_exact_match=not workers, eval_max_new_tokens=3)
+    seen = kit.run(tmp_path / "seen", **flags, **keys)
+    assert len(evaluations(seen)) == 5
     assert tiny.history(plain) == tiny.history(seen)
     for name in ("adapter_model.safetensors", "non_lora_trainables.safetensors"):
         ours, theirs = load_file(plain / name), load_file(seen / name)
         assert all(value.equal(theirs[key]) for key, value in ours.items())
-    wild = dict(flags, seed=1)
-    assert tiny.history(kit.run(tmp_path / "wild", **wild)) != tiny.history(plain)  # it does draw
+    wild = tiny.history(kit.run(tmp_path / "wild", **flags | dict(seed=1, max_steps=1)))
+    assert wild[0]["loss"] != tiny.history(plain)[0]["loss"]  # it does draw
 
 
 KEPT = {
