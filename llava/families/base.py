@@ -125,9 +125,12 @@ class Family(ABC):
                 reason = self.refused.get(name, self.no_such_key)
                 raise LlavaError(f"{run.source(name)}: {name} is {run[name]!r}, but {reason}; expected no {name}")
 
-    def check_fit(self, run) -> None:
+    def check_fit(self, run) -> dict[str, str]:
         """Refuse what the run's model, and whatever else it names, show to be wrong; configs are read, no weights of a
         model.
+
+        Returns:
+            {part: where its weights start from}.
 
         Raises:
             OutOfReach: a model or encoder that is not on this machine.
@@ -136,14 +139,11 @@ class Family(ABC):
         from llava.families.settings import check_common
 
         check_common(run)
+        return dict.fromkeys(self.parts, run["model_name_or_path"])
 
     def check_media(self, run, kinds: set[str]) -> None:
         """Refuse settings that fit no "image" or no "video", where the data have some; `kinds` are those they have."""
         return
-
-    def origins(self, run) -> dict[str, str]:
-        """{part: where its weights start from} of a run that `check_fit` has passed."""
-        return dict.fromkeys(self.parts, run["model_name_or_path"])
 
     # --- models ---
 

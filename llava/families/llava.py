@@ -41,20 +41,15 @@ class Llava(Family):
         check_merge_options(run["mm_patch_merge_type"], run["image_aspect_ratio"])
         check_combination(SimpleNamespace(**{name: run[name] for name in run.settings}))
 
-    def check_fit(self, run) -> None:
+    def check_fit(self, run):
         from llava.families.llava_settings import check_fit
 
-        check_fit(run)
+        return check_fit(run)
 
     def check_media(self, run, kinds) -> None:
         from llava.families.llava_settings import check_media
 
         check_media(run, kinds)
-
-    def origins(self, run):
-        from llava.families.llava_settings import origins
-
-        return origins(run)
 
     # --- models ---
 

@@ -8,7 +8,7 @@ from llava.errors import LlavaError, OutOfReach
 from llava.families.llava_geometry import run_config
 from llava.families.llava_layout import VisionLayout, check_layout, vision_layout
 from llava.families.settings import arguments, check_common, check_parts, trained_parts
-from llava.model.vision_change import VisionChange
+from llava.model.vision_change import Origin, VisionChange
 
 # part that may be random -> its name, and the key that names weights for it
 _RANDOM = {
@@ -17,8 +17,11 @@ _RANDOM = {
 }
 
 
-def check_fit(run) -> None:
+def check_fit(run) -> dict[str, str]:
     """Whether language model, tower, projector, crops and the parts that are trained fit each other.
+
+    Returns:
+        {part: where its weights start from}.
 
     Raises:
         LlavaError: what does not fit.
@@ -31,17 +34,20 @@ def check_fit(run) -> None:
     check_common(run)
     resolve_supervise(run["version"], run["supervise"])
     lacking: list[str] = []
+    model, origins = run["model_name_or_path"], {}
     args, checkpoint = arguments(run), None
     with _later(lacking):
-        checkpoint = read_config(run["model_name_or_path"])
+        checkpoint = read_config(model)
         architecture_for(args, checkpoint)
         rope_overrides(args, checkpoint)
     if run["vision_tower"] is None:
         check_parts(trained_parts(run), {"mm_language_model"})
     else:
-        _check_vision(run, checkpoint, lacking)
+        origins = _check_vision(run, checkpoint, lacking)
     if lacking:
         raise OutOfReach("; ".join(lacking))
+    told = {part: origin.text.replace("the checkpoint", model, 1) for part, origin in origins.items()}
+    return told | {"mm_language_model": model}
 
 
 @contextlib.contextmanager
@@ -53,22 +59,30 @@ def _later(lacking: list[str]):
         lacking.append(str(error))
 
 
-def _check_vision(run, checkpoint: dict | None, lacking: list[str]) -> None:
-    """`checkpoint`: the config that the run's model comes with, if it is in reach."""
+def _check_vision(run, checkpoint: dict | None, lacking: list[str]) -> dict[str, Origin]:
+    """Where the parts of the vision side start from, as far as that is in reach.
+
+    Args:
+        checkpoint: the config that the run's model comes with, None out of reach.
+    """
     from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 
+    origins, file = {}, None
     with _later(lacking):
         layout = vision_layout(run_config(run))
         check_layout(layout, "image")
-        check_projector(layout, checkpoint and checkpoint.get("hidden_size"))
+        with _later(lacking):
+            file = _projector_file(run)
+        check_projector(layout, checkpoint and checkpoint.get("hidden_size"), file)
         if run["pretrain_token_compressor"] and layout.tower.token_compressor is not None:
             load_token_compressor(layout.tower.token_compressor, run["pretrain_token_compressor"])  # compares, on meta
-        file = _projector_file(run)
-        if checkpoint is None:
-            return
-        check_projector(layout, checkpoint.get("hidden_size"), file)
-        _check_origins(trained_parts(run), _origins(run, checkpoint, layout))
-        _check_tokens(run, trained_parts(run))
+        if not lacking:
+            change = VisionChange.between(checkpoint, run_config(run), run["model_name_or_path"])
+            compressor_file = run["pretrain_token_compressor"] or _compressor_in(file)
+            origins = change.origins(layout.tower, file, compressor_file)
+            _check_origins(trained_parts(run), origins)
+            _check_tokens(run, trained_parts(run))
+    return origins
 
 
 def _check_origins(parts: set[str], origins: dict) -> None:
@@ -106,26 +120,6 @@ def check_projector(layout: VisionLayout, hidden_size: int | None, file: str | N
         projector = build_vision_projector(config)
     if file is not None:
         load_projector(SimpleNamespace(mm_projector=projector, vision_tower=layout.tower, config=config), file)
-
-
-def origins(run) -> dict[str, str]:
-    """{part: where its weights start from}, of a run whose settings have been checked."""
-    from llava.model.builder import read_config
-
-    model = run["model_name_or_path"]
-    found = {"mm_language_model": model}
-    if run["vision_tower"] is None:
-        return found
-    parts = _origins(run, read_config(model), vision_layout(run_config(run)))
-    return {part: origin.text.replace("the checkpoint", model, 1) for part, origin in parts.items()} | found
-
-
-def _origins(run, checkpoint: dict, layout: VisionLayout) -> dict:
-    """{part: `Origin`}; `checkpoint` is the config that the run's model comes with."""
-    file = _projector_file(run)
-    compressor_file = run["pretrain_token_compressor"] or _compressor_in(file)
-    change = VisionChange.between(checkpoint, run_config(run), run["model_name_or_path"])
-    return change.origins(layout.tower, file, compressor_file)
 
 
 def _projector_file(run) -> str | None:

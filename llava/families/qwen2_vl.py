@@ -55,15 +55,16 @@ class Qwen2VL(QwenChat, Family):
         if "mm_token_compressor" in (run["mm_tunable_parts"] or ""):
             raise LlavaError(f"mm_tunable_parts: names mm_token_compressor, which {self.title} does not have")
 
-    def check_fit(self, run) -> None:
+    def check_fit(self, run):
         from llava.families.settings import check_parts, trained_parts
 
-        super().check_fit(run)
+        origins = super().check_fit(run)
         self._check_type(run["model_name_or_path"])
         check_parts(trained_parts(run), set(self.parts))
         processor = self.load_processor(run["model_name_or_path"], cache_dir=run["cache_dir"])
         self.set_run_images(processor.image_processor, run, run["model_name_or_path"])
         self.check_chat_template(processor, run["model_name_or_path"])
+        return origins
 
     # --- models ---
 

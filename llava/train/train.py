@@ -86,7 +86,7 @@ def _train(model_args, data_args, training_args, make):
         import deepspeed
 
         deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
-    family.check_fit(settings)
+    origins = family.check_fit(settings)
     records, held_out = _read_data(family, model_args, data_args, training_args)
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
@@ -96,7 +96,7 @@ def _train(model_args, data_args, training_args, make):
         model = adapt(model, model_args, training_args)
     parts = tunable_parts(model_args, training_args)
     set_trainable(model, parts, training_args.lora_bias, family)
-    for part, origin in family.origins(settings).items():
+    for part, origin in origins.items():
         rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)
     evaluation = held_out and make_evaluation(*held_out, family, loaded, args, training_args.eval_image_folder)
