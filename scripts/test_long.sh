@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # What takes longer than the tests: resuming under DeepSpeed, the whole precision table, many more settings and numbers
-# drawn at random, a dry run of the installation for every Python that the scripts may take, and the whole demo over several seeds, then with the other towers, then Qwen2-VL's demo, with all and
-# with fewer patches. Writes test_results/long_YYYYMMDD.json and fails below the bar. SEEDS="0 1" TOWERS="demo_hevc_vit" QWEN2_VL_SEEDS="" (each may be empty) bash scripts/test_long.sh runs fewer.
+# drawn at random, a dry run of the installation for every Python that the scripts may take, and the whole demo over
+# several seeds, then with the other towers, then Qwen2-VL's demo, with all and with fewer patches. Writes
+# test_results/long_YYYYMMDD.json and fails below the bar.
+# SEEDS="0 1" TOWERS="demo_hevc_vit" QWEN2_VL_SEEDS="" (each may be empty) bash scripts/test_long.sh runs fewer.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
