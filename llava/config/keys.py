@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llava.config.rules import (
+    ABOVE_0,
     COUNT,
     FROM_0,
     FROM_1,
@@ -259,6 +260,13 @@ class TrainKeys(KeyGroup):
     auto_find_batch_size: bool = key(False, "halve the batch size until it fits into memory")
     report_to: str | list[str] = key(
         "none", "where metrics are reported: none, wandb, tensorboard, ...", within=REPORTS
+    )
+
+    verify_checkpoints: Literal["full", "sizes"] = key(
+        "full", "how a checkpoint is held against its manifest before a run goes on from it: full reads all of it"
+    )
+    save_grace_seconds: float = key(
+        60, "seconds from SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C until a checkpoint must have been begun", within=ABOVE_0
     )
 
     eval_data_path: str | None = key(None, "records to evaluate on with eval_strategy steps or epoch; as data_path")

@@ -2,11 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainerCallback
 
 from llava.constants import IGNORE_INDEX
 from llava.data.sampler import EpochSampler, LengthGroupedSampler
@@ -16,10 +16,29 @@ from llava.families.training import trains_projector_alone
 from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
+from llava.train.checkpoints import STATE_NAME
 from llava.train.left_out import LeftOut
+from llava.train.ranks import gather
 from llava.train.resume import RUN_NAME
+from llava.train.run_state import RunState
+from llava.train.saving import save_checkpoint
 from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
+from llava.train.stopping import Preempted, Stopping, in_worker
 from llava.utils import rank0_print
+
+
+class _StopAtStep(TrainerCallback):
+    """Saves a checkpoint at the end of a step where the run is to end; see `_save_checkpoint`."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stopping = self.trainer.stopping
+        if args.world_size == 1:
+            stopping.agree(stopping.asked())
+        if stopping.agreed:
+            control.should_save, control.should_evaluate = True, False
 
 
 class LLaVATrainer(Trainer):
@@ -29,10 +48,21 @@ class LLaVATrainer(Trainer):
         family: the model's; None: LLaVA.
         parts: the parts that are trained (see `families.training.tunable_parts`).
         evaluation: what the run is evaluated on while it trains (see `llava.train.evaluation`); None: nothing.
+        run_state: the run's; None: none is written.
+        stopping: what asks for the run's end; None: nothing.
         *args, **kwargs: as `transformers.Trainer`; the collator's batches may carry "bad_records" and "no_label".
     """
 
-    def __init__(self, *args, parts: set[str], family=None, evaluation=None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        parts: set[str],
+        family=None,
+        evaluation=None,
+        run_state: RunState | None = None,
+        stopping: Stopping | None = None,
+        **kwargs,
+    ):
         settings, self.evaluation = kwargs["args"], evaluation
         if evaluation is not None:
             kwargs["eval_dataset"] = evaluation.dataset
@@ -42,7 +72,10 @@ class LLaVATrainer(Trainer):
         self.parts, self.family = parts, family or get_family("llava")
         self.float32_inputs = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
+        self.add_callback(_StopAtStep(self))
         self.left_out = LeftOut(len(self.train_dataset))
+        self.run_state, self.stopping = run_state or RunState(settings.output_dir, writes=False), stopping or Stopping()
+        self._saved_in: Path | None = None  # while a checkpoint is written
         # of this rank's last step, with what all ranks counted in it: supervised tokens, records left out
         self._last_step: tuple[tuple[list[str], list[str]], ReadLater] | None = None
 
@@ -94,8 +127,9 @@ class LLaVATrainer(Trainer):
             self.left_out.add(*left_out)
             self._last_step = ((), ()), ReadLater(total[None])
             return total
-        numbers = torch.stack([total, torch.full_like(total, sum(map(len, left_out)))])
-        totals = self.accelerator.gather(numbers).view(-1, 2).sum(0)
+        counted = (sum(map(len, left_out)), int(self.stopping.asked()))
+        numbers = torch.stack([total, *(torch.full_like(total, number) for number in counted)])
+        totals = self.accelerator.gather(numbers).view(-1, len(numbers)).sum(0)
         self._last_step = left_out, ReadLater(totals)
         return totals[0] if self.args.average_tokens_across_devices else total
 
@@ -104,12 +138,17 @@ class LLaVATrainer(Trainer):
         if self._last_step is None:
             return
         (left_out, numbers), self._last_step = self._last_step, None
-        labels, *found = numbers.tolist()
-        if any(found):  # on every rank alike
-            gathered = [None] * self.args.world_size
-            torch.distributed.all_gather_object(gathered, left_out)
-            self.left_out.add(*([record for part in kind for record in part] for kind in zip(*gathered, strict=True)))
+        labels, found, asked = (*numbers.tolist(), 0, 0)[:3]
+        self.stopping.agree(asked > 0)
+        if found:  # on every rank alike
+            kinds = zip(*gather(left_out), strict=True)
+            self.left_out.add(*([record for part in kind for record in part] for kind in kinds))
         self.left_out.step(labels)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = in_worker(loader.worker_init_fn)
+        return loader
 
     def train(self, *args, **kwargs):
         """As `Trainer`'s.
@@ -148,10 +187,12 @@ class LLaVATrainer(Trainer):
     # --- evaluation ---
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """What `run_evaluation` measures, logged; every rank must call it."""
+        """What `run_evaluation` measures, logged; every rank must call it. A run that is to end saves instead."""
         from llava.train.evaluation import run_evaluation
 
         metrics = run_evaluation(self, self.evaluation)
+        if metrics is None:
+            self._save_checkpoint(self.model, None)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -223,14 +264,48 @@ class LLaVATrainer(Trainer):
         go_on(schedule, rates, step)
 
     def _save_checkpoint(self, model, trial):
+        """As `Trainer`'s, by way of `llava.train.saving`.
+
+        Raises:
+            Preempted: the run is to end here, and the checkpoint is whole.
+        """
         self.tell_last_step()  # before what was left out up to here is written
-        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
+        self.stopping.saving.set()
+        final = save_checkpoint(self, lambda folder: self._write_checkpoint(folder, model, trial))
+        self.run_state.tell("running", self.state.global_step)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+        if self.stopping.agreed and self.state.global_step < self.state.max_steps:
+            raise Preempted(self.stopping.agreed, self.state.global_step)
+
+    def _write_checkpoint(self, folder: Path, model, trial) -> None:
+        """Write the files of a checkpoint into a folder; every rank calls it."""
+        args, state = self.args, self.state
+        if args.should_save:
             self.save_run(folder)
             self.left_out.save(folder)
-        super()._save_checkpoint(model, trial)
+        self._saved_in = folder.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saved_in = None
+        if state.best_model_checkpoint == str(folder):  # it will be found in its place
+            state.best_model_checkpoint = os.path.join(args.output_dir, folder.name)
+            if args.should_save:
+                state.save_to_json(folder / STATE_NAME)
         if self.keeps_projector_alone:
             self.save_projector(folder)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._saved_in is None else str(self._saved_in)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing while a checkpoint is written: it is sent when it is in its place."""
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """As `Trainer`'s; a run whose steps are all taken takes none."""
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def save_run(self, folder: str) -> None:
         """Write what the run is: its settings, and how many records it has."""

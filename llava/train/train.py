@@ -4,9 +4,13 @@ Also `python llava/train/train_mem.py <flags>`, as LLaVA-NeXT is launched. The s
 under `torchrun` or `deepspeed` on many GPUs.
 """
 
+import os
 import time
+from functools import partial
 
 from llava.errors import report_errors, report_interrupts
+from llava.train.checkpoints import STATE_NAME
+from llava.train.ranks import check_seen_by_all, from_rank0
 from llava.train.resume import (
     check_own,
     checkpoint_to_begin_at,
@@ -17,6 +21,9 @@ from llava.train.resume import (
     remove_run,
     reopen,
 )
+from llava.train.run_state import RunState, one_run
+from llava.train.saving import final_model
+from llava.train.stopping import Preempted, Stopping
 from llava.utils import is_rank0, rank0_print
 
 __all__ = ["check_own", "checkpoint_to_resume", "finished_steps", "open_output", "remove_run", "run", "save", "train"]
@@ -38,10 +45,26 @@ def run(model_args, data_args, training_args, make=None):
         model_args, data_args, training_args: of `parse_args`.
         make: in place of the `prepare` of the model's family.
     """
+    args = training_args
+    state = RunState(args.output_dir, args.should_save)
+    stopping = Stopping(args.save_grace_seconds, lambda: how_to_go_on(args, state.step))
     try:
-        _train(model_args, data_args, training_args, make)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(*(stop.args or [how_to_go_on(training_args, None)])) from None
+        if args.deepspeed:
+            import deepspeed
+
+            deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
+        with stopping, one_run(args):
+            _train(model_args, data_args, args, make, state, stopping)
+    except (KeyboardInterrupt, Preempted) as stop:
+        step = getattr(stop, "step", None)
+        said = "; ".join(stop.args) if isinstance(stop, KeyboardInterrupt) and stop.args else how_to_go_on(args, step)
+        state.preempt(getattr(stop, "signal", "SIGINT"), said)
+        if isinstance(stop, KeyboardInterrupt):
+            raise KeyboardInterrupt(said) from None
+        rank0_print(f"stopped by {stop.signal} {said}")
+    except BaseException as error:
+        state.fail(error)
+        raise
     finally:
         leave_process_group()
 
@@ -58,10 +81,10 @@ def leave_process_group():
             time.sleep(0.5)
 
 
-def _train(model_args, data_args, training_args, make):
+def _train(model_args, data_args, training_args, make, state, stopping):
     from transformers import set_seed
 
-    from llava.data import load_records, make_data
+    from llava.data import make_data
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
@@ -77,15 +100,13 @@ def _train(model_args, data_args, training_args, make):
     if training_args.verbose_logging:
         for key, setting in settings.settings.items():
             rank0_print(f"{key}: {setting.value} ({setting.source})")
-    if not open_output(training_args, lambda: len(load_records(data_args.data_path, training_args.seed))):
+    count = partial(_count_records, data_args, training_args)
+    if not from_rank0(lambda: open_output(training_args, count)):
         return
-    checkpoint = checkpoint_to_begin_at(training_args)
+    checkpoint = from_rank0(lambda: checkpoint_to_begin_at(training_args))
     if checkpoint is not None:
+        check_seen_by_all(os.path.join(checkpoint, STATE_NAME), "an output_dir that all machines share")
         check_checkpoint(checkpoint, training_args)
-    if training_args.deepspeed:
-        import deepspeed
-
-        deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
     origins = family.check_fit(settings)
     records, held_out = _read_data(family, model_args, data_args, training_args)
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
@@ -102,9 +123,15 @@ def _train(model_args, data_args, training_args, make):
     evaluation = held_out and make_evaluation(*held_out, family, loaded, args, training_args.eval_image_folder)
     trainer = LLaVATrainer(
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
-        **{"parts": parts, "evaluation": evaluation, **data},
+        **{"parts": parts, "evaluation": evaluation, "run_state": state, "stopping": stopping, **data},
     )
     _take_steps(trainer, checkpoint)
+
+
+def _count_records(data_args, training_args) -> int:
+    from llava.data import load_records
+
+    return len(load_records(data_args.data_path, training_args.seed))
 
 
 def _read_data(family, model_args, data_args, training_args):
@@ -128,14 +155,17 @@ def _take_steps(trainer, checkpoint: str | None) -> None:
         rank0_print(f"resuming from {checkpoint}")
         trainer.left_out.load(checkpoint)
     trainer.accelerator.wait_for_everyone()  # each has seen what the folder holds
-    reopen(args)
+    reopen(args, trainer.run_state, checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trainer.stopping.at_steps():
+            trainer.train(resume_from_checkpoint=checkpoint)
         save(trainer, args.output_dir)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted) as stop:
         for callback in trainer.callback_handler.callbacks:
             if getattr(callback, "training_bar", None) is not None:
                 callback.training_bar.close()  # else it is drawn again below what is said
+        if isinstance(stop, Preempted):
+            raise
         raise KeyboardInterrupt(how_to_go_on(args, trainer.state.global_step)) from None
 
 
@@ -158,16 +188,17 @@ def save(trainer, out: str):
     """Leave the trained model in `out`: all of it, or after LLaVA's stage 1 the projector alone."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.get_text_config().use_cache = True
-    if trainer.keeps_projector_alone:
-        trainer.save_projector(out)
+    with final_model(trainer) as folder:
+        if trainer.keeps_projector_alone:
+            trainer.save_projector(folder)
+            if is_rank0():
+                trainer.save_description(folder)
+        else:
+            trainer.save_model(folder)
         if is_rank0():
-            trainer.save_description(out)
-    else:
-        trainer.save_model(out)
-    if is_rank0():
-        trainer.save_run(out)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_state()  # last: its presence says that the run has ended
+            trainer.save_run(folder)
+    trainer.save_state()
+    trainer.run_state.tell("finished", trainer.state.global_step)  # last: it says that the run has ended
     if trainer.left_out.bad:
         rank0_print(f"records left out: {len(trainer.left_out.bad)}")
     if trainer.left_out.no_label:

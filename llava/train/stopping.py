@@ -1,0 +1,141 @@
+"""Signals that end a run early: the step is finished and a checkpoint saved, and the same command goes on from there.
+
+SIGTERM, SIGHUP and SIGUSR1 are what schedulers send before they take a machine away, SIGINT is Ctrl-C. One rank that gets
+a signal is enough: the ranks agree on the step in what they exchange anyway. A second Ctrl-C stops at once.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from llava.utils import is_rank0
+
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
+
+
+class Preempted(BaseException):
+    """A run was stopped by a signal and can go on; raised when its checkpoint is whole. No fault that may be caught with
+    others, as `KeyboardInterrupt`.
+
+    Attributes:
+        signal: its name.
+        step: how many steps the run has taken; None: it was stopped before its first.
+    """
+
+    def __init__(self, signal: str, step: int | None):
+        super().__init__(signal)
+        self.signal, self.step = signal, step
+
+
+class Stopping:
+    """A context in which signals ask for the run's end instead of ending it.
+
+    Args:
+        grace: seconds from a signal until the run must have begun to save; after them the process ends by itself, as one
+            that waits for a lost rank would wait on.
+        goes_on: what says how the run goes on, for that case.
+    """
+
+    def __init__(self, grace: float = 60, goes_on=lambda: ""):
+        self.grace, self.goes_on = grace, goes_on
+        self.signal: str | None = None  # that this process got
+        self.agreed: str | None = None  # that every rank knows of
+        self.training = False  # there is a step to finish
+        self.saving = threading.Event()
+        self._before: dict = {}
+        self._owner = os.getpid()
+        self._wakes = self._listens = None  # the two ends of a pipe
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals are the main thread's
+        # written in the signal's own context: seen also while the main thread waits inside a library
+        self._listens, self._wakes = os.pipe()
+        os.set_blocking(self._wakes, False)
+        self._wake_before = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
+        for number in (getattr(signal, name) for name in SIGNALS):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self._before[number] = signal.signal(number, self._receive)
+        threading.Thread(target=self._watch, daemon=True, name="signals").start()
+        return self
+
+    def __exit__(self, *error):
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+        if self._wakes is not None:
+            signal.set_wakeup_fd(self._wake_before)
+            os.close(self._wakes)  # ends the thread
+
+    @contextlib.contextmanager
+    def at_steps(self) -> Iterator[None]:
+        """While steps are taken: a signal waits for the end of one. Before, it ends the run; after, the run ends itself."""
+        self.training = True
+        yield
+        self.saving.set()
+
+    def _receive(self, number, frame) -> None:
+        name = signal.Signals(number).name
+        if os.getpid() != self._owner:  # a data loader's worker, before it has handlers of its own
+            return
+        if name == "SIGINT" and (self.signal == "SIGINT" or not self.training):
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            self.signal = name if name == "SIGINT" else self.signal
+            return
+        self.signal = name
+        if not self.training:
+            raise Preempted(name, None)
+        if is_rank0():
+            once_more = "; Ctrl-C again stops at once" if name == "SIGINT" else ""
+            print(f"\n{name}: the step is finished and a checkpoint saved{once_more}", file=sys.stderr, flush=True)
+
+    def _watch(self) -> None:
+        """End the process where a signal does not lead to a save in time."""
+        ours, first = {int(number) for number in self._before}, None
+        with os.fdopen(self._listens, "rb", buffering=0) as received:
+            while first is None and (byte := received.read(1)):
+                first = signal.Signals(byte[0]) if byte[0] in ours and self.training else None
+        end = time.monotonic() + self.grace
+        while first is not None and self.training and not self.saving.wait(0.1):
+            if time.monotonic() > end:
+                late = f"no step ended within save_grace_seconds ({self.grace:g} s)"
+                print(f"error: {first.name}: {late}; {self.goes_on()}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def asked(self) -> bool:
+        """Whether this process knows of a signal; for the ranks to agree on."""
+        return self.signal is not None
+
+    def agree(self, on_any_rank: bool) -> None:
+        """Take note of what all ranks have exchanged."""
+        if on_any_rank and self.agreed is None:
+            self.agreed = self.signal or "a signal on another rank"
+
+
+def in_worker(then=None):
+    """A data loader's `worker_init_fn`: signals are the main process's, though schedulers and terminals send them to every
+    process of a run. A worker ends when the main process wants it to, or has gone.
+
+    Args:
+        then: another such function, called after it.
+    """
+    return functools.partial(_begin_worker, then)
+
+
+def _begin_worker(then, *args) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in SIGNALS})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="signals").start()
+    if then is not None:
+        then(*args)
+
+
+def _end_with(parent: int) -> None:
+    while True:
+        sent = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if os.getppid() != parent or (sent is not None and sent.si_pid == parent):
+            os._exit(0)
