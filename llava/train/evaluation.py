@@ -183,8 +183,8 @@ def _mean_loss(trainer, evaluation: Evaluation) -> tuple[dict[str, float], set[i
 
 def _go_on(trainer) -> None:
     """Leave the evaluation where a signal asks any rank for the run's end; each has as many batches."""
-    if any(gather(trainer.stopping.asked())):
-        trainer.stopping.agree(True)
+    if number := max(gather(trainer.stopping.asked())):
+        trainer.stopping.agree(number)
         raise _Stopped
 
 

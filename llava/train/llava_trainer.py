@@ -127,9 +127,10 @@ class LLaVATrainer(Trainer):
             self.left_out.add(*left_out)
             self._last_step = ((), ()), ReadLater(total[None])
             return total
-        counted = (sum(map(len, left_out)), int(self.stopping.asked()))
+        counted = (sum(map(len, left_out)), self.stopping.asked())
         numbers = torch.stack([total, *(torch.full_like(total, number) for number in counted)])
-        totals = self.accelerator.gather(numbers).view(-1, len(numbers)).sum(0)
+        numbers = self.accelerator.gather(numbers).view(-1, len(numbers))
+        totals = torch.cat([numbers[:, :2].sum(0), numbers[:, 2:].amax(0)])
         self._last_step = left_out, ReadLater(totals)
         return totals[0] if self.args.average_tokens_across_devices else total
 
@@ -138,8 +139,8 @@ class LLaVATrainer(Trainer):
         if self._last_step is None:
             return
         (left_out, numbers), self._last_step = self._last_step, None
-        labels, found, asked = (*numbers.tolist(), 0, 0)[:3]
-        self.stopping.agree(asked > 0)
+        labels, found, signal = (*numbers.tolist(), 0, 0)[:3]
+        self.stopping.agree(signal)
         if found:  # on every rank alike
             kinds = zip(*gather(left_out), strict=True)
             self.left_out.add(*([record for part in kind for record in part] for kind in kinds))
@@ -270,8 +271,8 @@ class LLaVATrainer(Trainer):
             Preempted: the run is to end here, and the checkpoint is whole.
         """
         self.tell_last_step()  # before what was left out up to here is written
-        self.stopping.saving.set()
-        final = save_checkpoint(self, lambda folder: self._write_checkpoint(folder, model, trial))
+        with self.stopping.while_saving():
+            final = save_checkpoint(self, lambda folder: self._write_checkpoint(folder, model, trial))
         self.run_state.tell("running", self.state.global_step)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))

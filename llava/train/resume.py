@@ -125,8 +125,8 @@ def finished_steps(out: str) -> int | None:
     """Steps of a run that has ended in this folder, else None.
 
     Its `run_state.json` says so, beside which its `trainer_state.json` must be there; in folders of earlier versions
-    that one alone says it. A finished run whose file was damaged since is made whole from its last checkpoint, if it has
-    one.
+    that one alone says it. A finished run whose file was damaged since is made whole from its last checkpoint, if it
+    has one.
 
     Raises:
         LlavaError: an earlier version's folder of which it cannot be told, and that has a model to lose.

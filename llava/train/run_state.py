@@ -41,7 +41,7 @@ class RunState:
 
     def __init__(self, out: str, writes: bool):
         self.out, self.writes = Path(out), writes
-        self.started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.step: int | None = None
         self.begun = False  # it has something to lose: until then the folder's earlier run stands
 
@@ -67,7 +67,7 @@ class RunState:
     def _end(self, state: str, **why) -> None:
         """Write how the run has ended; what it had not begun to change stays what it was."""
         before = read_state(self.out) or {}
-        if not self.out.is_dir() or not self.begun and before.get("state") == "finished":
+        if not self.out.is_dir() or (not self.begun and before.get("state") == "finished"):
             return
         self.tell(state, self.step if self.begun else before.get("step"), **why)
 
@@ -102,8 +102,8 @@ def _check_shared(lock: Path) -> None:
     blind = gather(None if _read(lock).get("token") == token else socket.gethostname())
     if names := sorted({name for name in blind if name}):
         raise LlavaError(
-            f"output_dir: {lock.parent}: what rank 0 writes there is not seen on {', '.join(names)}; expected a folder that "
-            "all machines share, or --save_on_each_node true for folders of their own"
+            f"output_dir: {lock.parent}: what rank 0 writes there is not seen on {', '.join(names)}; expected a folder "
+            "that all machines share, or --save_on_each_node true for folders of their own"
         )
 
 
@@ -237,8 +237,7 @@ def _boot() -> str:
 
 
 def _start(pid) -> int | str | None:
-    """When a process began, in the machine's ticks; None where there is no such process (a dead one that is waited for is
-    none)."""
+    """When a process began, in the machine's ticks; None where there is no such process, or a dead one."""
     try:
         fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError, TypeError):

@@ -1,7 +1,7 @@
 """Signals that end a run early: the step is finished and a checkpoint saved, and the same command goes on from there.
 
-SIGTERM, SIGHUP and SIGUSR1 are what schedulers send before they take a machine away, SIGINT is Ctrl-C. One rank that gets
-a signal is enough: the ranks agree on the step in what they exchange anyway. A second Ctrl-C stops at once.
+SIGTERM, SIGHUP and SIGUSR1 are what schedulers send before they take a machine away, SIGINT is Ctrl-C. One rank that
+gets a signal is enough: the ranks agree on the step in what they exchange anyway. A second Ctrl-C stops at once.
 """
 
 import contextlib
@@ -19,8 +19,9 @@ SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
 
 
 class Preempted(BaseException):
-    """A run was stopped by a signal and can go on; raised when its checkpoint is whole. No fault that may be caught with
-    others, as `KeyboardInterrupt`.
+    """A run was stopped by a signal and can go on; raised when its checkpoint is whole.
+
+    As `KeyboardInterrupt`, it is no `Exception`, which a library might catch.
 
     Attributes:
         signal: its name.
@@ -36,17 +37,21 @@ class Stopping:
     """A context in which signals ask for the run's end instead of ending it.
 
     Args:
-        grace: seconds from a signal until the run must have begun to save; after them the process ends by itself, as one
-            that waits for a lost rank would wait on.
+        grace: seconds from a signal until the run must have begun to save; after them the process ends by itself, as
+            one that waits for a lost rank would wait on.
         goes_on: what says how the run goes on, for that case.
+
+    Attributes:
+        agreed: the name of the signal, when every rank knows of it; None: there was none.
+        saving: a checkpoint is being written.
     """
 
     def __init__(self, grace: float = 60, goes_on=lambda: ""):
         self.grace, self.goes_on = grace, goes_on
-        self.signal: str | None = None  # that this process got
-        self.agreed: str | None = None  # that every rank knows of
-        self.training = False  # there is a step to finish
-        self.saving = threading.Event()
+        self.agreed: str | None = None
+        self.saving = False
+        self._received = 0  # a signal's number
+        self._phase = "before"  # the steps; "steps", "after"
         self._before: dict = {}
         self._owner = os.getpid()
         self._wakes = self._listens = None  # the two ends of a pipe
@@ -73,53 +78,63 @@ class Stopping:
 
     @contextlib.contextmanager
     def at_steps(self) -> Iterator[None]:
-        """While steps are taken: a signal waits for the end of one. Before, it ends the run; after, the run ends itself."""
-        self.training = True
+        """While steps are taken, a signal waits for the end of one. Before, it ends the run; after, the run ends itself."""
+        self._phase = "steps"
         yield
-        self.saving.set()
+        self._phase = "after"
+
+    @contextlib.contextmanager
+    def while_saving(self) -> Iterator[None]:
+        self.saving = True
+        yield
+        self.saving = False
 
     def _receive(self, number, frame) -> None:
-        name = signal.Signals(number).name
-        if os.getpid() != self._owner:  # a data loader's worker, before it has handlers of its own
+        if os.getpid() != self._owner:  # a data loader's worker, before it has a say
             return
-        if name == "SIGINT" and (self.signal == "SIGINT" or not self.training):
+        first, self._received = not self._received, self._received or number
+        if number == signal.SIGINT and (self._phase == "before" or (not first and self._received == number)):
             raise KeyboardInterrupt
-        if self.signal is not None:
-            self.signal = name if name == "SIGINT" else self.signal
-            return
-        self.signal = name
-        if not self.training:
-            raise Preempted(name, None)
-        if is_rank0():
-            once_more = "; Ctrl-C again stops at once" if name == "SIGINT" else ""
-            print(f"\n{name}: the step is finished and a checkpoint saved{once_more}", file=sys.stderr, flush=True)
+        if self._phase == "before":
+            raise Preempted(_name(number), None)
+        if number == signal.SIGINT:
+            self._received = number
+        if first and is_rank0() and self._phase == "steps":
+            name, again = ("Ctrl-C", "; again: stop at once") if number == signal.SIGINT else (_name(number), "")
+            os.write(2, f"\n{name}: finish the step, save, stop{again}\n".encode())  # print is not for handlers
 
     def _watch(self) -> None:
         """End the process where a signal does not lead to a save in time."""
-        ours, first = {int(number) for number in self._before}, None
-        with os.fdopen(self._listens, "rb", buffering=0) as received:
-            while first is None and (byte := received.read(1)):
-                first = signal.Signals(byte[0]) if byte[0] in ours and self.training else None
+        with os.fdopen(self._listens, "rb", buffering=0) as wakes:
+            while byte := wakes.read(1):
+                if byte[0] in self._before and self._phase == "steps":
+                    break
         end = time.monotonic() + self.grace
-        while first is not None and self.training and not self.saving.wait(0.1):
-            if time.monotonic() > end:
+        while byte and self._phase == "steps":
+            if time.monotonic() > end and not self.saving:
                 late = f"no step ended within save_grace_seconds ({self.grace:g} s)"
-                print(f"error: {first.name}: {late}; {self.goes_on()}", file=sys.stderr, flush=True)
+                print(f"error: {_name(byte[0])}: {late}; {self.goes_on()}", file=sys.stderr, flush=True)
                 os._exit(1)
+            time.sleep(0.1)
 
-    def asked(self) -> bool:
-        """Whether this process knows of a signal; for the ranks to agree on."""
-        return self.signal is not None
+    def asked(self) -> int:
+        """The number of the signal that this process has got, or 0; for the ranks to agree on."""
+        return self._received
 
-    def agree(self, on_any_rank: bool) -> None:
-        """Take note of what all ranks have exchanged."""
-        if on_any_rank and self.agreed is None:
-            self.agreed = self.signal or "a signal on another rank"
+    def agree(self, number: int) -> None:
+        """Take note of what all ranks have exchanged: the largest of their numbers."""
+        if number and self.agreed is None:
+            self.agreed = _name(number)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
 
 
 def in_worker(then=None):
-    """A data loader's `worker_init_fn`: signals are the main process's, though schedulers and terminals send them to every
-    process of a run. A worker ends when the main process wants it to, or has gone.
+    """A data loader's `worker_init_fn`: signals are the main process's, though every process of a run may get them.
+
+    A worker ends when the main process wants it to, or has gone.
 
     Args:
         then: another such function, called after it.
