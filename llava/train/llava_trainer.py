@@ -37,6 +37,8 @@ class _StopAtStep(TrainerCallback):
         stopping = self.trainer.stopping
         if args.world_size == 1:
             stopping.agree(stopping.asked())
+        else:
+            self.trainer.tell_last_step()  # exchanged when the step began
         if stopping.agreed:
             control.should_save, control.should_evaluate = True, False
 

@@ -52,7 +52,7 @@ def from_rank0(decide: Callable[[], Any]) -> Any:
 
     def ask() -> None:
         nonlocal answer
-        answer = decide() if is_rank0() else None
+        answer = decide() if is_rank0() or world_size() == 1 else None
 
     together(ask)
     return gather(answer)[0]

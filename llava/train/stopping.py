@@ -78,7 +78,7 @@ class Stopping:
 
     @contextlib.contextmanager
     def at_steps(self) -> Iterator[None]:
-        """While steps are taken, a signal waits for the end of one. Before, it ends the run; after, the run ends itself."""
+        """While steps are taken, a signal waits for the end of one; before, it ends the run; after, nothing more."""
         self._phase = "steps"
         yield
         self._phase = "after"
