@@ -9,12 +9,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llava.errors import LlavaError
 from llava.train.checkpoints import tidy, write_json
 from llava.train.ranks import from_rank0, gather, together, world_size
+from llava.train.stopping import Preempted
 from llava.utils import rank0_print
 
 STATE_FILE, LOCK_FILE = "run_state.json", "run.lock"
@@ -54,22 +55,32 @@ class RunState:
             content |= {"pid": os.getpid(), "started": self.started, "message": message}
             write_json(self.out / STATE_FILE, content)
 
-    def preempt(self, signal: str, message: str) -> None:
-        """The run was stopped by a signal."""
-        self._end("preempted", signal=signal, message=message)
+    @contextlib.contextmanager
+    def told_at_the_end(self, goes_on: Callable[[int | None], str]) -> Iterator[None]:
+        """Write how the run inside ended, if not by itself. What it had not begun to change stays what it was.
 
-    def fail(self, error: BaseException) -> None:
-        """The run has ended by an error."""
-        said = str(error).strip().splitlines()
-        kind = "" if isinstance(error, LlavaError) else f"{type(error).__name__}: "
-        self._end("failed", message=f"{kind}{said[0]}" if said else type(error).__name__)
+        Args:
+            goes_on: says how the run goes on after so many steps (None: it was stopped before); the interruption says
+                it from there on.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, Preempted) as stop:
+            said = goes_on(getattr(stop, "step", None))
+            self._end("preempted", signal=getattr(stop, "signal", "SIGINT"), message=said)
+            stop.args = (*(stop.args if isinstance(stop, Preempted) else ()), said)
+            raise
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            if self.begun or not isinstance(error, LlavaError):  # else it was refused, and leaves no trace
+                kind = "" if isinstance(error, LlavaError) else f"{type(error).__name__}: "
+                self._end("failed", message=f"{kind}{said}")
+            raise
 
     def _end(self, state: str, **why) -> None:
-        """Write how the run has ended; what it had not begun to change stays what it was."""
         before = read_state(self.out) or {}
-        if not self.out.is_dir() or (not self.begun and before.get("state") == "finished"):
-            return
-        self.tell(state, self.step if self.begun else before.get("step"), **why)
+        if self.begun or before.get("state") != "finished":
+            self.tell(state, self.step if self.begun else before.get("step"), **why)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,9 @@ class Preempted(BaseException):
         super().__init__(signal)
         self.signal, self.step = signal, step
 
+    def __str__(self):
+        return " ".join(self.args)
+
 
 class Stopping:
     """A context in which signals ask for the run's end instead of ending it.
@@ -72,6 +75,7 @@ class Stopping:
     def __exit__(self, *error):
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
+        self._phase = "after"
         if self._wakes is not None:
             signal.set_wakeup_fd(self._wake_before)
             os.close(self._wakes)  # ends the thread
@@ -105,15 +109,17 @@ class Stopping:
 
     def _watch(self) -> None:
         """End the process where a signal does not lead to a save in time."""
-        with os.fdopen(self._listens, "rb", buffering=0) as wakes:
+        with os.fdopen(self._listens, "rb", buffering=0) as wakes:  # open as long as signals may come
             while byte := wakes.read(1):
                 if byte[0] in self._before and self._phase == "steps":
-                    break
+                    self._wait_for_a_save(byte[0])
+
+    def _wait_for_a_save(self, number: int) -> None:
         end = time.monotonic() + self.grace
-        while byte and self._phase == "steps":
+        while self._phase == "steps":
             if time.monotonic() > end and not self.saving:
                 late = f"no step ended within save_grace_seconds ({self.grace:g} s)"
-                print(f"error: {_name(byte[0])}: {late}; {self.goes_on()}", file=sys.stderr, flush=True)
+                print(f"error: {_name(number)}: {late}; {self.goes_on()}", file=sys.stderr, flush=True)
                 os._exit(1)
             time.sleep(0.1)
 

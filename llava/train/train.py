@@ -53,18 +53,10 @@ def run(model_args, data_args, training_args, make=None):
             import deepspeed
 
             deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
-        with stopping, one_run(args):
+        with stopping, one_run(args), state.told_at_the_end(lambda step: how_to_go_on(args, step)):
             _train(model_args, data_args, args, make, state, stopping)
-    except (KeyboardInterrupt, Preempted) as stop:
-        step = getattr(stop, "step", None)
-        said = "; ".join(stop.args) if isinstance(stop, KeyboardInterrupt) and stop.args else how_to_go_on(args, step)
-        state.preempt(getattr(stop, "signal", "SIGINT"), said)
-        if isinstance(stop, KeyboardInterrupt):
-            raise KeyboardInterrupt(said) from None
-        rank0_print(f"stopped by {stop.signal} {said}")
-    except BaseException as error:
-        state.fail(error)
-        raise
+    except Preempted as stop:
+        rank0_print(f"stopped by {stop}")
     finally:
         leave_process_group()
 
@@ -164,9 +156,8 @@ def _take_steps(trainer, checkpoint: str | None) -> None:
         for callback in trainer.callback_handler.callbacks:
             if getattr(callback, "training_bar", None) is not None:
                 callback.training_bar.close()  # else it is drawn again below what is said
-        if isinstance(stop, Preempted):
-            raise
-        raise KeyboardInterrupt(how_to_go_on(args, trainer.state.global_step)) from None
+        stop.step = trainer.state.global_step
+        raise
 
 
 def check_checkpoint(checkpoint: str, training_args) -> None:

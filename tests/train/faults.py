@@ -50,6 +50,8 @@ def stand_still(step: str) -> None:
     take = LLaVATrainer.training_step
 
     def training_step(self, *args, **kwargs):
+        if self.state.global_step == int(step):
+            print("standing still", flush=True)
         while self.state.global_step == int(step):
             time.sleep(0.05)
         return take(self, *args, **kwargs)
@@ -96,3 +98,9 @@ def slow_loading(seconds: str) -> None:
         return prepare(*args, **kwargs)
 
     Llava.prepare = slowly
+
+
+def ignore_hangups() -> None:
+    """As nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    slow_steps("0.3")
