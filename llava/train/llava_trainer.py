@@ -17,9 +17,9 @@ from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
 from llava.train.left_out import LeftOut
+from llava.train.number_watch import NumberWatch
 from llava.train.resume import RUN_NAME
 from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
-from llava.train.watch import Watch
 from llava.utils import rank0_print
 
 
@@ -43,8 +43,8 @@ class LLaVATrainer(Trainer):
         self.parts, self.family = parts, family or get_family("llava")
         self.float32_inputs = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
-        self.watch = Watch(self)
-        self.add_callback(self.watch)
+        self.numbers = NumberWatch(self)
+        self.add_callback(self.numbers)
         self.left_out = LeftOut(len(self.train_dataset))
         # of this rank's last step, with what all ranks counted in it: supervised tokens, records left out
         self._last_step: tuple[tuple[list[str], list[str]], ReadLater] | None = None
@@ -137,16 +137,16 @@ class LLaVATrainer(Trainer):
     # --- step ---
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.watch.batch(inputs)
+        self.numbers.batch(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.watch.gradient(norm)
+        self.numbers.gradient(norm)
         return norm
 
     def log(self, logs, *args, **kwargs):
-        super().log(self.watch.corrected(logs), *args, **kwargs)
+        super().log(self.numbers.corrected(logs), *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer`'s; a batch that reaches no trained weight gets gradients of zero instead of an error.
@@ -239,7 +239,7 @@ class LLaVATrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         self.tell_last_step()  # before what was left out up to here is written
-        self.watch.check_weights()
+        self.numbers.check_weights()
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             self.save_run(folder)

@@ -1,7 +1,7 @@
 """Several training runs in one process (or one per rank, under torchrun), as starting Python costs more than they do.
 
 `python -m tests.support.runs FLAGS.json`: a list of command lines, or of {"flags": a command line, "fault": what
-`tests.support.faults` has}. Those that fail are told, and the exit status is 1.
+`tests.support.bad_numbers` has}. Those that fail are told, and the exit status is 1.
 Beside what a run saves lies `buffers.json`, the dtype of each of its model's buffers.
 """
 
@@ -13,7 +13,7 @@ import traceback
 from contextlib import nullcontext
 
 from llava.train import train as program
-from tests.support.faults import install
+from tests.support.bad_numbers import install
 
 
 def main(path: str) -> int:

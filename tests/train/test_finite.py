@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.support.faults import install
+from tests.support.bad_numbers import install
 from tests.train.test_distributed import DEEPSPEED
+from tests.train.test_precision import WITH_FLOAT16
 
 ROOT = Path(__file__).parents[2]
 KINDS = "iittimti" + "miittiti" + "ttiittim"  # as in test_distributed: 2 micro-batches of 4, or of 2 on two ranks
@@ -199,7 +200,7 @@ def test_a_spike_is_told_and_trained_on(kit, tmp_path, capsys, factor):
     said = capsys.readouterr().out
     assert "skipped" not in said and [entry["step"] for entry in tiny.history(out)] == [1, 2, 3, 4, 5, 6]
     if not factor:
-        assert "spike" not in said and not (out / "bad_batches.jsonl").exists()
+        assert "loss spike" not in said and not (out / "bad_batches.jsonl").exists()
         return
     (row,) = rows(out)
     assert row["kind"] == "spike" and row["step"] == 5 and row["ids"] == [f"r{number}" for number in range(8, 16)]
@@ -209,10 +210,11 @@ def test_a_spike_is_told_and_trained_on(kit, tmp_path, capsys, factor):
 
 # --- two processes ---
 
-# (set-up, fault on rank 1 or in its records) -> the rows' (rank, kind, ids); rank 1 has the second half of a micro-batch
+# (set-up, fault of rank 1) -> the rows' (rank, kind, ids); rank 1 has the second half of each micro-batch
 TWO = {
     ("ddp", "constant"): [(1, "loss", [*RECORDS[2:4], *RECORDS[6:]])],
     ("ddp", "input"): [(1, "input", RECORDS[6:])],
+    ("ddp", "row"): [],
     ("zero2", "constant"): [(1, "loss", [*RECORDS[2:4], *RECORDS[6:]])],
     ("zero2", "gradient"): [
         (0, "gradient", [*RECORDS[:2], *RECORDS[4:6]]),
@@ -224,7 +226,6 @@ TWO = {
         (1, "gradient", [*RECORDS[2:4], *RECORDS[6:]]),
     ],
     ("zero3", "moments"): [],
-    ("ddp", "row"): [],
     ("zero3", "row"): [],
 }
 
@@ -259,7 +260,7 @@ def test_one_rank_of_two(without, two, case):
     assert out.exists(), two[2][-4000:]
     assert [(row["rank"], row["kind"], row["ids"]) for row in rows(out)] == TWO[case], two[2][-4000:]
     assert {row["step"] for row in rows(out)} == {BAD} and {row["value"] for row in rows(out)} <= {"nan", "inf"}
-    same_but_for_the_step(out, without, atol=1e-4)
+    same_but_for_the_step(out, without, atol=1e-5)
 
 
 @DEEPSPEED
@@ -274,3 +275,69 @@ def test_runs_that_end_end_on_both_ranks(two):
     assert row["kind"] == "weight" and row["step"] == BAD
     assert said.count(f"LlavaError: after step {BAD}: found weights that are not finite: {row['value']}") == 2
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+# --- DeepSpeed's other ways ---
+
+# name -> changes of zero2.json, keys, fault
+WAYS = {
+    "scale falls": (
+        {"fp16": {"initial_scale_power": 32}},
+        {"max_steps": 24, "fp16": True},
+        {"kind": "loss", "steps": [22]},
+    ),
+    "least scale": (
+        {"fp16": {"initial_scale_power": 0}},
+        {"max_steps": 4, "fp16": True, "max_bad_steps": 2},
+        {"kind": "gradient", "steps": [2, 3]},
+    ),
+    "unchecked": ({"bf16": {"check_grad_overflow": False}}, {"bf16": True}, {"kind": "gradient", "steps": [BAD]}),
+    "stage 0": ({"zero_optimization": {"stage": 0}}, {}, {"kind": "gradient", "steps": [BAD]}),
+}
+
+
+@pytest.fixture(scope="module")
+def ways(kit, tmp_path_factory):
+    """The folder of the runs of `WAYS`, and what they said, in one process that believes in float16."""
+    folder, runs = tmp_path_factory.mktemp("ways"), []
+    for name, (changes, keys, fault) in WAYS.items():
+        settings = json.loads((ROOT / "scripts/zero2.json").read_text())
+        for part, values in changes.items():
+            settings[part] |= values
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+        flags = STEPS | {"use_cpu": True, "deepspeed": folder / f"{name}.json"} | keys
+        runs.append({"flags": kit.flags(folder / name, KINDS, **flags), "fault": fault})
+    (folder / "runs.json").write_text(json.dumps(runs))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", WITH_FLOAT16, str(folder / "runs.json")]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return folder, done.stderr
+
+
+@DEEPSPEED
+def test_fp16_overflows_are_no_faults_while_the_scale_falls(ways):
+    folder, said = ways
+    out = folder / "scale falls"
+    assert out.joinpath("trainer_state.json").exists(), said[-4000:]
+    assert [(row["step"], row["kind"]) for row in rows(out)] == [(22, "loss")]
+    steps = log(out)[:24]
+    assert sum("grad_norm" not in entry for entry in steps) > 11  # more than max_bad_steps in a row, and the fault
+    assert ["loss" in entry for entry in steps] == [entry["step"] != 22 for entry in steps]
+    assert "grad_norm" in steps[-1] and finite(out)
+
+
+@DEEPSPEED
+def test_overflows_of_the_least_scale_are(ways):
+    folder, said = ways
+    assert [(row["step"], row["kind"]) for row in rows(folder / "least scale")] == [(2, "gradient"), (3, "gradient")]
+    assert "LlavaError: step 3: found 2 steps in a row whose numbers are not finite" in said, said[-4000:]
+    assert "already at minimum" not in said
+
+
+@DEEPSPEED
+def test_gradients_that_deepspeed_does_not_look_at(without, ways):
+    folder, said = ways
+    for name in ("unchecked", "stage 0"):
+        assert [(row["step"], row["kind"]) for row in rows(folder / name)] == [(BAD, "gradient")], said[-4000:]
+        assert finite(folder / name)
+    same_but_for_the_step(folder / "stage 0", without, atol=1e-5)

@@ -39,7 +39,7 @@ class _Batch:
     loss: torch.Tensor | None = None
 
 
-class Watch(TrainerCallback):
+class NumberWatch(TrainerCallback):
     """Watches a trainer's numbers, from its own hooks and as its callback.
 
     Args:
