@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llava.config.rules import (
     ABOVE_0,
     COUNT,
+    FACTOR,
     FROM_0,
     FROM_1,
     NUMBER,
@@ -258,6 +259,19 @@ class TrainKeys(KeyGroup):
     gradient_checkpointing: bool = key(True, "recompute activations in the backward pass to save memory")
     remove_unused_columns: bool = key(False, "must stay False: the collator needs the whole record")
     auto_find_batch_size: bool = key(False, "halve the batch size until it fits into memory")
+    logging_nan_inf_filter: bool = key(
+        False, "transformers' filter of losses that are not finite; their steps are skipped and not logged without it"
+    )
+    max_bad_steps: int = key(
+        10,
+        "steps in a row with a loss, gradient or input that is not finite, which end the run; each is skipped",
+        within=POSITIVE,
+    )
+    loss_spike_factor: float = key(
+        5.0,
+        "tell of a loss that is more than this times the median of the steps before, with its records; 0: never",
+        within=FACTOR,
+    )
     report_to: str | list[str] = key(
         "none", "where metrics are reported: none, wandb, tensorboard, ...", within=REPORTS
     )

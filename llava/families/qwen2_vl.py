@@ -249,7 +249,7 @@ class Qwen2VL(QwenChat, Family):
         holds copies of all but the pixels."""
         import torch
 
-        from llava.data.collator import pad_rows
+        from llava.data.collator import pad_rows, record_ids
         from llava.model.host import HostCopies
 
         pad, image_token = loaded.tokenizer.pad_token_id, self.visual_token(loaded)
@@ -266,7 +266,7 @@ class Qwen2VL(QwenChat, Family):
         batch |= {key: torch.cat([image[key] for image in images]) for key in keys}
         batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
         host = {key: value for key, value in batch.items() if torch.is_tensor(value) and key != "pixel_values"}
-        return batch | {"host": HostCopies(**host)}
+        return batch | {"host": HostCopies(record_ids=record_ids(samples), **host)}
 
     def _no_image(self, loaded: Loaded) -> dict:
         """The smallest image: one token."""

@@ -18,6 +18,7 @@ from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
 from llava.train.checkpoints import STATE_NAME
 from llava.train.left_out import LeftOut
+from llava.train.number_watch import NumberWatch
 from llava.train.ranks import gather
 from llava.train.resume import RUN_NAME
 from llava.train.run_state import RunState
@@ -74,6 +75,8 @@ class LLaVATrainer(Trainer):
         self.parts, self.family = parts, family or get_family("llava")
         self.float32_inputs = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
+        self.numbers = NumberWatch(self)
+        self.add_callback(self.numbers)
         self.add_callback(_StopAtStep(self))
         self.left_out = LeftOut(len(self.train_dataset))
         self.run_state, self.stopping = run_state or RunState(settings.output_dir, writes=False), stopping or Stopping()
@@ -175,6 +178,18 @@ class LLaVATrainer(Trainer):
 
     # --- step ---
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.numbers.batch(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.numbers.gradient(norm)
+        return norm
+
+    def log(self, logs, *args, **kwargs):
+        super().log(self.numbers.corrected(logs), *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer`'s; a batch that reaches no trained weight gets gradients of zero instead of an error.
 
@@ -273,6 +288,7 @@ class LLaVATrainer(Trainer):
             Preempted: the run is to end here, and the checkpoint is whole.
         """
         self.tell_last_step()  # before what was left out up to here is written
+        self.numbers.check_weights()
         with self.stopping.while_saving():
             final = save_checkpoint(self, lambda folder: self._write_checkpoint(folder, model, trial))
         self.run_state.tell("running", self.state.global_step)

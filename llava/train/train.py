@@ -177,6 +177,7 @@ def check_checkpoint(checkpoint: str, training_args) -> None:
 
 def save(trainer, out: str):
     """Leave the trained model in `out`: all of it, or after LLaVA's stage 1 the projector alone."""
+    trainer.numbers.check_weights()
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.get_text_config().use_cache = True
     with final_model(trainer) as folder:
@@ -194,6 +195,8 @@ def save(trainer, out: str):
         rank0_print(f"records left out: {len(trainer.left_out.bad)}")
     if trainer.left_out.no_label:
         rank0_print(f"records left out because they have nothing to learn: {len(trainer.left_out.no_label)}")
+    if trainer.numbers.skipped:
+        rank0_print(f"steps skipped, not finite: {trainer.numbers.skipped} ({trainer.numbers.file.path})")
     if truncated := trainer.train_dataset.stats["truncated"]:
         rank0_print(f"samples cut to model_max_length: {truncated}")
     rank0_print(f"saved to {out}")
