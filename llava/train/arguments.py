@@ -21,6 +21,7 @@ from llava.config.reporting import check_reports
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
 from llava.train.devices import check_devices
+from llava.train.process_groups import limit_new_groups
 from llava.train.trial import try_settings
 from llava.utils import rank0_print
 
@@ -89,6 +90,7 @@ def make_training_arguments(run: Run):
     _fall_back(values, run)
     if values.get("logging_dir"):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", values["logging_dir"])
+    limit_new_groups(values["ddp_timeout"])
     training_args = _make(values)
     mismatches = getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", ())
     if mismatches:  # transformers says so when the model is loaded

@@ -5,7 +5,6 @@ import os
 
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.constants import IGNORE_INDEX
@@ -17,12 +16,14 @@ from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
 from llava.train.left_out import LeftOut
+from llava.train.phased_trainer import PhasedTrainer
+from llava.train.phases import during, enter
 from llava.train.resume import RUN_NAME
 from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
 from llava.utils import rank0_print
 
 
-class LLaVATrainer(Trainer):
+class LLaVATrainer(PhasedTrainer):
     """Trainer of every family's models.
 
     Args:
@@ -94,6 +95,7 @@ class LLaVATrainer(Trainer):
             self.left_out.add(*left_out)
             self._last_step = ((), ()), ReadLater(total[None])
             return total
+        enter("counting of labels over all ranks")
         numbers = torch.stack([total, torch.full_like(total, sum(map(len, left_out)))])
         totals = self.accelerator.gather(numbers).view(-1, 2).sum(0)
         self._last_step = left_out, ReadLater(totals)
@@ -222,6 +224,7 @@ class LLaVATrainer(Trainer):
             rank0_print(f"{checkpoint}: holds no scheduler state: the learning rate goes on from step {step}")
         go_on(schedule, rates, step)
 
+    @during("saving of a checkpoint")
     def _save_checkpoint(self, model, trial):
         self.tell_last_step()  # before what was left out up to here is written
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

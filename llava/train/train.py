@@ -4,9 +4,12 @@ Also `python llava/train/train_mem.py <flags>`, as LLaVA-NeXT is launched. The s
 under `torchrun` or `deepspeed` on many GPUs.
 """
 
-import time
+import sys
 
 from llava.errors import report_errors, report_interrupts
+from llava.train.launcher import under_launcher
+from llava.train.phases import enter
+from llava.train.process_groups import leave_process_group, limit_groups
 from llava.train.resume import (
     check_own,
     checkpoint_to_begin_at,
@@ -17,12 +20,15 @@ from llava.train.resume import (
     remove_run,
     reopen,
 )
+from llava.train.warned_once import warned_once
+from llava.train.watch import watched
 from llava.utils import is_rank0, rank0_print
 
 __all__ = ["check_own", "checkpoint_to_resume", "finished_steps", "open_output", "remove_run", "run", "save", "train"]
 
 
 @report_errors
+@under_launcher
 @report_interrupts
 def train(argv=None):
     """Train as the arguments say, resume where a checkpoint lies in `output_dir`, save; see `llava.config`."""
@@ -39,23 +45,12 @@ def run(model_args, data_args, training_args, make=None):
         make: in place of the `prepare` of the model's family.
     """
     try:
-        _train(model_args, data_args, training_args, make)
+        with warned_once() as once, watched(training_args.ddp_timeout, once):
+            _train(model_args, data_args, training_args, make)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(*(stop.args or [how_to_go_on(training_args, None)])) from None
     finally:
-        leave_process_group()
-
-
-def leave_process_group():
-    """End this process's part in a distributed run; without it the process may abort at its exit."""
-    import torch
-
-    # a process that ends inside its group aborts under ZeRO-2
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gloo = torch.distributed.get_backend() == "gloo"
-        torch.distributed.destroy_process_group()
-        if gloo:  # its threads let go of the last tensors a moment late, and abort if Python is shutting down by then
-            time.sleep(0.5)
+        leave_process_group(sys.exc_info()[1])
 
 
 def _train(model_args, data_args, training_args, make):
@@ -65,6 +60,7 @@ def _train(model_args, data_args, training_args, make):
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
+    from llava.train.compile_lock import tell_compilation
     from llava.train.evaluation import make_evaluation
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.lora import adapt
@@ -85,9 +81,13 @@ def _train(model_args, data_args, training_args, make):
     if training_args.deepspeed:
         import deepspeed
 
-        deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
+        tell_compilation()
+        deepspeed.init_distributed(timeout=training_args.ddp_timeout_delta)  # ZeRO-3 builds the model by world size
+    limit_groups(training_args.ddp_timeout)
     origins = family.check_fit(settings)
+    enter("reading of records")
     records, held_out = _read_data(family, model_args, data_args, training_args)
+    enter("loading of the model")
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
     data, model = make_data(records, family, loaded, args), loaded.model
@@ -104,6 +104,7 @@ def _train(model_args, data_args, training_args, make):
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
         **{"parts": parts, "evaluation": evaluation, **data},
     )
+    enter("preparation of the training")
     _take_steps(trainer, checkpoint)
 
 
@@ -156,6 +157,7 @@ def check_checkpoint(checkpoint: str, training_args) -> None:
 
 def save(trainer, out: str):
     """Leave the trained model in `out`: all of it, or after LLaVA's stage 1 the projector alone."""
+    enter("saving of the model")
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.get_text_config().use_cache = True
     if trainer.keeps_projector_alone:
