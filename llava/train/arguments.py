@@ -20,6 +20,7 @@ from llava.config.evaluation import greater_is_better
 from llava.config.reporting import check_reports
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
+from llava.train.compile_lock import tell_compilation
 from llava.train.devices import check_devices
 from llava.train.process_groups import limit_new_groups
 from llava.train.trial import try_settings
@@ -189,9 +190,13 @@ def _lacks_on_cpu(name: str, run: Run) -> str | None:
 
 
 def _prepare_deepspeed(cuda: bool) -> None:
-    """What DeepSpeed reads from the environment when it is imported; a single process needs no launcher."""
+    """What DeepSpeed reads from the environment when it is imported; a single process needs no launcher.
+
+    What it compiles from then on is told.
+    """
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    tell_compilation()
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -123,12 +123,15 @@ def launchers() -> list[Process]:
 
 
 def _launches(pid: int) -> bool:
-    if os.environ.get(SCRIPT) == str(pid):
-        return True
-    words = _command(pid)
-    return any(Path(word).name in PROGRAMS for word in words[:2]) or any(
-        word.startswith(MODULES) for flag, word in itertools.pairwise(words) if flag == "-m"
-    )
+    return os.environ.get(SCRIPT) == str(pid) or _program(_command(pid)) is not None
+
+
+def _program(words: list[str]) -> str | None:
+    """The launcher that a command line starts."""
+    named = [Path(word).name for word in words[:2]]
+    modules = [word for flag, word in itertools.pairwise(words) if flag == "-m"]
+    found = [name for name in named if name in PROGRAMS] + [word for word in modules if word.startswith(MODULES)]
+    return found[0] if found else None
 
 
 def _command(pid: int) -> list[str]:
@@ -141,10 +144,11 @@ def _command(pid: int) -> list[str]:
 
 
 def _watch(above: list[Process], ended: threading.Event) -> None:
-    names = {one.pid: " ".join(_command(one.pid))[:80] for one in above}
+    commands = {one.pid: _command(one.pid) for one in above}
+    names = {pid: _program(words) or Path((words or [""])[0]).name for pid, words in commands.items()}
     while not ended.wait(_EVERY):
         for one in above:
             now = process(one.pid)
             if now is None or now.start != one.start:
-                line = f"error: the launcher is gone (pid {one.pid}: {names[one.pid]}): this run ends"
+                line = f"error: the launcher is gone ({names[one.pid]}, pid {one.pid}): this run ends"
                 end_process(1, line if os.environ.get("LOCAL_RANK", "0") == "0" else None)

@@ -60,7 +60,6 @@ def _train(model_args, data_args, training_args, make):
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
-    from llava.train.compile_lock import tell_compilation
     from llava.train.evaluation import make_evaluation
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.lora import adapt
@@ -81,7 +80,6 @@ def _train(model_args, data_args, training_args, make):
     if training_args.deepspeed:
         import deepspeed
 
-        tell_compilation()
         deepspeed.init_distributed(timeout=training_args.ddp_timeout_delta)  # ZeRO-3 builds the model by world size
     limit_groups(training_args.ddp_timeout)
     origins = family.check_fit(settings)

@@ -18,8 +18,9 @@ from llava.errors import LlavaError, LostRank
 from llava.train import phases
 from llava.train.launcher import end_process, one_line, process, tell_launcher
 
-_GRACE = 10.0  # seconds in which a rank's own exception comes after another rank has failed
+_GRACE = 5.0  # seconds in which a rank's own exception comes after another rank has failed
 _OF_GROUPS = ("gloo", "NCCL", "onnection closed by peer", "onnection reset by peer", "roken pipe", "Socket Timeout")
+_END = "end of the run"
 _runs = 0  # of this process: their keys differ, as one store may serve several
 
 
@@ -34,6 +35,7 @@ def watched(timeout: int, once=None):
     if world == 1:
         yield
         return
+    phases.enter("start", 0)
     watch = Watch(timeout, int(os.environ["RANK"]), world)
     watch.start()
     if once is not None:
@@ -52,10 +54,11 @@ def watched(timeout: int, once=None):
 
 @dataclass
 class Peer:
-    """What another rank has told, and since when (`time.monotonic()` here) it has told nothing new."""
+    """What another rank has told, since when (`time.monotonic()` here) it has told nothing new, and the last look."""
 
     beat: dict
     since: float
+    seen: float
 
     def where(self) -> str:
         return phases.place(self.beat["phase"], self.beat["step"])
@@ -79,10 +82,13 @@ class _Teller(threading.Thread):
         self.soonest = max(0.25, world / 100)  # seconds between two beats, so that many ranks are not too many
         self.every = max(self.soonest, min(10.0, max(1.0, timeout / 20)))
         self.peers: dict[int, Peer] = {}
-        self.failed: dict | None = None  # what the first rank that failed has told
-        self.failed_at = self.answered = time.monotonic()
+        self.failed: str | None = None  # which rank has failed, and how
+        self.failed_at = 0.0
+        self.asked_at: float | None = None  # when it was asked what it has not answered
         self.asked: list = []  # (what to do with the store, where its answer goes, the event that it is there)
         self.looking, self.store = False, None
+        me = process(os.getpid())
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": me.start if me else ""}
         self.ended, self._wake = False, threading.Event()
 
     def run(self) -> None:
@@ -90,8 +96,10 @@ class _Teller(threading.Thread):
             try:
                 self.store = self.store or _own_connection()
                 if self.store is not None:
+                    self.asked_at = self.asked_at or time.monotonic()
                     self._beat(self.store)
-            except RuntimeError:  # it does not answer: `answered` tells
+                    self.asked_at = None
+            except RuntimeError:  # it does not answer: `asked_at` stays
                 pass
             self._wake.wait(self.soonest)
             if not self._wake.is_set():
@@ -114,28 +122,25 @@ class _Teller(threading.Thread):
         return answer[0] if answer else None
 
     def _beat(self, store) -> None:
-        now, me = phases.current(), process(os.getpid())
+        now = phases.current()
         beat = {"phase": now.name, "step": now.step, "seconds": round(now.seconds, 1), "time": time.time()}
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": me.start if me else ""}
-        store.set(f"{self.key}/{self.rank}", json.dumps(beat | owner))
+        store.set(f"{self.key}/{self.rank}", json.dumps(beat | self.owner))
         while self.asked:
             function, answer, there = self.asked.pop(0)
             answer.append(function(store))
             there.set()
         if self.failed is None and store.check([f"{self.key}/failed"]):
-            self.failed, self.failed_at = json.loads(store.get(f"{self.key}/failed")), time.monotonic()
-        if self.looking or now.seconds > self.timeout / 2:
+            self.failed, self.failed_at = store.get(f"{self.key}/failed").decode(), time.monotonic()
+        if self.looking or now.seconds > self.timeout / 4:
             self._look(store)
-        self.answered = time.monotonic()
 
     def _look(self, store) -> None:
         for rank in range(self.world):
             key = f"{self.key}/{rank}"
             if rank == self.rank or not store.check([key]):
                 continue
-            beat, known = json.loads(store.get(key)), self.peers.get(rank)
-            if known is None or known.beat != beat:
-                self.peers[rank] = Peer(beat, time.monotonic())
+            beat, known, now = json.loads(store.get(key)), self.peers.get(rank), time.monotonic()
+            self.peers[rank] = Peer(beat, known.since if known and known.beat == beat else now, now)
 
 
 class Watch(threading.Thread):
@@ -160,6 +165,8 @@ class Watch(threading.Thread):
         super().start()
 
     def stop(self) -> None:
+        phases.enter(_END, 0)
+        self.teller.ask(lambda store: None)  # it beats before
         self.teller.ended = True
         self.ended.set()
         self.teller.wake()
@@ -168,15 +175,20 @@ class Watch(threading.Thread):
         while not self.ended.wait(1.0):
             line = self._verdict()
             if line and not self.ended.is_set():
+                self._blame(line)
                 told = f"error: {line}" if self.first_to_tell() else None
                 tell_launcher(LostRank(line))
                 end_process(1, told)
 
     def fail(self, error: Exception) -> None:
         """Tell the other ranks that this one has failed."""
-        told = {"rank": self.rank, "line": one_line(error).removeprefix("error: "), "where": str(phases.current())}
-        self.teller.ask(lambda store: store.compare_set(f"{self.key}/failed", "", json.dumps(told)))
+        why = one_line(error).removeprefix("error: ")
+        self._blame(f"rank {self.rank} failed in the {phases.current()} ({why})")
         self.first_to_tell()
+
+    def _blame(self, line: str) -> None:
+        """What is found out first is the reason for all ranks: those that end because of it are none."""
+        self.teller.ask(lambda store: store.compare_set(f"{self.key}/failed", "", line))
 
     def is_first(self, what: str) -> bool | None:
         """Whether no other rank has asked this before; None: the store does not answer."""
@@ -199,6 +211,7 @@ class Watch(threading.Thread):
             time.sleep(0.1)
         here, words = phases.current(), " ".join(str(error).split())
         if found:
+            self._blame(found)
             return f"{found}; rank {self.rank} waited for it in the {here}, {here.seconds:.0f} s"
         if "imed out" in words or "imeout" in words:
             waited = f"rank {self.rank} waited {here.seconds:.0f} s in the {here}"
@@ -210,29 +223,34 @@ class Watch(threading.Thread):
         teller, here = self.teller, phases.current()
         if teller.failed and time.monotonic() - teller.failed_at > _GRACE:
             return f"{self._culprits(0)}; rank {self.rank} was in the {here}"
-        if here.seconds < _patience(self.timeout):
+        patience, silent_for = _limits(self.timeout)
+        if here.seconds < patience:
             return None
-        found = self._culprits(silent_for=self.timeout / 3)
+        found = self._culprits(silent_for)
         return found and f"{found}; rank {self.rank} has waited for it in the {here}, {here.seconds:.0f} s"
 
     def _culprits(self, silent_for: float) -> str:
         """The ranks to blame, and for what; "" where none is known."""
         teller, now, here = self.teller, time.monotonic(), phases.current()
         if teller.failed:
-            return "rank {rank} failed in the {where} ({line})".format(**teller.failed)
-        peers = dict(teller.peers)
+            return teller.failed
+        peers = {rank: peer for rank, peer in teller.peers.items() if peer.beat["phase"] != _END}
         ended = {rank: how for rank, peer in peers.items() if (how := peer.gone())}
         if ended:
             return "; ".join(_told(rank, peers[rank], how) for rank, how in ended.items())
-        if now - teller.answered > silent_for and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            return "" if self.rank == 0 else "rank 0, which holds the run's store, no longer answers"
-        silent = [rank for rank, peer in peers.items() if now - peer.since > silent_for]
+        if teller.asked_at is not None and now - teller.asked_at > silent_for:
+            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            holder = "the launcher on {MASTER_ADDR}".format(**os.environ) if agent else "rank 0"
+            return f"{holder}, which holds the run's store, no longer answers"
+        silent = [rank for rank, peer in peers.items() if peer.seen - peer.since > silent_for]
         if silent:
             return "; ".join(_told(rank, peers[rank], "no longer answers") for rank in silent)
         elsewhere = [
             rank
             for rank, peer in peers.items()
-            if (peer.beat["phase"], peer.beat["step"]) != here[:2] and peer.beat["seconds"] > here.seconds - 1
+            if (peer.beat["phase"], peer.beat["step"]) != here[:2]
+            and peer.beat["seconds"] > here.seconds - 1
+            and here.seconds > self.timeout * 0.8
         ]
         return "; ".join(
             _told(rank, peers[rank], f"stands for {peers[rank].beat['seconds']:.0f} s") for rank in elsewhere
@@ -252,12 +270,15 @@ def _told(rank: int, peer: Peer, how: str) -> str:
     return f"rank {rank} (pid {peer.beat['pid']} on {peer.beat['host']}) {how}, last heard in the {peer.where()}"
 
 
-def _patience(timeout: float) -> float:
-    """Seconds after which this process is ended from here: before NCCL would end it, after gloo's exception."""
+def _limits(timeout: float) -> tuple[float, float]:
+    """Seconds that this process waits before it is ended from here, and that another is silent to be at fault.
+
+    NCCL would end the process soon after `timeout`, with pages of text; gloo raises an exception, which comes first.
+    """
     import torch
 
     nccl = torch.distributed.is_initialized() and "nccl" in torch.distributed.get_backend()
-    return timeout * 0.9 if nccl else timeout + _GRACE
+    return (timeout * 0.9, timeout * 0.5) if nccl else (timeout + _GRACE, timeout)
 
 
 def _own_connection():
