@@ -5,6 +5,7 @@ launcher that is killed outright (SIGKILL, out of memory) cannot end what it has
 plainly has no launcher, and lives on where its shell goes away.
 """
 
+import atexit
 import functools
 import itertools
 import json
@@ -17,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from llava.errors import LlavaError, LostRank
+from llava.errors import LlavaError, LostRank, told
 
 PROGRAMS = {"torchrun", "deepspeed", "deepspeed.pt", "ds", "accelerate", "accelerate-launch"}
 MODULES = ("torch.distributed.", "deepspeed.launcher", "accelerate.commands")
@@ -26,7 +27,11 @@ _EVERY = 1.0  # seconds between two looks
 
 
 def under_launcher(main):
-    """Decorate a command-line `main` that a launcher may start: it ends with its launcher, and tells it of a fault."""
+    """Decorate a command-line `main` that a launcher may start, outside of `report_errors`.
+
+    It ends with its launcher, and tells it of a fault. One of several ranks that has failed ends at once then: what
+    Python does at its end takes seconds, and may wait for the other ranks.
+    """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -35,8 +40,13 @@ def under_launcher(main):
             threading.Thread(target=_watch, args=(found, ended), name="launcher", daemon=True).start()
         try:
             return main(*args, **kwargs)
-        except Exception as error:
-            tell_launcher(error)
+        except (Exception, SystemExit) as end:
+            error = end.__context__ if isinstance(end, SystemExit) else end  # what `report_errors` has told
+            if isinstance(error, Exception):
+                tell_launcher(error)
+                if found and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                    line, status = told(error)
+                    end_process(status, None if isinstance(end, SystemExit) else line)
             raise
         finally:
             ended.set()
@@ -53,8 +63,8 @@ def tell_launcher(error: Exception) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         second = int(time.time()) + (2 if isinstance(error, LostRank) else 0)
-        told = {"py_callstack": one_line(error), "timestamp": str(second)}
-        Path(path).write_text(json.dumps({"message": {"message": one_line(error), "extraInfo": told}}))
+        extra = {"py_callstack": one_line(error), "timestamp": str(second)}
+        Path(path).write_text(json.dumps({"message": {"message": one_line(error), "extraInfo": extra}}))
 
 
 def one_line(error: BaseException) -> str:
@@ -70,14 +80,20 @@ def one_line(error: BaseException) -> str:
 def end_process(status: int, line: str | None = None) -> None:
     """End this process and its data-loader workers at once, whatever its main thread stands in; `line`: said before.
 
-    Nobody may read what is said, so that it is not waited for.
+    Nobody may read what is said, and what is done at exit may wait, so that neither is waited for long.
     """
-    saying = threading.Thread(target=_say, args=(line,), daemon=True)
-    saying.start()
+    last = threading.Thread(target=_last, args=(line,), daemon=True)
+    last.start()
     for child in multiprocessing.active_children():
         child.kill()
-    saying.join(3)
+    last.join(5)
     os._exit(status)
+
+
+def _last(line: str | None) -> None:
+    _say(line)
+    atexit._run_exitfuncs()  # reports to wandb and the like
+    _say(None)
 
 
 def _say(line: str | None) -> None:

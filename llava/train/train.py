@@ -27,8 +27,8 @@ from llava.utils import is_rank0, rank0_print
 __all__ = ["check_own", "checkpoint_to_resume", "finished_steps", "open_output", "remove_run", "run", "save", "train"]
 
 
-@report_errors
 @under_launcher
+@report_errors
 @report_interrupts
 def train(argv=None):
     """Train as the arguments say, resume where a checkpoint lies in `output_dir`, save; see `llava.config`."""

@@ -4,8 +4,8 @@ from llava.errors import LlavaError, report_errors, report_interrupts
 from llava.train.launcher import under_launcher
 
 
-@report_errors
 @under_launcher
+@report_errors
 @report_interrupts
 def train(argv=None):
     """As `llava.train.train.train`, for a model with a vision encoder of its own."""

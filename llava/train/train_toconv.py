@@ -14,8 +14,8 @@ from llava.errors import report_errors, report_interrupts
 from llava.train.launcher import under_launcher
 
 
-@report_errors
 @under_launcher
+@report_errors
 @report_interrupts
 def main(argv: list[str] | None = None) -> None:
     from llava.train.toconv.config import help_text, resolve

@@ -221,8 +221,9 @@ class Watch(threading.Thread):
     def _verdict(self) -> str | None:
         """Why this process should end, whatever its main thread does."""
         teller, here = self.teller, phases.current()
-        if teller.failed and time.monotonic() - teller.failed_at > _GRACE:
-            return f"{self._culprits(0)}; rank {self.rank} was in the {here}"
+        if teller.failed:
+            late = time.monotonic() - teller.failed_at > _GRACE
+            return f"{teller.failed}; rank {self.rank} was in the {here}" if late else None
         patience, silent_for = _limits(self.timeout)
         if here.seconds < patience:
             return None
@@ -237,14 +238,14 @@ class Watch(threading.Thread):
         peers = {rank: peer for rank, peer in teller.peers.items() if peer.beat["phase"] != _END}
         ended = {rank: how for rank, peer in peers.items() if (how := peer.gone())}
         if ended:
-            return "; ".join(_told(rank, peers[rank], how) for rank, how in ended.items())
+            return "; ".join(_named(rank, peers[rank], f"{how}, last heard in") for rank, how in ended.items())
         if teller.asked_at is not None and now - teller.asked_at > silent_for:
             agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             holder = "the launcher on {MASTER_ADDR}".format(**os.environ) if agent else "rank 0"
             return f"{holder}, which holds the run's store, no longer answers"
         silent = [rank for rank, peer in peers.items() if peer.seen - peer.since > silent_for]
         if silent:
-            return "; ".join(_told(rank, peers[rank], "no longer answers") for rank in silent)
+            return "; ".join(_named(rank, peers[rank], "no longer answers, last heard in") for rank in silent)
         elsewhere = [
             rank
             for rank, peer in peers.items()
@@ -253,7 +254,7 @@ class Watch(threading.Thread):
             and here.seconds > self.timeout * 0.8
         ]
         return "; ".join(
-            _told(rank, peers[rank], f"stands for {peers[rank].beat['seconds']:.0f} s") for rank in elsewhere
+            _named(rank, peers[rank], f"has been for {peers[rank].beat['seconds']:.0f} s in") for rank in elsewhere
         )
 
 
@@ -266,8 +267,8 @@ def of_a_group(error: Exception) -> bool:
     )
 
 
-def _told(rank: int, peer: Peer, how: str) -> str:
-    return f"rank {rank} (pid {peer.beat['pid']} on {peer.beat['host']}) {how}, last heard in the {peer.where()}"
+def _named(rank: int, peer: Peer, how: str) -> str:
+    return f"rank {rank} (pid {peer.beat['pid']} on {peer.beat['host']}) {how} the {peer.where()}"
 
 
 def _limits(timeout: float) -> tuple[float, float]:

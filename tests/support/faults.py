@@ -19,7 +19,7 @@ def main(kind: str, rank: str, step: str, *flags: str) -> None:
     from llava.train.train import train
 
     mine = os.environ.get("RANK", "0") == rank
-    method = "get_batch_samples" if kind == "sleep-data" else "training_step"
+    method = "_get_num_items_in_batch" if kind == "sleep-data" else "training_step"
     original = getattr(llava_trainer.LLaVATrainer, method)
 
     def faulty(trainer, *args, **kwargs):

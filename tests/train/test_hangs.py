@@ -75,10 +75,9 @@ def runs(kit, tmp_path_factory):
         if not killed and said["launcher"].read_text().count("step 2") == 2:
             started["launcher"].kill()
             killed = True
-        if "error: rank 1" in said["stop"].read_text():
-            for pid in re.findall(r"rank 1 pid (\d+)", said["stop"].read_text())[:1]:
-                if process(int(pid)):
-                    os.kill(int(pid), signal.SIGKILL)  # torchrun waits for half a minute before it does
+        waits_for = re.search(r"Sending process (\d+) closing signal", said["stop"].read_text())
+        if waits_for and process(int(waits_for[1])):
+            os.kill(int(waits_for[1]), signal.SIGKILL)  # torchrun does so after half a minute
         return all(launcher.poll() is not None for launcher in started.values())
 
     try:
