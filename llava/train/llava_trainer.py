@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from llava.constants import IGNORE_INDEX
 from llava.data.sampler import EpochSampler, LengthGroupedSampler
@@ -19,6 +19,8 @@ from llava.model.lora import is_adapted, restore_lora, save_lora
 from llava.train.checkpoints import STATE_NAME
 from llava.train.left_out import LeftOut
 from llava.train.number_watch import NumberWatch
+from llava.train.phased_trainer import PhasedTrainer
+from llava.train.phases import during, enter
 from llava.train.ranks import gather
 from llava.train.resume import RUN_NAME
 from llava.train.run_state import RunState
@@ -44,7 +46,7 @@ class _StopAtStep(TrainerCallback):
             control.should_save, control.should_evaluate = True, False
 
 
-class LLaVATrainer(Trainer):
+class LLaVATrainer(PhasedTrainer):
     """Trainer of every family's models.
 
     Args:
@@ -132,6 +134,7 @@ class LLaVATrainer(Trainer):
             self.left_out.add(*left_out)
             self._last_step = ((), ()), ReadLater(total[None])
             return total
+        enter("counting of labels over all ranks")
         counted = (sum(map(len, left_out)), self.stopping.asked())
         numbers = torch.stack([total, *(torch.full_like(total, number) for number in counted)])
         numbers = self.accelerator.gather(numbers).view(-1, len(numbers))
@@ -281,6 +284,7 @@ class LLaVATrainer(Trainer):
             rank0_print(f"{checkpoint}: holds no scheduler state: the learning rate goes on from step {step}")
         go_on(schedule, rates, step)
 
+    @during("saving of a checkpoint")
     def _save_checkpoint(self, model, trial):
         """As `Trainer`'s, by way of `llava.train.saving`.
 

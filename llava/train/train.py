@@ -5,11 +5,14 @@ under `torchrun` or `deepspeed` on many GPUs.
 """
 
 import os
-import time
+import sys
 from functools import partial
 
 from llava.errors import report_errors, report_interrupts
 from llava.train.checkpoints import STATE_NAME
+from llava.train.launcher import under_launcher
+from llava.train.phases import enter
+from llava.train.process_groups import leave_process_group, limit_groups
 from llava.train.ranks import check_seen_by_all, from_rank0
 from llava.train.resume import (
     check_own,
@@ -24,11 +27,14 @@ from llava.train.resume import (
 from llava.train.run_state import RunState, one_run
 from llava.train.saving import final_model
 from llava.train.stopping import Preempted, Stopping
+from llava.train.warned_once import warned_once
+from llava.train.watch import watched
 from llava.utils import is_rank0, rank0_print
 
 __all__ = ["check_own", "checkpoint_to_resume", "finished_steps", "open_output", "remove_run", "run", "save", "train"]
 
 
+@under_launcher
 @report_errors
 @report_interrupts
 def train(argv=None):
@@ -49,28 +55,24 @@ def run(model_args, data_args, training_args, make=None):
     state = RunState(args.output_dir, args.should_save)
     stopping = Stopping(args.save_grace_seconds, lambda: how_to_go_on(args, state.step))
     try:
-        if args.deepspeed:
-            import deepspeed
-
-            deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
-        with stopping, one_run(args), state.told_at_the_end(lambda step: how_to_go_on(args, step)):
-            _train(model_args, data_args, args, make, state, stopping)
+        _meet(args)
+        with warned_once() as once, stopping, watched(args.ddp_timeout, once), one_run(args):
+            with state.told_at_the_end(lambda step: how_to_go_on(args, step)):
+                _train(model_args, data_args, args, make, state, stopping)
     except Preempted as stop:
         rank0_print(f"stopped by {stop}")
     finally:
-        leave_process_group()
+        leave_process_group(sys.exc_info()[1])
 
 
-def leave_process_group():
-    """End this process's part in a distributed run; without it the process may abort at its exit."""
-    import torch
+def _meet(training_args) -> None:
+    """Meet the other ranks, if there are any; no group waits for longer than `ddp_timeout`."""
+    if training_args.deepspeed:
+        import deepspeed
 
-    # a process that ends inside its group aborts under ZeRO-2
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gloo = torch.distributed.get_backend() == "gloo"
-        torch.distributed.destroy_process_group()
-        if gloo:  # its threads let go of the last tensors a moment late, and abort if Python is shutting down by then
-            time.sleep(0.5)
+        # before anything else: ZeRO-3 builds the model by the world size
+        deepspeed.init_distributed(timeout=training_args.ddp_timeout_delta)
+    limit_groups(training_args.ddp_timeout)
 
 
 def _train(model_args, data_args, training_args, make, state, stopping):
@@ -100,7 +102,9 @@ def _train(model_args, data_args, training_args, make, state, stopping):
         check_seen_by_all(os.path.join(checkpoint, STATE_NAME), "an output_dir that all machines share")
         check_checkpoint(checkpoint, training_args)
     origins = family.check_fit(settings)
+    enter("reading of records")
     records, held_out = _read_data(family, model_args, data_args, training_args)
+    enter("loading of the model")
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
     data, model = make_data(records, family, loaded, args), loaded.model
@@ -117,6 +121,7 @@ def _train(model_args, data_args, training_args, make, state, stopping):
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
         **{"parts": parts, "evaluation": evaluation, "run_state": state, "stopping": stopping, **data},
     )
+    enter("preparation of the training")
     _take_steps(trainer, checkpoint)
 
 
@@ -177,6 +182,7 @@ def check_checkpoint(checkpoint: str, training_args) -> None:
 
 def save(trainer, out: str):
     """Leave the trained model in `out`: all of it, or after LLaVA's stage 1 the projector alone."""
+    enter("saving of the model")
     trainer.numbers.check_weights()
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.get_text_config().use_cache = True
