@@ -5,7 +5,7 @@ import os
 
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.constants import IGNORE_INDEX
@@ -16,7 +16,9 @@ from llava.families.training import trains_projector_alone
 from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
+from llava.train.carrying import draw_missing_numbers, readable_state
 from llava.train.left_out import LeftOut
+from llava.train.position import DataPosition
 from llava.train.resume import RUN_NAME
 from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
 from llava.utils import rank0_print
@@ -43,6 +45,8 @@ class LLaVATrainer(Trainer):
         self.float32_inputs = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
         self.left_out = LeftOut(len(self.train_dataset))
+        self.position = DataPosition(settings, len(self.train_dataset))
+        self.add_callback(_Epochs(self.position))
         # of this rank's last step, with what all ranks counted in it: supervised tokens, records left out
         self._last_step: tuple[tuple[list[str], list[str]], ReadLater] | None = None
 
@@ -58,7 +62,7 @@ class LLaVATrainer(Trainer):
         sampler, args = self._order(dataset), self.args
         # accelerate seeds a RandomSampler itself, and does not find it inside another
         if isinstance(sampler, RandomSampler) and (dataset.draws or self.family.order_by_seed):
-            sampler = LengthGroupedSampler(range(len(dataset)), args.train_batch_size, args.world_size, None, args.seed)
+            sampler = LengthGroupedSampler(range(len(dataset)), *self.position.order, None, args.seed)
         # transformers' own groupings are more than samplers; with them every epoch draws as the first
         knows_epochs = isinstance(sampler, (LengthGroupedSampler, SequentialSampler))
         return EpochSampler(sampler) if dataset.draws and knows_epochs else sampler
@@ -75,7 +79,20 @@ class LLaVATrainer(Trainer):
             lengths, group_by = dataset.lengths, "length"
         else:
             return super()._get_train_sampler(dataset)
-        return LengthGroupedSampler(lengths, args.train_batch_size, args.world_size, group_by, args.seed)
+        return LengthGroupedSampler(lengths, *self.position.order, group_by, args.seed)
+
+    # transformers goes on at a step as it counts them; with other batches the position says where
+
+    def set_initial_training_values(self, args, dataloader):
+        """As `Trainer`'s."""
+        return self.position.plan(dataloader, super().set_initial_training_values(args, dataloader))
+
+    def _init_training_state(self, *args, **kwargs):
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        return (self.position.start.epoch, 0) if self.position.shifted else (epoch, batches)
+
+    def _run_epoch(self, **kwargs):
+        super()._run_epoch(**self.position.of_epoch(kwargs))
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Supervised tokens of the global batch: over micro-batches and ranks. A first token is never predicted.
@@ -175,6 +192,15 @@ class LLaVATrainer(Trainer):
 
     # --- checkpoints ---
 
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        with readable_state(self, resume_from_checkpoint) as folder:
+            return super()._prepare_for_training(max_steps, train_dataloader, folder)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            draw_missing_numbers(self, checkpoint)
+
     def save_model(self, output_dir=None, _internal_call=False):
         """As `Trainer`'s; of a model with LoRA adapters, what was trained. Every rank must call it."""
         model = self.accelerator.unwrap_model(self.model)
@@ -228,6 +254,7 @@ class LLaVATrainer(Trainer):
         if self.args.should_save:
             self.save_run(folder)
             self.left_out.save(folder)
+            self.position.save(folder, self.state.global_step)
         super()._save_checkpoint(model, trial)
         if self.keeps_projector_alone:
             self.save_projector(folder)
@@ -243,3 +270,14 @@ class LLaVATrainer(Trainer):
         state = projector_state(self.accelerator.unwrap_model(self.model).named_parameters())
         if self.args.should_save:
             save_projector(state, folder)
+
+
+class _Epochs(TrainerCallback):
+    """Passes over the data, as the position counts them."""
+
+    def __init__(self, position: DataPosition):
+        self.position = position
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.position.shifted:
+            state.epoch = self.position.epoch_at(state.global_step)

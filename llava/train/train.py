@@ -127,6 +127,7 @@ def _take_steps(trainer, checkpoint: str | None) -> None:
     if checkpoint is not None:
         rank0_print(f"resuming from {checkpoint}")
         trainer.left_out.load(checkpoint)
+        trainer.position.load(checkpoint)
     trainer.accelerator.wait_for_everyone()  # each has seen what the folder holds
     reopen(args)
     try:
@@ -145,11 +146,11 @@ def check_checkpoint(checkpoint: str, training_args) -> None:
     Raises:
         LlavaError: what is wrong.
     """
+    from llava.train.carrying import check_carried
     from llava.train.same_model import check_same_model
     from llava.train.schedule import check_state
 
-    if training_args.deepspeed:
-        check_own(checkpoint, training_args.output_dir)
+    check_carried(checkpoint, training_args)
     check_state(checkpoint, training_args)
     check_same_model(checkpoint, training_args.run_config)
 
