@@ -47,7 +47,7 @@ def weights_in(folder: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors"))):
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118
                     yield name, functools.partial(file.get_tensor, name)
         except SafetensorError as error:
             raise LlavaError(f"{path}: not a whole safetensors file ({error})") from None

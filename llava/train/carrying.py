@@ -1,12 +1,12 @@
 """A checkpoint goes on with another number of processes, or under another way of splitting the optimizer's state.
 
-| written by            | read by        | what is carried                                                                  |
-|-----------------------|----------------|----------------------------------------------------------------------------------|
-| one process, or DDP   | either of them | all: their files do not depend on the number                                     |
-| ZeRO-N                | as many, ZeRO-N| all, as DeepSpeed does it itself; offloading may differ                          |
-| ZeRO-1, 2, 3          | ZeRO-1, 2, 3   | float32 weights, Adam's moments and step, fp16's loss scale                      |
-| ZeRO-1, 2, 3          | one, or DDP    | float32 weights, Adam's moments and step                                         |
-| one process, or DDP   | ZeRO-1, 2, 3   | float32 weights, Adam's moments and step                                         |
+| written by          | read by          | what is carried                                                         |
+|---------------------|------------------|-------------------------------------------------------------------------|
+| one process, or DDP | either of them   | all: their files do not depend on the number                            |
+| ZeRO-N              | as many, ZeRO-N  | all, by DeepSpeed itself; one of the two may offload                    |
+| ZeRO-1, 2, 3        | ZeRO-1, 2, 3     | float32 weights, Adam's moments and step, fp16's loss scale             |
+| ZeRO-1, 2, 3        | one, or DDP      | float32 weights, Adam's moments and step                                |
+| one process, or DDP | ZeRO-1, 2, 3     | float32 weights, Adam's moments and step                                |
 
 The last three by a converted copy beside the checkpoint (see `llava.train.universal`), which rank 0 makes when the
 model has been built and which is removed when it has been read. Learning rates and Adam's other numbers are this run's.
@@ -15,7 +15,6 @@ model has been built and which is removed when it has been read. Learning rates 
 import contextlib
 import glob
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +82,7 @@ def kind_of_run(training_args) -> Kind:
 
 def must_convert(before: Kind, now: Kind) -> bool:
     """Whether the optimizer's state lies otherwise than the run reads it."""
-    return before.zero != now.zero or bool(now.zero) and before.processes != now.processes
+    return before.zero != now.zero or (bool(now.zero) and before.processes != now.processes)
 
 
 def check_carried(checkpoint: str, training_args) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from llava.errors import LlavaError
 from llava.train.carrying import kind_of_checkpoint, kind_of_run
@@ -67,12 +67,12 @@ class DataPosition:
             self.start = found
 
     def plan(self, dataloader, values: tuple) -> tuple:
-        """What `Trainer.set_initial_training_values` gives, for a run that begins here; the data loader begins here too.
+        """What `Trainer.set_initial_training_values` gives, for a run that begins here, as does then the data loader.
 
         Args:
             dataloader: of the run, prepared by accelerate.
-            values: (epochs, steps of an epoch, records, samples of the run, samples of a step, micro-batches of an epoch
-                on a rank, steps in all).
+            values: (epochs, steps of an epoch, records, samples of the run, samples of a step, a rank's batches of an
+                epoch, steps in all).
         """
         epochs, self._per_epoch, examples, samples, self._global_batch, batches, steps = values
         start = self.start
@@ -81,6 +81,8 @@ class DataPosition:
         self._first = self._per_epoch - done
         if not self.shifted:
             return values
+        if not self.batches_left():  # dataloader_drop_last leaves out what there is
+            start = self.start = replace(start, epoch=start.epoch + 1, samples=0)
         self._first = math.ceil(self.batches_left() / self.args.gradient_accumulation_steps)
         if self.args.max_steps <= 0:
             later = math.ceil(self.args.num_train_epochs * self._per_epoch) - (start.epoch + 1) * self._per_epoch
