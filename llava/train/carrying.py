@@ -359,6 +359,8 @@ def _put_weights(trainer, checkpoint: str, copy: Universal, before: Kind) -> Non
     parameters = dict(model.named_parameters())
     if before.zero is None:
         lacking = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    elif all(parameter.requires_grad for parameter in parameters.values()):
+        return
     for name, value in _saved_weights(trainer, checkpoint):
         parameter = parameters.get(name)
         if parameter is not None and not parameter.requires_grad:
@@ -421,11 +423,13 @@ def _fit_steps(engine) -> None:
     import torch
 
     optimizer = engine.optimizer.optimizer
-    for state in optimizer.state.values():
+    own = type(optimizer).__module__.startswith("deepspeed.")
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for parameter, state in optimizer.state.items():
         if "step" in state:
             step = float(state["step"])
-            own = type(optimizer).__module__.startswith("deepspeed.")
-            state["step"] = int(step) if own else torch.tensor(step)
+            device = parameter.device if on_device else "cpu"
+            state["step"] = int(step) if own else torch.tensor(step, device=device)
 
 
 # --- what is each process's own ---------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Universal:
         from deepspeed import __version__
 
         # hyperparameters are those of the run that reads it: for each of its groups nothing is said
-        nothing = [{} for _ in range(sum(1 for _ in self.names()))]
+        nothing = [{"params": []} for _ in self.names()]
         inner = {"state": {0: {"step": step}}, "param_groups": nothing}
         shared = {**shared, "ds_version": __version__, "param_groups": nothing, "optimizer_state_dict": inner}
         torch.save(shared, self.zero / "optimizer_state.pt")
