@@ -1,132 +1,26 @@
-"""A checkpoint goes on with another number of processes, or under another way of splitting the optimizer's state.
+"""The optimizer's state of a checkpoint, converted for a run that reads it in another form (see `llava.train.kinds`).
 
-| written by          | read by          | what is carried                                                         |
-|---------------------|------------------|-------------------------------------------------------------------------|
-| one process, or DDP | either of them   | all: their files do not depend on the number                            |
-| ZeRO-N              | as many, ZeRO-N  | all, by DeepSpeed itself; one of the two may offload                    |
-| ZeRO-1, 2, 3        | ZeRO-1, 2, 3     | float32 weights, Adam's moments and step, fp16's loss scale             |
-| ZeRO-1, 2, 3        | one, or DDP      | float32 weights, Adam's moments and step                                |
-| one process, or DDP | ZeRO-1, 2, 3     | float32 weights, Adam's moments and step                                |
-
-The last three by a converted copy beside the checkpoint (see `llava.train.universal`), which rank 0 makes when the
-model has been built and which is removed when it has been read. Learning rates and Adam's other numbers are this run's.
+Rank 0 makes a copy beside the checkpoint (see `llava.train.universal`) when the model has been built; it is removed once
+all have read it. Learning rates and Adam's other numbers are this run's.
 """
 
 import contextlib
-import glob
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from llava.errors import LlavaError
-from llava.train.resume import check_own, read_json
+from llava.train.kinds import Kind, files_of, is_adam, kind_of_checkpoint, kind_of_run, must_convert
 from llava.train.schedule import SCHEDULER_NAME, optimizer_file
 from llava.train.universal import MOMENTS, Universal
 from llava.utils import is_rank0, rank0_print
 
-_ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused")
-_PROGRESS = 30  # seconds between two lines
-_FSDP = ("pytorch_model_fsdp*", "optimizer_*")
+_PROGRESS, _HEARD = 30, 10  # seconds: between two lines of a conversion; for all ranks to hear of a fault
 _waits = 0
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a run holds its optimizer's state.
-
-    Attributes:
-        processes: how many; None: unknown.
-        zero: DeepSpeed's stage; None: without DeepSpeed.
-        fsdp: under FSDP.
-    """
-
-    processes: int | None
-    zero: int | None = None
-    fsdp: bool = False
-
-    def __str__(self) -> str:
-        count = "an unknown number of processes" if self.processes is None else f"{self.processes} processes"
-        count = "1 process" if self.processes == 1 else count
-        if self.fsdp:
-            return f"{count} under FSDP"
-        return count if self.zero is None else f"{count} under ZeRO-{self.zero}"
-
-
-def kind_of_checkpoint(checkpoint: str, now: Kind) -> Kind:
-    """What wrote a checkpoint: from its manifest, else from the names of its files; ZeRO-1 and 2 are then taken for the
-    one that `now` has."""
-    found = {pattern: _files(checkpoint, pattern) for pattern in (*_FSDP, "rng_state_*.pth", "rng_state.pth")}
-    manifest = read_json(checkpoint, "manifest.json") or {}
-    processes = manifest.get("world_size") or len(found["rng_state_*.pth"]) or len(found["rng_state.pth"]) or None
-    if any(found[pattern] for pattern in _FSDP):
-        return Kind(processes, fsdp=True)
-    states = _files(checkpoint, "global_step*/*zero_pp_rank_*_optim_states.pt")
-    if manifest.get("deepspeed") is not None:
-        return Kind(processes, manifest["deepspeed"])
-    if states:
-        three = bool(_files(checkpoint, "global_step*/zero_pp_rank_*_model_states.pt"))
-        return Kind(len(states), 3 if three else now.zero if now.zero in (1, 2) else 2)
-    return Kind(processes, 0 if _files(checkpoint, "global_step*") else None)
-
-
-def kind_of_run(training_args) -> Kind:
-    config = getattr(training_args, "hf_deepspeed_config", None)
-    zero = None if not training_args.deepspeed else config.get_value("zero_optimization.stage", 0)
-    return Kind(training_args.world_size, zero, bool(training_args.fsdp))
-
-
-def must_convert(before: Kind, now: Kind) -> bool:
-    """Whether the optimizer's state lies otherwise than the run reads it."""
-    return before.zero != now.zero or (bool(now.zero) and before.processes != now.processes)
-
-
-def check_carried(checkpoint: str, training_args) -> None:
-    """Refuse a checkpoint whose state this run cannot take up; nothing of it is read but names.
-
-    Raises:
-        LlavaError: what stands against it, with what wrote the checkpoint and what this run is.
-    """
-    now = kind_of_run(training_args)
-    before = kind_of_checkpoint(checkpoint, now)
-    if before.zero is not None and now.zero is not None:
-        check_own(checkpoint, training_args.output_dir)
-    if not must_convert(before, now) and before.fsdp == now.fsdp:
-        return
-    against = None
-    if before.fsdp or now.fsdp:
-        against = "FSDP's checkpoints go on under FSDP alone"
-    elif 0 in (before.zero, now.zero):
-        against = "stage 0 of DeepSpeed keeps the optimizer's state in a form of its own"
-    elif now.zero is None:
-        if not any(_files(checkpoint, pattern) for pattern in ("model*.safetensors", "adapter_model.*")):
-            against = "it holds no consolidated weights (stage3_gather_16bit_weights_on_model_save)"
-    elif _on_disk(training_args):
-        against = "with the optimizer's state on NVMe it cannot be converted"
-    elif not _is_adam(training_args):
-        against = f"of optimizers, Adam's state alone can be converted (optim is {training_args.run_config['optim']})"
-    if against:
-        raise LlavaError(
-            f"{checkpoint}: was written by {before}, this run has {now}: {against}; expected {before}, another "
-            "output_dir for a run that starts from its weights (model_name_or_path), or --overwrite_output_dir"
-        )
-
-
-def _is_adam(training_args) -> bool:
-    own = training_args.hf_deepspeed_config.get_value("optimizer.type") if training_args.deepspeed else None
-    return str(own).lower() in ("adam", "adamw") if own else training_args.run_config["optim"] in _ADAM
-
-
-def _on_disk(training_args) -> bool:
-    return training_args.hf_deepspeed_config.get_value("zero_optimization.offload_optimizer.device") == "nvme"
-
-
-def _files(folder: str, pattern: str) -> list[str]:
-    return glob.glob(os.path.join(glob.escape(folder), pattern))
 
 
 # --- the copy ---------------------------------------------------------------------------------------------------------
@@ -175,7 +69,7 @@ def _not_carried(checkpoint: str, before: Kind, now: Kind, args) -> bool:
     why = None
     if Path(args.output_dir).resolve() not in Path(checkpoint).resolve().parents:
         why = "it is a pickle outside of output_dir"
-    elif not _is_adam(args):
+    elif not is_adam(args):
         why = f"it is not Adam's ({args.run_config['optim']})"
     elif find_spec("deepspeed") is None:
         why = "the package deepspeed is not installed"
@@ -193,11 +87,10 @@ def _copy(trainer, checkpoint: str, before: Kind, now: Kind) -> Iterator[Univers
     start, copy = time.monotonic(), Universal(written, step)
 
     def make():
-        written.mkdir(parents=True)
         if before.zero is None:
             _split(trainer, checkpoint, copy)
         else:
-            _run_conversion(checkpoint, written)
+            run_conversion(checkpoint, written)
         for name in (SCHEDULER_NAME, "scaler.pt"):
             if os.path.isfile(os.path.join(checkpoint, name)):
                 shutil.copy(os.path.join(checkpoint, name), written)
@@ -205,29 +98,41 @@ def _copy(trainer, checkpoint: str, before: Kind, now: Kind) -> Iterator[Univers
             _join(trainer, copy)
 
     try:
-        _first(lambda: _told(make, written, checkpoint, before))
+        _first(lambda: write_copy(checkpoint, written, before, make))
         if now.zero is not None:
             _put_weights(trainer, checkpoint, copy, before)
         _first(lambda: written.rename(folder))
+        if (seconds := time.monotonic() - start) > _PROGRESS:
+            rank0_print(f"{folder.name}: converted in {seconds:.0f} s")
         yield Universal(folder, step)
         trainer.accelerator.wait_for_everyone()  # all have read it
-        rank0_print(f"the optimizer's state of step {step} was taken up in {time.monotonic() - start:.1f} s")
     finally:
         if is_rank0():
             remove_copies(args.output_dir)
 
 
-def _told(make: Callable[[], None], folder: Path, checkpoint: str, before: Kind) -> None:
-    """Make a copy; what stops it is one line."""
-    states = _files(checkpoint, "global_step*/*_optim_states.pt") or [optimizer_file(checkpoint)]
-    size = sum(os.path.getsize(path) for path in states)
-    needed = 2 * size  # DeepSpeed's parts lie beside their sum for a while; to plain ones come the weights
-    if (free := shutil.disk_usage(folder.parent).free) < needed:
+def write_copy(checkpoint: str, folder: Path, before: Kind, make: Callable[[], None]) -> None:
+    """Write a copy, if there is room for it.
+
+    Args:
+        checkpoint: that wants another form.
+        folder: of the copy, made here.
+        before: what wrote the checkpoint.
+        make: writes it.
+
+    Raises:
+        LlavaError: it could not be written, as with a full disk.
+    """
+    states = files_of(checkpoint, "global_step*/*_optim_states.pt") or [optimizer_file(checkpoint)]
+    # DeepSpeed's parts lie beside their sum for a while; to plain moments come the weights
+    needed, free = 2 * sum(os.path.getsize(path) for path in states), shutil.disk_usage(folder.parent).free
+    if free < needed:
         raise LlavaError(
             f"{folder}: disk full: to convert the optimizer's state of {checkpoint} takes {needed / 1e9:.3g} GB, "
             f"{free / 1e9:.3g} GB are free; expected room for it, or {before}"
         )
     with _writing(folder, checkpoint, before):
+        folder.mkdir()
         make()
 
 
@@ -245,7 +150,7 @@ def _writing(folder: Path, checkpoint: str, before: Kind) -> Iterator[None]:
         ) from error
 
 
-def _run_conversion(checkpoint: str, folder: Path) -> None:
+def run_conversion(checkpoint: str, folder: Path) -> None:
     """`universal.convert`, in a process of its own: it prints, takes memory, and works in the current folder."""
     command = [sys.executable, "-m", "llava.train.universal", os.path.abspath(checkpoint)]
     root = str(Path(__file__).parents[2])
@@ -258,14 +163,22 @@ def _run_conversion(checkpoint: str, folder: Path) -> None:
                     status = child.wait(_PROGRESS)
                     break
                 except subprocess.TimeoutExpired:
-                    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                    rank0_print(f"{folder.with_suffix('').name}: {size / 1e9:.3g} GB written")
+                    rank0_print(f"{folder.stem}: {_size(folder) / 1e9:.3g} GB written")
         finally:
             child.kill()
         if status:
             log.seek(0)
             said = [line for line in log.read().splitlines() if line.strip()]
             raise subprocess.CalledProcessError(status, "conversion", stderr=said[-1] if said else f"exit {status}")
+
+
+def _size(folder: Path) -> int:
+    """Bytes of what lies in a folder, some of which may go meanwhile."""
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found += path.lstat().st_size
+    return found
 
 
 def _first(work: Callable[[], None]) -> None:
@@ -285,7 +198,9 @@ def _first(work: Callable[[], None]) -> None:
     if not is_rank0():
         while not store.check([key]):
             time.sleep(0.1)
-        if said := store.get(key).decode():
+        said = store.get(key).decode()
+        store.add(f"{key}/heard", 1)
+        if said:
             raise LlavaError(said)
         return
     said = "rank 0 has failed"
@@ -297,6 +212,9 @@ def _first(work: Callable[[], None]) -> None:
         raise
     finally:
         store.set(key, said)
+        end = time.monotonic() + _HEARD
+        while said and store.add(f"{key}/heard", 0) < distributed.get_world_size() - 1 and time.monotonic() < end:
+            time.sleep(0.1)  # the store may end with this process
 
 
 # --- between the forms ------------------------------------------------------------------------------------------------

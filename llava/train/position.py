@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 
 from llava.errors import LlavaError
-from llava.train.carrying import kind_of_checkpoint, kind_of_run
+from llava.train.kinds import kind_of_checkpoint, kind_of_run
 from llava.train.resume import RUN_NAME, STATE_NAME, batches_per_rank, read_json
 from llava.utils import rank0_print
 

@@ -146,7 +146,7 @@ def check_checkpoint(checkpoint: str, training_args) -> None:
     Raises:
         LlavaError: what is wrong.
     """
-    from llava.train.carrying import check_carried
+    from llava.train.kinds import check_carried
     from llava.train.same_model import check_same_model
     from llava.train.schedule import check_state
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,7 +183,7 @@ def test_goes_on_as_if_nothing_had_changed(changed, change):
 
 def test_a_combination_that_cannot_names_both(tmp_path):
     from llava.errors import LlavaError
-    from llava.train.carrying import check_carried
+    from llava.train.kinds import check_carried
 
     checkpoint = tmp_path / "out/checkpoint-2"
 
@@ -215,3 +216,80 @@ def test_a_combination_that_cannot_names_both(tmp_path):
     assert "NVMe" in refused(shards, 3, offload="nvme")
     assert "this run has 1 process under FSDP: FSDP's" in refused(plain, None, fsdp=True)
     assert "was written by 2 processes, this run has 1 process under ZeRO-2: of" in refused(plain, 2, optim="sgd")
+
+
+# --- faults while it is converted -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function: a file system of so many bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def of(size: int) -> Path:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        done = subprocess.run(mount, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"needs the right to mount a tmpfs ({done.stderr.strip()})")
+        return folder
+
+    yield of
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@DEEPSPEED
+@pytest.mark.parametrize("share", [1, 4])
+def test_a_full_disk_is_one_line(changed, small_disk, share):
+    """Too little room from the start, and room that runs out: small files take more of it than their bytes."""
+    from llava.errors import LlavaError
+    from llava.train.carrying import run_conversion, write_copy
+    from llava.train.kinds import Kind, files_of
+
+    checkpoint = str(changed[0] / "(3, 2)/checkpoint-2")
+    size = sum(os.path.getsize(path) for path in files_of(checkpoint, "global_step*/*_optim_states.pt"))
+    folder = small_disk(size * share) / ".universal-2.tmp"
+    with pytest.raises(LlavaError) as refused:
+        write_copy(checkpoint, folder, Kind(2, 3), lambda: run_conversion(checkpoint, folder))
+    said = str(refused.value)
+    assert said.startswith(f"{folder}: disk full: ") and "2 processes under ZeRO-3" in said and "\n" not in said
+    assert ("are free" in said) == (share == 1)
+
+
+@DEEPSPEED
+def test_a_run_that_is_killed_leaves_no_conversion_behind(changed, tmp_path):
+    """It ends with the run, and what it has written goes with the next start."""
+    from llava.train.carrying import remove_copies
+
+    checkpoint, folder = changed[0] / "(3, 2)/checkpoint-2", tmp_path / ".universal-2.tmp"
+    folder.mkdir()
+    code = "import sys; from pathlib import Path; from llava.train.carrying import run_conversion as run"
+    code += "; run(sys.argv[1], Path(sys.argv[2]))"
+    run = subprocess.Popen([sys.executable, "-c", code, checkpoint, folder], cwd=ROOT)
+    try:
+        wait_for(lambda: (folder / "log").exists())
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        wait_for(children.read_text)
+        child = children.read_text().split()[0]
+    finally:
+        run.kill()
+        run.wait()
+    wait_for(lambda: not _runs(child))
+    remove_copies(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def wait_for(true) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _runs(pid: str) -> bool:
+    """Whether there is such a process; one that is only not waited for yet is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
