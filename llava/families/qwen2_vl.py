@@ -361,14 +361,20 @@ class Qwen2VL(QwenChat, Family):
     def restore(self, model, checkpoint):
         """Its files have older names, which transformers' `Trainer` does not translate: it would go on with the weights
         that the run began with."""
+        model.load_state_dict(self._saved(model, checkpoint).state_dict())
+        return True
+
+    def saved_weights(self, model, checkpoint):
+        for name, value in self._saved(model, checkpoint).named_parameters():
+            yield name, value.detach
+
+    def _saved(self, model, checkpoint):
         import torch
 
         from llava.model.builder import load_weights
 
         # of its dtypes, trained and frozen weights', float32 holds every value
-        saved, _ = load_weights(type(model), checkpoint, with_projector=True, dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
-        return True
+        return load_weights(type(model), checkpoint, with_projector=True, dtype=torch.float32)[0]
 
 
 class Qwen2_5_VL(Qwen2VL):

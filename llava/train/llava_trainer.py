@@ -16,11 +16,13 @@ from llava.families.training import trains_projector_alone
 from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
+from llava.train.carrying import draw_missing_numbers, readable_state
 from llava.train.checkpoints import STATE_NAME
 from llava.train.left_out import LeftOut
 from llava.train.number_watch import NumberWatch
 from llava.train.phased_trainer import PhasedTrainer
 from llava.train.phases import during, enter
+from llava.train.position import DataPosition
 from llava.train.ranks import gather
 from llava.train.resume import RUN_NAME
 from llava.train.run_state import RunState
@@ -81,6 +83,8 @@ class LLaVATrainer(PhasedTrainer):
         self.add_callback(self.numbers)
         self.add_callback(_StopAtStep(self))
         self.left_out = LeftOut(len(self.train_dataset))
+        self.position = DataPosition(settings, len(self.train_dataset))
+        self.add_callback(_Epochs(self.position))
         self.run_state, self.stopping = run_state or RunState(settings.output_dir, writes=False), stopping or Stopping()
         self._saved_in: Path | None = None  # while a checkpoint is written
         # of this rank's last step, with what all ranks counted in it: supervised tokens, records left out
@@ -98,7 +102,7 @@ class LLaVATrainer(PhasedTrainer):
         sampler, args = self._order(dataset), self.args
         # accelerate seeds a RandomSampler itself, and does not find it inside another
         if isinstance(sampler, RandomSampler) and (dataset.draws or self.family.order_by_seed):
-            sampler = LengthGroupedSampler(range(len(dataset)), args.train_batch_size, args.world_size, None, args.seed)
+            sampler = LengthGroupedSampler(range(len(dataset)), *self.position.order, None, args.seed)
         # transformers' own groupings are more than samplers; with them every epoch draws as the first
         knows_epochs = isinstance(sampler, (LengthGroupedSampler, SequentialSampler))
         return EpochSampler(sampler) if dataset.draws and knows_epochs else sampler
@@ -115,7 +119,23 @@ class LLaVATrainer(PhasedTrainer):
             lengths, group_by = dataset.lengths, "length"
         else:
             return super()._get_train_sampler(dataset)
-        return LengthGroupedSampler(lengths, args.train_batch_size, args.world_size, group_by, args.seed)
+        return LengthGroupedSampler(lengths, *self.position.order, group_by, args.seed)
+
+    # transformers goes on at a step as it counts them; with other batches the position says where
+
+    def set_initial_training_values(self, args, dataloader):
+        """As `Trainer`'s."""
+        return self.position.plan(dataloader, super().set_initial_training_values(args, dataloader))
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """As `Trainer`'s: (epoch, batches of it that are passed over)."""
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        if self.state.global_step >= max_steps:  # nothing is left to train
+            return num_train_epochs, 0
+        return (self.position.start.epoch, 0) if self.position.shifted else begun
+
+    def _run_epoch(self, **kwargs):
+        super()._run_epoch(**self.position.of_epoch(kwargs))
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Supervised tokens of the global batch: over micro-batches and ranks. A first token is never predicted.
@@ -237,6 +257,15 @@ class LLaVATrainer(PhasedTrainer):
 
     # --- checkpoints ---
 
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        with readable_state(self, resume_from_checkpoint) as folder:
+            return super()._prepare_for_training(max_steps, train_dataloader, folder)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            draw_missing_numbers(self, checkpoint)
+
     def save_model(self, output_dir=None, _internal_call=False):
         """As `Trainer`'s; of a model with LoRA adapters, what was trained. Every rank must call it."""
         model = self.accelerator.unwrap_model(self.model)
@@ -307,6 +336,7 @@ class LLaVATrainer(PhasedTrainer):
         if args.should_save:
             self.save_run(folder)
             self.left_out.save(folder)
+            self.position.save(folder, state.global_step)
         self._saved_in = folder.parent
         try:
             super()._save_checkpoint(model, trial)
@@ -325,11 +355,6 @@ class LLaVATrainer(PhasedTrainer):
     def _push_from_checkpoint(self, checkpoint_folder):
         """Nothing while a checkpoint is written: it is sent when it is in its place."""
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
-        """As `Trainer`'s; a run whose steps are all taken takes none."""
-        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
-
     def save_run(self, folder: str) -> None:
         """Write what the run is: its settings, and how many records it has."""
         os.makedirs(folder, exist_ok=True)
@@ -341,3 +366,14 @@ class LLaVATrainer(PhasedTrainer):
         state = projector_state(self.accelerator.unwrap_model(self.model).named_parameters())
         if self.args.should_save:
             save_projector(state, folder)
+
+
+class _Epochs(TrainerCallback):
+    """Passes over the data, as the position counts them."""
+
+    def __init__(self, position: DataPosition):
+        self.position = position
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.position.shifted:
+            state.epoch = self.position.epoch_at(state.global_step)

@@ -163,11 +163,19 @@ def steps_asked(training_args, records: int, batch_size: int | None = None) -> i
     args = training_args
     if args.max_steps > 0:
         return args.max_steps
+    batches = batches_per_rank(args, records, batch_size)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def batches_per_rank(training_args, records: int, batch_size: int | None = None, world_size: int | None = None) -> int:
+    """Micro-batches that each rank gets of so many records, as accelerate deals them out; a size in place of the
+    arguments' where it is given."""
+    args = training_args
     part = math.floor if args.dataloader_drop_last else math.ceil
     batches = part(records / (batch_size or args.train_batch_size))
     if not args.accelerator_config.split_batches:  # each rank gets batches of its own
-        batches = part(batches / args.world_size)
-    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+        batches = part(batches / (world_size or args.world_size))
+    return batches
 
 
 def steps_asked_of_finished(training_args, count_records: Callable[[], int]) -> int | None:

@@ -56,9 +56,9 @@ def run(model_args, data_args, training_args, make=None):
     stopping = Stopping(args.save_grace_seconds, lambda: how_to_go_on(args, state.step))
     try:
         _meet(args)
-        with warned_once() as once, stopping, watched(args.ddp_timeout, once), one_run(args):
-            with state.told_at_the_end(lambda step: how_to_go_on(args, step)):
-                _train(model_args, data_args, args, make, state, stopping)
+        told = state.told_at_the_end(lambda step: how_to_go_on(args, step))
+        with warned_once() as once, stopping, watched(args.ddp_timeout, once), one_run(args), told:
+            _train(model_args, data_args, args, make, state, stopping)
     except Preempted as stop:
         rank0_print(f"stopped by {stop}")
     finally:
@@ -151,6 +151,7 @@ def _take_steps(trainer, checkpoint: str | None) -> None:
     if checkpoint is not None:
         rank0_print(f"resuming from {checkpoint}")
         trainer.left_out.load(checkpoint)
+        trainer.position.load(checkpoint)
     trainer.accelerator.wait_for_everyone()  # each has seen what the folder holds
     reopen(args, trainer.run_state, checkpoint)
     try:
@@ -171,11 +172,11 @@ def check_checkpoint(checkpoint: str, training_args) -> None:
     Raises:
         LlavaError: what is wrong.
     """
+    from llava.train.kinds import check_carried
     from llava.train.same_model import check_same_model
     from llava.train.schedule import check_state
 
-    if training_args.deepspeed:
-        check_own(checkpoint, training_args.output_dir)
+    check_carried(checkpoint, training_args)
     check_state(checkpoint, training_args)
     check_same_model(checkpoint, training_args.run_config)
 
