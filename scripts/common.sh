@@ -214,6 +214,9 @@ launch_with_deepspeed() {
     shift
     [[ "${NNODES:-1}" != *:* && "${MAX_RESTARTS:-0}" == 0 ]] ||
         fail "NNODES=LEAST:MOST and MAX_RESTARTS are for LAUNCHER=torchrun"
+    if [[ -n "${HOSTFILE:-}" && ! -f "$HOSTFILE" ]]; then # DeepSpeed would go on with this node alone
+        fail "HOSTFILE=$HOSTFILE: no such file, expected one as scripts/hostfile.example"
+    fi
     local where=(${HOSTFILE:+--hostfile "$HOSTFILE"} ${ADDR:+--master_addr "$ADDR"} ${PORT:+--master_port "$PORT"})
     # /job/hostfile is read without being named
     if [[ "$visible" == unset || -n "${HOSTFILE:-}" || "${NNODES:-1}" != 1 || -f /job/hostfile ]]; then

@@ -1,4 +1,4 @@
-"""How the nodes of a run reach each other: `python -m llava.train.nodes HEAD PORT`, which the scripts ask on every node.
+"""How the nodes of a run reach each other: `python -m llava.train.nodes HEAD PORT`, which scripts ask on every node.
 
 A node's name often stands for its loopback address, where the other nodes cannot find it. What does not mislead is the
 way that the kernel would send a packet to the head node.

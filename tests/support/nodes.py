@@ -4,8 +4,8 @@
         first = nodes.start(0, ["bash", "-c", "..."], environment)
         nodes.kill(first)  # SIGKILL of everything that runs on it
 
-The nodes reach each other over a veth pair, at `nodes.addresses`, and see the same files. As on many a machine, a node's
-hostname is its own loopback address. Needs root, `ip` (iproute2) and `unshare` (util-linux).
+The nodes reach each other over a veth pair, at `nodes.addresses`, and see the same files. As on many a machine, the
+hostname of a node is its own loopback address. Needs root, `ip` (iproute2) and `unshare` (util-linux).
 """
 
 import itertools
@@ -20,7 +20,7 @@ INTERFACE = "link0"
 _numbers = itertools.count()
 
 # What a node does before it runs its command. Its files are those of the machine but for these.
-_BOOT = f"""
+_BOOT = """
 set -e
 mount -t tmpfs none /dev/shm
 mount --bind "$1" /etc/hosts
@@ -61,7 +61,20 @@ class Nodes:
             for name in self.names:
                 _ip("netns", "add", name)
             first, second = self.names
-            link = ["link", "add", INTERFACE, "netns", first, "type", "veth", "peer", "name", INTERFACE, "netns", second]
+            link = [
+                "link",
+                "add",
+                INTERFACE,
+                "netns",
+                first,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                INTERFACE,
+                "netns",
+                second,
+            ]
             _ip(*link)
             for name, address in zip(self.names, self.addresses, strict=True):
                 _ip("-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
@@ -82,7 +95,8 @@ class Nodes:
     def start(self, node: int, command: list[str], environment: dict, **options) -> subprocess.Popen:
         """Run a command as all that runs on a node, which lives as long as the command does."""
         hosts = Path(self.folder.name) / f"hosts{node}"
-        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 node{node}\n")
+        links = "".join(f"{address} link-of-node{other}\n" for other, address in enumerate(self.addresses))
+        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 node{node}\n{links}")  # no name server can be asked
         own = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--mount-proc", "--fork", "--kill-child"]
         boot = ["bash", "-c", _BOOT, "boot", str(hosts), f"node{node}"]
         words = ["ip", "netns", "exec", self.names[node], *own, *boot, *command]
