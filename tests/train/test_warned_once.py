@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import sys
 import warnings
 
 import pytest
@@ -15,8 +16,14 @@ def library(number=0):
 
 @pytest.fixture(autouse=True)
 def shown_always():
+    """As where no pytest collects them."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, flush=True)
+
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = show
         yield
 
 
