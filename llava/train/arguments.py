@@ -91,7 +91,7 @@ def make_training_arguments(run: Run):
     _fall_back(values, run)
     if values.get("logging_dir"):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", values["logging_dir"])
-    limit_new_groups(values["ddp_timeout"])
+    limit_new_groups(values.get("ddp_timeout", training_arguments_class().ddp_timeout))
     training_args = _make(values)
     mismatches = getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", ())
     if mismatches:  # transformers says so when the model is loaded
@@ -153,6 +153,9 @@ def _fall_back(values: dict[str, Any], run: Run) -> None:
         values["attn_implementation"] = None
         lacking = "a flash-attn package that can be imported" if cuda else "a CUDA device"
         notices.append(f"attn_implementation flash_attention_2 needs {lacking}; the best available is used")
+    if values.get("enable_jit_checkpoint"):  # its handler would stand in the way of `llava.train.stopping`
+        values["enable_jit_checkpoint"] = False
+        notices.append("enable_jit_checkpoint: every run saves a checkpoint when it is told to stop, with or without it")
     if values.get("deepspeed"):
         _prepare_deepspeed(cuda)
     if cuda:

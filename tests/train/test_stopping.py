@@ -124,12 +124,13 @@ def test_before_it_trains(kit, forks, tmp_path):
         assert read_state(out)["state"] == "preempted" and read_state(out)["step"] is None
 
 
-def test_nohup_is_left_alone(kit, forks, tmp_path):
-    flags = kit.flags(tmp_path / "out", "iiii", max_steps=4, **FLAGS)
+def test_nohup_and_transformers_own_way_are_left_alone(kit, forks, tmp_path):
+    flags = kit.flags(tmp_path / "out", "iiii", max_steps=4, enable_jit_checkpoint=True, **FLAGS)
     run = forks.start(flags, tmp_path / "log", change="tests.train.faults:ignore_hangups")
     forks.wait_for(tmp_path / "log", "'epoch': '1'")
     os.kill(run, signal.SIGHUP)
     assert forks.end(run) == 0 and read_state(tmp_path / "out")["state"] == "finished"
+    assert "enable_jit_checkpoint: every run saves" in (tmp_path / "log").read_text()  # transformers' own way
 
 
 def test_one_rank_of_two_gets_it(kit, forks, tmp_path):
