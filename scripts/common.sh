@@ -140,6 +140,7 @@ cuda_devices() {
 # CUDA_VISIBLE_DEVICES, where that is set. Without CUDA: one plain process, or NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
 launch() {
     local devices processes program="$ROOT/llava/train/train_mem.py"
+    export LLAVA_SCRIPT_PID=$$ # what this script starts ends with it, also where it is killed outright
     devices="$(cuda_devices)" || exit
     if [[ "$devices" == 0 ]]; then
         if [[ -z "${NUM_PROCS:-}" && "${NUM_GPUS:-1}" != 1 ]]; then
