@@ -180,7 +180,32 @@ launch_with_torchrun() {
     [[ "${MAX_RESTARTS:-0}" =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS, expected a number"
     [[ -z "${HOSTFILE:-}" ]] || fail "HOSTFILE is for LAUNCHER=deepspeed; torchrun is started on every node"
     choose_meeting "$nodes"
-    supervise tell_ranks "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${meet[@]}" "$@"
+    set -- "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${meet[@]}" "$@"
+    if [[ " ${meet[*]} " == *" --rdzv_endpoint "* && "$NODE_RANK" != 0 ]]; then
+        follow_node_0 "${MAX_RESTARTS:-3}" "$@"
+    else
+        supervise tell_ranks "$@"
+    fi
+}
+
+# follow_node_0 TIMES COMMAND...: torchrun on another node than the first, which ends when node 0 is lost, as that keeps
+# the list of nodes; then node 0 is waited for, so many times.
+follow_node_0() {
+    local times="$1" status why
+    shift
+    why="$(mktemp)"
+    while :; do
+        status=0
+        TORCHELASTIC_ERROR_FILE="$why" supervise tell_ranks "$@" || status=$?
+        if [[ "$status" == 0 || -n "$TOLD" || "$times" == 0 ]] || ! grep -q RendezvousConnectionError "$why"; then
+            break
+        fi
+        echo "node $NODE_RANK: node 0 (ADDR=${ADDR:-127.0.0.1}) is lost; waiting for it, $times times at most" >&2
+        times=$((times - 1))
+        : >"$why"
+    done
+    rm -f "$why"
+    return "$status"
 }
 
 # choose_meeting NODES: set meet, torchrun's words for how the nodes find each other. Where nodes may be fewer, or the run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.test_supervise import RANK, wait_for
+from tests.config.test_supervise import RANK, running, wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +55,7 @@ exec({RANK!r})
 
 @pytest.fixture
 def job(tmp_path):
-    """A function: the job's batch script, started as Slurm does it: a copy, with the job's variables."""
+    """A function: a context of the job's batch script, started as Slurm does it: a copy, with the job's variables."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, code in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
@@ -66,28 +66,27 @@ def job(tmp_path):
     (tmp_path / "c.yaml").write_text(f"output_dir: {tmp_path}/out\n")
     (tmp_path / "out").mkdir()
 
-    def start(*words, **variables) -> subprocess.Popen:
+    def start(*words, **variables):
         env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python")}
         env |= {"SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[7-8]"}
         env |= {"SLURM_SUBMIT_DIR": str(ROOT), "PYTHONPATH": str(ROOT), "NUM_PROCS": "1"}
         command = ["bash", str(copy), *(words or [str(tmp_path / "c.yaml")]), *(["--output_dir", f"{tmp_path}/out"])]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(command, env=env | variables, cwd=tmp_path, **pipes)
+        return running(command, env=env | variables, cwd=tmp_path)
 
     return start
 
 
-def end(running: subprocess.Popen) -> tuple[int, list[str], str]:
-    said, errors = running.communicate(timeout=300)
-    return running.returncode, said.splitlines(), errors
+def end(process: subprocess.Popen) -> tuple[int, list[str], str]:
+    said, errors = process.communicate(timeout=300)
+    return process.returncode, said.splitlines(), errors
 
 
 def test_a_run_that_is_warned_saves_and_is_queued_again(tmp_path, job):
-    running = job()
-    for rank in (0, 1):
-        wait_for(tmp_path / f"out/ready{rank}")
-    running.send_signal(signal.SIGUSR1)
-    status, said, errors = end(running)
+    with job() as process:
+        for rank in (0, 1):
+            wait_for(tmp_path / f"out/ready{rank}")
+        process.send_signal(signal.SIGUSR1)
+        status, said, errors = end(process)
     assert (status, errors) == (0, "")
     assert [json.loads((tmp_path / f"out/got{rank}").read_text()) for rank in (0, 1)] == [["SIGUSR1"]] * 2
     meet = "torchrun --nproc_per_node 1 --nnodes 2 --node_rank {} --master_addr node-7 --master_port 10041"
@@ -110,26 +109,32 @@ def test_a_run_that_is_warned_saves_and_is_queued_again(tmp_path, job):
 )
 def test_no_job_is_queued_again_without_end_or_need(tmp_path, job, variables, status, told):
     (tmp_path / "out/run_state.json").write_text('{"state": "preempted", "step": 4}')  # of the job's last start
-    ended, said, errors = end(job(**variables))
+    with job(**variables) as process:
+        ended, said, errors = end(process)
     assert ended == status and told in "\n".join(said) + errors
     assert not any(line.startswith("scontrol") for line in said)
 
 
 def test_a_cancelled_job_stays_cancelled(tmp_path, job):
     """scancel sends TERM: to the steps, and to the batch script."""
-    running = job()
-    for rank in (0, 1):
-        wait_for(tmp_path / f"out/ready{rank}")
-    running.send_signal(signal.SIGTERM)
-    status, said, errors = end(running)
+    with job() as process:
+        for rank in (0, 1):
+            wait_for(tmp_path / f"out/ready{rank}")
+        process.send_signal(signal.SIGTERM)
+        status, said, errors = end(process)
     assert (status, errors) == (0, "") and said[-1].endswith("stopped by Slurm; the same job goes on")
     assert (tmp_path / "out/got1").exists() and not any(line.startswith("scontrol") for line in said)
 
 
-def test_what_is_missing_is_told_in_one_line(tmp_path, job):
-    status, _, errors = end(job("--learning_rate"))
-    assert status == 2 and errors == "error: found a job without CONFIG.yaml, expected the line above\n"
-    status, _, errors = end(job(SLURM_SUBMIT_DIR=str(tmp_path)))
-    assert status == 2 and "submit from its root, or set LLAVA_ROOT" in errors and errors.count("\n") == 1
-    status, _, errors = end(job(str(tmp_path / "none.yaml")))
-    assert status == 2 and "none.yaml" in errors and errors.count("\n") == 1
+@pytest.mark.parametrize(
+    "words, variables, told",
+    [
+        (["--learning_rate"], {}, "error: found a job without CONFIG.yaml, expected the line above"),
+        ([], {"SLURM_SUBMIT_DIR": "/"}, "submit from its root, or set LLAVA_ROOT"),
+        (["none.yaml"], {}, "none.yaml"),
+    ],
+)
+def test_what_is_missing_is_told_in_one_line(job, words, variables, told):
+    with job(*words, **variables) as process:
+        status, _, errors = end(process)
+    assert status == 2 and told in errors and errors.count("\n") == 1

@@ -1,8 +1,10 @@
 """scripts/supervise.sh: what a run is told when its script is told to stop, and what the script makes of its end."""
 
+import contextlib
 import json
 import os
 import pty
+import select
 import shlex
 import signal
 import subprocess
@@ -35,6 +37,37 @@ def script(code: str) -> list[str]:
     return ["bash", "-c", f"set -euo pipefail; source {shlex.quote(str(ROOT / 'scripts/common.sh'))}\n{code}"]
 
 
+def hear_all() -> None:
+    """In a new process, before it becomes a script, which cannot hear what was ignored when it began (`nohup`, `&`)."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options):
+    """A command with pipes, which does not outlive the test."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, preexec_fn=hear_all, start_new_session=True, **pipes | options)
+    try:
+        yield process
+    finally:
+        end_below(process.pid)
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def end_below(pid: int) -> None:
+    """SIGKILL of a process and of all below it, whatever their groups."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        top = psutil.Process(pid)
+        for process in (*top.children(recursive=True), top):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 def wait_for(path: Path) -> None:
     end = time.monotonic() + 300
     while not path.exists():
@@ -52,10 +85,10 @@ def rank(tmp_path) -> str:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
 def test_a_script_hands_on_what_it_is_told(tmp_path, rank, name):
     code = f"supervise tell_ranks {sys.executable} {rank} --output_dir {tmp_path}; echo ended $? $TOLD"
-    running = subprocess.Popen(script(code), stdout=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "ready0")
-    running.send_signal(getattr(signal, name))
-    assert running.communicate(timeout=300)[0] == f"ended 0 {name.removeprefix('SIG')}\n"
+    with running(script(code)) as process:
+        wait_for(tmp_path / "ready0")
+        process.send_signal(getattr(signal, name))
+        assert process.communicate(timeout=300)[0] == f"ended 0 {name.removeprefix('SIG')}\n"
     assert json.loads((tmp_path / "got0").read_text()) == [name]
 
 
@@ -66,26 +99,33 @@ def test_the_ranks_are_told_and_not_their_launcher(tmp_path, rank):
     code = f"supervise tell_ranks {launcher} {rank} --output_dir {tmp_path}; echo ended $? $TOLD"
     child, terminal = pty.fork()
     if child == 0:
+        hear_all()
         os.execvp("bash", script(code))
-    for number in (0, 1):
-        wait_for(tmp_path / f"ready{number}")
-    os.write(terminal, b"\x03")
-    said = read_all(terminal)
-    assert os.waitpid(child, 0)[1] == 0
-    assert "ended 0 INT" in said and "Traceback" not in said
+    try:
+        for number in (0, 1):
+            wait_for(tmp_path / f"ready{number}")
+        os.write(terminal, b"\x03")
+        said = read_all(terminal)
+    finally:
+        end_below(child)
+        status = os.waitpid(child, 0)[1]
+        os.close(terminal)
+    assert status == 0 and "ended 0 INT" in said and "Traceback" not in said
     assert [json.loads((tmp_path / f"got{number}").read_text()) for number in (0, 1)] == [["SIGINT"], ["SIGINT"]]
 
 
 def read_all(terminal: int) -> str:
+    """What is written to a terminal until its last process has left it."""
     said = b""
-    while True:
+    while select.select([terminal], [], [], 300)[0]:
         try:
             part = os.read(terminal, 4096)
-        except OSError:  # the last process has left the terminal
-            return said.decode()
+        except OSError:
+            part = b""
         if not part:
             return said.decode()
         said += part
+    raise AssertionError(f"still running after: {said.decode()}")
 
 
 def test_an_exit_status_is_the_commands():
@@ -181,8 +221,8 @@ def test_a_stage_that_is_stopped_before_it_says_anything(tmp_path):
     (tmp_path / "python").chmod(0o755)
     env = {**os.environ, "PYTHON": str(tmp_path / "python"), "NUM_PROCS": "1"}
     code = f"read_demo_flags --output_dir {tmp_path}/out; demo_stage one one.yaml; echo not reached"
-    running = subprocess.Popen(script(code), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "begun")
-    running.send_signal(signal.SIGTERM)
-    said = running.communicate(timeout=300)[0]
-    assert running.returncode == 0 and "the same command goes on" in said and "not reached" not in said
+    with running(script(code), env=env) as process:
+        wait_for(tmp_path / "begun")
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "the same command goes on" in said and "not reached" not in said

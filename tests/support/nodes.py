@@ -13,9 +13,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 INTERFACE = "link0"
 _numbers = itertools.count()
 
@@ -117,3 +119,18 @@ class Nodes:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def launch(nodes: Nodes, node: int, flags: list[str], log: Path, **variables: str) -> subprocess.Popen:
+    """Start a node's part of a training run, as a user does: by scripts/finetune.sh with one process on the CPU.
+
+    Args:
+        flags: a config and the keys of the run.
+        log: a file to which what the node prints is added.
+        variables: of the environment, beside the node's number, and its head's address and port.
+    """
+    own = {"NUM_PROCS": "1", "NNODES": "2", "RANK": str(node), "ADDR": nodes.addresses[0], "PORT": "29500"}
+    own |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(log, "a") as file:
+        words = ["bash", str(ROOT / "scripts/finetune.sh"), *flags]
+        return nodes.start(node, words, {**os.environ, **own, **variables}, stdout=file, stderr=subprocess.STDOUT)
