@@ -22,7 +22,9 @@ A run that Slurm's warning stopped is queued again and goes on from its checkpoi
 Environment otherwise as in scripts/finetune.sh; RANK, ADDR and PORT come from Slurm, and NNODES unless it is set.
 USAGE
     [[ "${1:-}" != --help && "${1:-}" != -h ]] || exit 0
-    echo "error: found ${SLURM_JOB_ID:+a job without CONFIG.yaml}${SLURM_JOB_ID-no SLURM_JOB_ID}, expected the line above" >&2
+    found="a job without CONFIG.yaml"
+    [[ -n "${SLURM_JOB_ID:-}" ]] || found="no SLURM_JOB_ID"
+    echo "error: found $found, expected the line above" >&2
     exit 2
 fi
 
