@@ -24,5 +24,5 @@ def test_both_sides_take_steps(tmp_path, monkeypatch):
     assert script.main(words) == 0
     report = json.loads(output.read_text())
     assert len(taken) == 3  # of the seven steps
-    assert {"with", "without", "cost"} == report["figures"].keys() and report["shapes"]["batch"] == [2, 1, 1]
+    assert {"with", "without", "cost", "inside"} == report["figures"].keys() and report["shapes"]["batch"] == [2, 1, 1]
     assert report["figures"]["with"]["ms"] > 0 and report["hardware"]["device"] == "cpu"
