@@ -23,7 +23,7 @@ from llava.errors import LlavaError, LostRank, told
 PROGRAMS = {"torchrun", "deepspeed", "deepspeed.pt", "ds", "accelerate", "accelerate-launch"}
 MODULES = ("torch.distributed.", "deepspeed.launcher", "accelerate.commands")
 SCRIPT = "LLAVA_SCRIPT_PID"  # scripts/common.sh sets it
-_EVERY = 1.0  # seconds between two looks
+_EVERY = 0.5  # seconds between two looks
 
 
 def under_launcher(main):
@@ -36,7 +36,7 @@ def under_launcher(main):
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         ended = threading.Event()
-        if found := launchers():
+        if found := _above.setdefault(os.getpid(), launchers()):
             threading.Thread(target=_watch, args=(found, ended), name="launcher", daemon=True).start()
         try:
             return main(*args, **kwargs)
@@ -45,8 +45,9 @@ def under_launcher(main):
             if isinstance(error, Exception):
                 tell_launcher(error)
                 if found and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                    line, status = told(error)
-                    end_process(status, None if isinstance(end, SystemExit) else line)
+                    if error is end:
+                        sys.excepthook(type(error), error, error.__traceback__)  # PyTorch's, which says the rank
+                    end_process(told(error)[1])
             raise
         finally:
             ended.set()
@@ -159,12 +160,19 @@ def _command(pid: int) -> list[str]:
     return [word for word in words if word == "-m" or not (word.startswith("-") and len(word) == 2)]
 
 
+_above: dict[int, list[Process]] = {}  # of this process: a forked one has others
+
+
+def gone() -> Process | None:
+    """A launcher of this process that has ended."""
+    found = ((one, process(one.pid)) for one in _above.get(os.getpid(), ()))
+    return next((one for one, now in found if now is None or now.start != one.start), None)
+
+
 def _watch(above: list[Process], ended: threading.Event) -> None:
     commands = {one.pid: _command(one.pid) for one in above}
     names = {pid: _program(words) or Path((words or [""])[0]).name for pid, words in commands.items()}
     while not ended.wait(_EVERY):
-        for one in above:
-            now = process(one.pid)
-            if now is None or now.start != one.start:
-                line = f"error: the launcher is gone ({names[one.pid]}, pid {one.pid}): this run ends"
-                end_process(1, line if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+        if one := gone():
+            line = f"error: the launcher is gone ({names[one.pid]}, pid {one.pid}): this run ends"
+            end_process(1, line if os.environ.get("LOCAL_RANK", "0") == "0" else None)

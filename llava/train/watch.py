@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from llava.errors import LlavaError, LostRank
 from llava.train import phases
-from llava.train.launcher import end_process, one_line, process, tell_launcher
+from llava.train.launcher import end_process, gone, one_line, process, tell_launcher
 
 _GRACE = 5.0  # seconds in which a rank's own exception comes after another rank has failed
-_OF_GROUPS = ("gloo", "NCCL", "onnection closed by peer", "onnection reset by peer", "roken pipe", "Socket Timeout")
+_OF_GROUPS = ("gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "pair closure", "timeout", "timed out")
 _END = "end of the run"
 _runs = 0  # of this process: their keys differ, as one store may serve several
 
@@ -92,15 +92,15 @@ class _Teller(threading.Thread):
         self.ended, self._wake = False, threading.Event()
 
     def run(self) -> None:
-        while not self.ended:
+        while not self.ended and not gone():  # the launcher may hold the store: this process is about to end
             try:
                 self.store = self.store or _own_connection()
                 if self.store is not None:
-                    self.asked_at = self.asked_at or time.monotonic()
+                    self.asked_at = time.monotonic()
                     self._beat(self.store)
                     self.asked_at = None
-            except RuntimeError:  # it does not answer: `asked_at` stays
-                pass
+            except RuntimeError:  # it is gone for good, as `asked_at` tells; PyTorch prints a page at each try
+                return
             self._wake.wait(self.soonest)
             if not self._wake.is_set():
                 phases.changed.wait(0.5 if self.looking else self.every)
@@ -213,7 +213,7 @@ class Watch(threading.Thread):
         if found:
             self._blame(found)
             return f"{found}; rank {self.rank} waited for it in the {here}, {here.seconds:.0f} s"
-        if "imed out" in words or "imeout" in words:
+        if here.seconds > self.timeout * 0.8:
             waited = f"rank {self.rank} waited {here.seconds:.0f} s in the {here}"
             return f"{waited}, and no rank is known to stand still: {words[:200]}"
         return None
@@ -263,7 +263,7 @@ def of_a_group(error: Exception) -> bool:
     import torch
 
     return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_GROUPS)
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_GROUPS)
     )
 
 

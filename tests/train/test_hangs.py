@@ -106,12 +106,12 @@ def test_a_rank_that_stands_still_is_named(runs):
     lines = [line for line in run.said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, run.said
     assert re.match(
-        rf"error: rank 1 \(pid {run.rank_pids[1]} on .*\) is stopped by a signal, last heard in the .* of step [23]; "
+        rf"error: rank 1 \(pid {run.rank_pids[1]} on .*\) is stopped by a signal, last heard in the .* of step [123]; "
         rf"rank 0 waited for it in the [a-z ]+ of step 3, \d+ s$",
         lines[0],
     ), lines
     assert "[rank0]: Traceback" not in run.said and run.status == 1
-    assert "rank      : 0 " in summary(run) and lines[0] in summary(run)
+    assert f"traceback : {lines[0]}" in run.said  # torchrun's, of rank 0
 
 
 def test_of_a_rank_that_fails_there_is_one_traceback_and_its_last_line(runs):
@@ -128,6 +128,7 @@ def test_nothing_is_left_of_a_run_whose_launcher_is_killed(runs):
     lines = [line for line in run.said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "error: the launcher is gone (torch.distributed.run, pid " in lines[0]
     assert not any(map(process, run.pids))
+    assert run.said.count("Exception raised") <= 2  # PyTorch's page on a store that is gone: once for each rank at most
 
 
 def test_library_warnings_are_shown_once(runs):
