@@ -61,7 +61,7 @@ def launch(folder: Path, processes: int, runs: list[list[str]]) -> None:
     command = [*LAUNCH, str(processes), "-m", "tests.support.runs", str(folder / f"runs{processes}.json")]
     done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=3000)
     (folder / f"log{processes}").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 CASES = [(model, name) for model in MODELS for name in (CHANGES if model == "all" else FEWER)]

@@ -19,7 +19,10 @@ from tests.support.bad_numbers import install
 def main(path: str) -> int:
     with open(path) as file:
         runs = json.load(file)
-    leave, program.leave_process_group = program.leave_process_group, lambda: None  # DeepSpeed keeps the first group
+    leave, program.leave_process_group = (
+        program.leave_process_group,
+        lambda error=None: None,
+    )  # DeepSpeed keeps the first group
     program.save = functools.partial(_save, program.save)
     failed, environment = 0, dict(os.environ)
     for run in runs:
