@@ -155,7 +155,9 @@ def _fall_back(values: dict[str, Any], run: Run) -> None:
         notices.append(f"attn_implementation flash_attention_2 needs {lacking}; the best available is used")
     if values.get("enable_jit_checkpoint"):  # its handler would stand in the way of `llava.train.stopping`
         values["enable_jit_checkpoint"] = False
-        notices.append("enable_jit_checkpoint: every run saves a checkpoint when it is told to stop, with or without it")
+        notices.append(
+            "enable_jit_checkpoint: every run saves when it is told to stop, with or without it"
+        )
     if values.get("deepspeed"):
         _prepare_deepspeed(cuda)
     if cuda:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llava.errors import LlavaError
 from llava.train.kinds import Kind, files_of, is_adam, kind_of_checkpoint, kind_of_run, must_convert
+from llava.train.phases import during
 from llava.train.schedule import SCHEDULER_NAME, optimizer_file
 from llava.train.universal import MOMENTS, Universal
 from llava.utils import is_rank0, rank0_print
@@ -51,7 +52,7 @@ def readable_state(trainer, checkpoint: str | None) -> Iterator[str | None]:
             if now.zero is None:
                 _take_weights(trainer, copy)
     if checkpoint is not None and now.zero:
-        _fit_steps(trainer.model_wrapped)
+        _fit_optimizer(trainer.model_wrapped)
 
 
 def remove_copies(out: str) -> None:
@@ -98,10 +99,11 @@ def _copy(trainer, checkpoint: str, before: Kind, now: Kind) -> Iterator[Univers
             _join(trainer, copy)
 
     try:
-        _first(lambda: write_copy(checkpoint, written, before, make))
-        if now.zero is not None:
-            _put_weights(trainer, checkpoint, copy, before)
-        _first(lambda: written.rename(folder))
+        with during("conversion of the optimizer's state"):
+            _first(lambda: write_copy(checkpoint, written, before, make))
+            if now.zero is not None:
+                _put_weights(trainer, checkpoint, copy, before)
+            _first(lambda: written.rename(folder))
         if (seconds := time.monotonic() - start) > _PROGRESS:
             rank0_print(f"{folder.name}: converted in {seconds:.0f} s")
         yield Universal(folder, step)
@@ -335,12 +337,18 @@ def _universal(trainer, now: Kind) -> Iterator[None]:
             engine._config.load_universal_checkpoint = False
 
 
-def _fit_steps(engine) -> None:
-    """Adam's step as the optimizer wants it, one for each of its weights: torch's a tensor, DeepSpeed's own (which
-    offloading calls for) a number. A checkpoint may hold the other, or one for all."""
+def _fit_optimizer(engine) -> None:
+    """Give a loaded optimizer what it needs: torch's Adam and DeepSpeed's own, which offloading calls for, differ.
+
+    Of its groups those entries that a checkpoint of the other kind lacks; of the steps, torch's want a tensor for each
+    weight, DeepSpeed's a number. A checkpoint may hold the other, or one for all.
+    """
     import torch
 
     optimizer = engine.optimizer.optimizer
+    for group in optimizer.param_groups:
+        for key, value in optimizer.defaults.items():
+            group.setdefault(key, value)
     own = type(optimizer).__module__.startswith("deepspeed.")
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for parameter, state in optimizer.state.items():

@@ -133,16 +133,30 @@ def test_nohup_and_transformers_own_way_are_left_alone(kit, forks, tmp_path):
     assert "enable_jit_checkpoint: every run saves" in (tmp_path / "log").read_text()  # transformers' own way
 
 
-def test_one_rank_of_two_gets_it(kit, forks, tmp_path):
+def two_ranks(kit, forks, folder, outs, **changes):
+    """The processes of a run of two ranks, each with an output_dir."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         meet["MASTER_PORT"] = str(probe.getsockname()[1])
-    flags = kit.flags(tmp_path / "out", "iiii", max_steps=8, use_cpu=True, ddp_timeout=120, **FLAGS)
     runs = []
-    for rank in ("0", "1"):
-        env = {"RANK": rank, "LOCAL_RANK": rank, **meet}
-        runs.append(forks.start(flags, tmp_path / rank, change=SLOW, env=env))
+    for rank, out in zip("01", outs, strict=True):
+        flags = kit.flags(out, "iiii", use_cpu=True, ddp_timeout=120, **(FLAGS | changes))
+        runs.append(forks.start(flags, folder / rank, change=SLOW, env={"RANK": rank, "LOCAL_RANK": rank, **meet}))
+    return runs
+
+
+def test_a_folder_that_is_not_shared(kit, forks, tmp_path):
+    """As on two machines, of which each has its own disk."""
+    runs = two_ranks(kit, forks, tmp_path, [tmp_path / "here", tmp_path / "there"], max_steps=2)
+    assert [forks.end(run) for run in runs] == [2, 2]
+    said = f"error: output_dir: {tmp_path}/here: what rank 0 writes there is not seen on {socket.gethostname()}"
+    assert said in (tmp_path / "0").read_text()
+    assert not (tmp_path / "here").exists() and not (tmp_path / "there").exists()
+
+
+def test_one_rank_of_two_gets_it(kit, forks, tmp_path):
+    runs = two_ranks(kit, forks, tmp_path, [tmp_path / "out"] * 2, max_steps=8)
     forks.wait_for(tmp_path / "0", "'epoch': '1'")
     os.kill(runs[1], signal.SIGUSR1)
     assert [forks.end(run) for run in runs] == [0, 0], (tmp_path / "0").read_text()[-3000:]
