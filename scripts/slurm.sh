@@ -22,9 +22,7 @@ A run that Slurm's warning stopped is queued again and goes on from its checkpoi
 Environment otherwise as in scripts/finetune.sh; RANK, ADDR and PORT come from Slurm, and NNODES unless it is set.
 USAGE
     [[ "${1:-}" != --help && "${1:-}" != -h ]] || exit 0
-    found="a job without CONFIG.yaml"
-    [[ -n "${SLURM_JOB_ID:-}" ]] || found="no SLURM_JOB_ID"
-    echo "error: found $found, expected the line above" >&2
+    echo "error: found ${1:-no CONFIG.yaml} in job ${SLURM_JOB_ID:-(none)}, expected sbatch and CONFIG.yaml, as above" >&2
     exit 2
 fi
 
@@ -39,8 +37,8 @@ source "$root/scripts/common.sh"
 
 use_environment train,demo torch transformers deepspeed # once, where each node would make it for itself
 folder="$("$PYTHON" -P -m llava.config value output_dir "$@")" || exit
-ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export ADDR NNODES="${NNODES:-$SLURM_JOB_NUM_NODES}" PORT="${PORT:-$((10000 + SLURM_JOB_ID % 20000))}" RDZV_ID="$SLURM_JOB_ID"
+ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+export ADDR="${ADDR%%$'\n'*}" NNODES="${NNODES:-$SLURM_JOB_NUM_NODES}" PORT="${PORT:-$((10000 + SLURM_JOB_ID % 20000))}" RDZV_ID="$SLURM_JOB_ID"
 
 # At USR1 srun tells its tasks; at TERM it would end them.
 tell_tasks() {

@@ -107,13 +107,13 @@ def test_one_node_that_is_started_again():
 
 def test_processes_of_several_nodes_are_told_the_way_to_each_other():
     code = """
-    python() { case "$*" in *llava.train.nodes*) echo "$told_way" ;; *) echo "${GLOO_SOCKET_IFNAME-}" ;; esac; }
+    python() { case "$*" in *llava.train.nodes*) echo "$WAY" ;; *) echo "${GLOO_SOCKET_IFNAME-}" ;; esac; }
     PYTHON=python NUM_PROCS=1 launch c.yaml
     """
     for variables, interface in (
-        ({"NNODES": "2", "told_way": "10.0.0.2 eth1"}, "eth1"),
-        ({"NNODES": "2", "told_way": "10.0.0.2 eth1", "GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
-        ({"NNODES": "2", "told_way": "node0 "}, ""),
+        ({"NNODES": "2", "WAY": "10.0.0.2 eth1"}, "eth1"),
+        ({"NNODES": "2", "WAY": "10.0.0.2 eth1", "GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ({"NNODES": "2", "WAY": "node0 "}, ""),
         ({"MAX_RESTARTS": "1"}, ""),
     ):
         assert bash(code, **variables).stdout == f"{interface}\n"

@@ -84,7 +84,7 @@ def end(process: subprocess.Popen) -> tuple[int, list[str], str]:
 def test_a_run_that_is_warned_saves_and_is_queued_again(tmp_path, job):
     with job() as process:
         for rank in (0, 1):
-            wait_for(tmp_path / f"out/ready{rank}")
+            wait_for(tmp_path / f"out/ready{rank}", process)
         process.send_signal(signal.SIGUSR1)
         status, said, errors = end(process)
     assert (status, errors) == (0, "")
@@ -119,7 +119,7 @@ def test_a_cancelled_job_stays_cancelled(tmp_path, job):
     """scancel sends TERM: to the steps, and to the batch script."""
     with job() as process:
         for rank in (0, 1):
-            wait_for(tmp_path / f"out/ready{rank}")
+            wait_for(tmp_path / f"out/ready{rank}", process)
         process.send_signal(signal.SIGTERM)
         status, said, errors = end(process)
     assert (status, errors) == (0, "") and said[-1].endswith("stopped by Slurm; the same job goes on")
@@ -129,7 +129,7 @@ def test_a_cancelled_job_stays_cancelled(tmp_path, job):
 @pytest.mark.parametrize(
     "words, variables, told",
     [
-        (["--learning_rate"], {}, "error: found a job without CONFIG.yaml, expected the line above"),
+        (["--learning_rate"], {}, "error: found --learning_rate in job 41, expected sbatch and CONFIG.yaml"),
         ([], {"SLURM_SUBMIT_DIR": "/"}, "submit from its root, or set LLAVA_ROOT"),
         (["none.yaml"], {}, "none.yaml"),
     ],

@@ -68,9 +68,11 @@ def end_below(pid: int) -> None:
                 process.kill()
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, process: subprocess.Popen | None = None) -> None:
+    """Until there is such a file, which the process makes."""
     end = time.monotonic() + 300
     while not path.exists():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"{path} never came"
         time.sleep(0.02)
 
@@ -86,7 +88,7 @@ def rank(tmp_path) -> str:
 def test_a_script_hands_on_what_it_is_told(tmp_path, rank, name):
     code = f"supervise tell_ranks {sys.executable} {rank} --output_dir {tmp_path}; echo ended $? $TOLD"
     with running(script(code)) as process:
-        wait_for(tmp_path / "ready0")
+        wait_for(tmp_path / "ready0", process)
         process.send_signal(getattr(signal, name))
         assert process.communicate(timeout=300)[0] == f"ended 0 {name.removeprefix('SIG')}\n"
     assert json.loads((tmp_path / "got0").read_text()) == [name]
@@ -222,7 +224,7 @@ def test_a_stage_that_is_stopped_before_it_says_anything(tmp_path):
     env = {**os.environ, "PYTHON": str(tmp_path / "python"), "NUM_PROCS": "1"}
     code = f"read_demo_flags --output_dir {tmp_path}/out; demo_stage one one.yaml; echo not reached"
     with running(script(code), env=env) as process:
-        wait_for(tmp_path / "begun")
+        wait_for(tmp_path / "begun", process)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "the same command goes on" in said and "not reached" not in said
