@@ -180,6 +180,8 @@ launch_with_torchrun() {
     [[ "${MAX_RESTARTS:-0}" =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS, expected a number"
     [[ -z "${HOSTFILE:-}" ]] || fail "HOSTFILE is for LAUNCHER=deepspeed; torchrun is started on every node"
     choose_meeting "$nodes"
+    # told to stop itself, as by a scheduler that tells every process, torchrun kills its ranks after 30 seconds
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
     set -- "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${meet[@]}" "$@"
     if [[ " ${meet[*]} " == *" --rdzv_endpoint "* && "$NODE_RANK" != 0 ]]; then
         follow_node_0 "${MAX_RESTARTS:-3}" "$@"

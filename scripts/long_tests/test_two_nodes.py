@@ -85,8 +85,7 @@ def test_a_node_that_is_lost_and_started_again(parts, undisturbed, tmp_path, los
     assert losses(tmp_path / "out") == undisturbed(stage)
 
 
-# ZeRO-3 too where its checkpoints go on with another number of processes
-@pytest.mark.parametrize("stage", [None], ids=["plain"])
+@pytest.mark.parametrize("stage", [None, 3], ids=["plain", "zero3"])
 def test_a_node_that_stays_away(parts, undisturbed, tmp_path, stage):
     """With NNODES=1:2 the other node goes on alone."""
     words, log = flags(parts, tmp_path / "out", stage), tmp_path / "log"
