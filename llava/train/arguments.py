@@ -91,7 +91,7 @@ def make_training_arguments(run: Run):
     _fall_back(values, run)
     if values.get("logging_dir"):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", values["logging_dir"])
-    limit_new_groups(values["ddp_timeout"])
+    limit_new_groups(values.get("ddp_timeout", training_arguments_class().ddp_timeout))
     training_args = _make(values)
     mismatches = getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", ())
     if mismatches:  # transformers says so when the model is loaded
