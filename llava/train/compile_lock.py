@@ -46,9 +46,7 @@ def _told_baton(base: type) -> type:
                 if not path.exists() and any(path.parent.glob("*.so")):
                     return False
             with contextlib.suppress(OSError):  # a file system without them
-                fcntl.flock(
-                    self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # for those that do not see this process
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for those that do not see this process
             if not any(path.parent.glob("*.so")):
                 print(f"compiling {path.parent.name} in {path.parent}: once, it takes a minute or so", flush=True)
             return True
