@@ -4,6 +4,7 @@ PyTorch lets one process compile in a folder: the one that has made the file `lo
 wait until it is removed, for ever where that process was killed.
 """
 
+import contextlib
 import fcntl
 import os
 import time
@@ -44,6 +45,8 @@ def _told_baton(base: type) -> type:
                 time.sleep(self.wait_seconds)
                 if not path.exists() and any(path.parent.glob("*.so")):
                     return False
+            with contextlib.suppress(OSError):  # a file system without them
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for those that do not see this process
             if not any(path.parent.glob("*.so")):
                 print(f"compiling {path.parent.name} in {path.parent}: once, it takes a minute or so", flush=True)
             return True
@@ -70,7 +73,19 @@ def is_stale(lock: Path) -> float | None:
     except FileNotFoundError:
         return None
     fresh = _FRESH_ELSEWHERE if _is_shared(lock) else _FRESH
-    return age if age > fresh and owner_of(lock) is None else None
+    return age if age > fresh and owner_of(lock) is None and not _is_locked(lock) else None
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process that has told of its compiling holds the lock, on whatever side of a container's wall."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # two that ask do not see each other
+    except BlockingIOError:
+        return True
+    except OSError:  # it has been removed, or there are no such locks
+        return False
+    return False
 
 
 def owner_of(lock: Path) -> str | None:

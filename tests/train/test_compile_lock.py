@@ -91,6 +91,16 @@ def test_a_process_that_compiles_is_waited_for(baton, hold, tmp_path, capsys):
     assert "compiling" not in capsys.readouterr().out
 
 
+def test_a_process_of_another_container_is_seen_by_its_lock(baton, tmp_path, monkeypatch):
+    """Which /proc does not show."""
+    monkeypatch.setattr(compile_lock, "owner_of", lambda lock: None)
+    assert baton.try_acquire()
+    age(tmp_path / "lock", 3600)
+    assert compile_lock.is_stale(tmp_path / "lock") is None
+    os.close(baton.fd)  # as by a kill
+    assert compile_lock.is_stale(tmp_path / "lock")
+
+
 def test_a_lock_that_another_machine_may_hold_is_left_for_longer(tmp_path, monkeypatch):
     (tmp_path / "lock").touch()
     assert compile_lock.is_stale(tmp_path / "lock") is None  # it is fresh
