@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forks import hear_all
+
 ROOT = Path(__file__).parents[2]
 
 # Stands for a training process: counts signals, and half a second after the first one ends as a run that has saved.
@@ -35,12 +37,6 @@ time.sleep(0.5)
 def script(code: str) -> list[str]:
     """A script that sources common.sh and runs `code`."""
     return ["bash", "-c", f"set -euo pipefail; source {shlex.quote(str(ROOT / 'scripts/common.sh'))}\n{code}"]
-
-
-def hear_all() -> None:
-    """In a new process, before it becomes a script, which cannot hear what was ignored when it began (`nohup`, `&`)."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 @contextlib.contextmanager

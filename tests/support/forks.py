@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+
+def hear_all() -> None:
+    """In a new process, before its program begins: what was ignored where this began (`nohup`, `&`) stays ignored, a
+    shell script could not even hear it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 class Forks:
@@ -35,7 +43,8 @@ class Forks:
     def __enter__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.support.forks"], cwd=ROOT, env=env, **pipes)
+        options = {"cwd": ROOT, "env": env, "preexec_fn": hear_all}
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.support.forks"], **options, **pipes)
         return self
 
     def __exit__(self, *error):
