@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import traceback
 
 from llava.utils import is_rank0
 
@@ -17,16 +18,35 @@ class OutOfReach(LlavaError):
     """A model or encoder that is not on this machine: nothing is known to be wrong with it, and nothing to be right."""
 
 
+class LostRank(RuntimeError):
+    """This process's part of a run ended because of another rank.
+
+    The message is one line that names that rank, or empty where it has been told already.
+    """
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """What a program says of what ended it, and its exit status."""
+    if isinstance(error, (LlavaError, LostRank)):
+        return f"error: {error}" if str(error) else "", 2 if isinstance(error, LlavaError) else 1
+    return "".join(traceback.format_exception(error)).rstrip(), 1
+
+
 def report_errors(main):
-    """Decorate a command-line `main`: a `LlavaError` ends the program with one line on stderr and exit status 2."""
+    """Decorate a command-line `main`: a `LlavaError` ends the program with one line on stderr and exit status 2.
+
+    So does a `LostRank`, with exit status 1.
+    """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except LlavaError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+        except (LlavaError, LostRank) as error:
+            line, status = told(error)
+            if line:
+                print(line, file=sys.stderr)
+            raise SystemExit(status) from None
 
     return wrapper
 

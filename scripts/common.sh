@@ -2,6 +2,8 @@
 # shellcheck shell=bash
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/supervise.sh
+source "$ROOT/scripts/supervise.sh"
 export PYTHONUNBUFFERED=1
 NODE_RANK="${RANK:-0}" # LLaVA-NeXT's scripts call the node's rank RANK; in a process that name means its own rank
 unset RANK
@@ -70,7 +72,8 @@ use_environment() {
         export PYTHONPATH="$ROOT:$PYTHONPATH" # a llava that PYTHONPATH names must not hide this one
     fi
     has_driver || export DS_ACCELERATOR=cpu # DeepSpeed then does not warn at every import
-    export PYTHON PATH="$(dirname "$PYTHON"):$PATH" # DeepSpeed calls ninja, which pip put beside this Python
+    PATH="$(dirname "$PYTHON"):$PATH" # DeepSpeed calls ninja, which pip put beside this Python
+    export PYTHON PATH
 }
 
 make_venv() {
@@ -105,7 +108,7 @@ use_lmms_environment() {
         fi
     done
     fail "no Python with lmms-eval and this checkout found. Give it an environment of its own (some GB), then run this again:
-    python3 -m venv $ROOT/.venv-lmms && $ROOT/.venv-lmms/bin/pip install -e '$ROOT[lmms-eval]'"
+    python3 -m venv $ROOT/.venv-lmms && $ROOT/.venv-lmms/bin/pip install -e '${ROOT}[lmms-eval]'"
 }
 
 DRIVER_SIGNS=(/proc/driver/nvidia/version /dev/nvidiactl /dev/nvidia0 /dev/dxg) # the last one in WSL
@@ -133,10 +136,11 @@ cuda_devices() {
 }
 
 # launch [CONFIG] --key value ...: one training run. On CUDA: torchrun (or LAUNCHER=deepspeed) with NUM_GPUS processes on
-# each of NNODES nodes, this one being RANK, with ADDR and PORT to meet at; of the devices in CUDA_VISIBLE_DEVICES, where
-# that is set. Without CUDA: one plain process, or NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
+# each of NNODES nodes (LEAST:MOST), this one being RANK, with ADDR and PORT to meet at; of the devices in
+# CUDA_VISIBLE_DEVICES, where that is set. Without CUDA: one plain process, or NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
 launch() {
     local devices processes program="$ROOT/llava/train/train_mem.py"
+    export LLAVA_SCRIPT_PID=$$ # what this script starts ends with it, also where it is killed outright
     devices="$(cuda_devices)" || exit
     if [[ "$devices" == 0 ]]; then
         if [[ -z "${NUM_PROCS:-}" && "${NUM_GPUS:-1}" != 1 ]]; then
@@ -146,8 +150,8 @@ launch() {
         export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
         # Threads that wait soon sleep: no slower on an idle machine, and much faster beside a busy process.
         export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
-        if [[ "$processes" == 1 && "${NNODES:-1}" == 1 ]]; then
-            "$PYTHON" "$program" "$@"
+        if [[ "$processes" == 1 && "${NNODES:-1}" == 1 && "${MAX_RESTARTS:-0}" == 0 ]]; then
+            supervise tell_ranks "$PYTHON" "$program" "$@"
             return
         fi
         local threads=$(($(nproc) / processes))
@@ -159,28 +163,93 @@ launch() {
         fi
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
     fi
-    if [[ "${LAUNCHER:-torchrun}" == deepspeed ]]; then
-        launch_with_deepspeed "$processes" "$program" "$@"
+    case "${LAUNCHER:-${HOSTFILE:+deepspeed}}" in
+        deepspeed) launch_with_deepspeed "$processes" "$program" "$@" ;;
+        torchrun | "") launch_with_torchrun "$processes" "$program" "$@" ;;
+        *) fail "LAUNCHER=$LAUNCHER, expected torchrun or deepspeed" ;;
+    esac
+}
+
+# launch_with_torchrun PROCESSES PROGRAM ARGUMENT...: this node's part of a run.
+launch_with_torchrun() {
+    local processes="$1" nodes="${NNODES:-1}" meet
+    shift
+    if [[ ! "$nodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || ((${nodes%:*} > ${nodes#*:})); then
+        fail "NNODES=$nodes, expected a number of nodes, or LEAST:MOST"
+    fi
+    [[ "${MAX_RESTARTS:-0}" =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS, expected a number"
+    [[ -z "${HOSTFILE:-}" ]] || fail "HOSTFILE is for LAUNCHER=deepspeed; torchrun is started on every node"
+    choose_meeting "$nodes"
+    # told to stop itself, as by a scheduler that tells every process, torchrun kills its ranks after 30 seconds
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
+    set -- "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${meet[@]}" "$@"
+    if [[ " ${meet[*]} " == *" --rdzv_endpoint "* && "$NODE_RANK" != 0 ]]; then
+        follow_node_0 "${MAX_RESTARTS:-3}" "$@"
+    else
+        supervise tell_ranks "$@"
+    fi
+}
+
+# follow_node_0 TIMES COMMAND...: torchrun on another node than the first, which ends when node 0 is lost, as that keeps
+# the list of nodes; then node 0 is waited for, so many times.
+follow_node_0() {
+    local times="$1" status why
+    shift
+    why="$(mktemp)"
+    while :; do
+        status=0
+        TORCHELASTIC_ERROR_FILE="$why" supervise tell_ranks "$@" || status=$?
+        if [[ "$status" == 0 || -n "$TOLD" || "$times" == 0 ]] || ! grep -q RendezvousConnectionError "$why"; then
+            break
+        fi
+        echo "node $NODE_RANK: node 0 (ADDR=${ADDR:-127.0.0.1}) is lost; waiting for it, $times times at most" >&2
+        times=$((times - 1))
+        : >"$why"
+    done
+    rm -f "$why"
+    return "$status"
+}
+
+# choose_meeting NODES: set meet, torchrun's words for how the nodes find each other. Where nodes may be fewer, or the run
+# may be started again (MAX_RESTARTS), they meet as often as one is lost or comes back; node 0 keeps the list.
+choose_meeting() {
+    local head="${ADDR:-127.0.0.1}" port="${PORT:-29500}" restarts="${MAX_RESTARTS:-}" address="${LOCAL_ADDR:-}" way
+    if [[ "$1" == 1 && -z "${ADDR:-}${PORT:-}" ]]; then
+        meet=(--standalone ${restarts:+--max_restarts "$restarts"})
         return
     fi
-    [[ "${LAUNCHER:-torchrun}" == torchrun ]] || fail "LAUNCHER=$LAUNCHER, expected torchrun or deepspeed"
-    local meet=(--standalone)
-    if [[ "${NNODES:-1}" != 1 || -n "${ADDR:-}${PORT:-}" ]]; then
-        meet=(--nnodes "${NNODES:-1}" --node_rank "$NODE_RANK" --master_addr "${ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
+    if [[ "$1" != 1 ]]; then
+        way="$(cd "$ROOT" && "$PYTHON" -m llava.train.nodes "$head" "$port")" || exit
+        address="${address:-${way% *}}" way="${GLOO_SOCKET_IFNAME:-${way#* }}"
+        [[ -z "$way" ]] || export GLOO_SOCKET_IFNAME="$way" # else gloo takes what the node's name stands for
     fi
-    "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${meet[@]}" \
-        "$program" "$@"
+    if [[ "$1" != *:* && "${restarts:-0}" == 0 ]]; then
+        meet=(--nnodes "$1" --node_rank "$NODE_RANK" --master_addr "$head" --master_port "$port")
+        return
+    fi
+    # Else the processes keep the store of those before them, with what these wrote into it, also when its node is lost.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    local keeps=0
+    [[ "$NODE_RANK" != 0 ]] || keeps=1
+    meet=(--nnodes "$1" --max_restarts "${restarts:-3}" --rdzv_backend c10d --rdzv_endpoint "$head:$port"
+        --rdzv_id "${RDZV_ID:-llava}" --rdzv_conf "is_host=$keeps${RDZV_CONF:+,$RDZV_CONF}"
+        ${address:+--local_addr "$address"})
 }
 
 # launch_with_deepspeed PROCESSES PROGRAM ARGUMENT...: by DeepSpeed's launcher, on this node or on those of HOSTFILE.
 launch_with_deepspeed() {
     local processes="$1" visible="${CUDA_VISIBLE_DEVICES-unset}"
     shift
+    [[ "${NNODES:-1}" != *:* && "${MAX_RESTARTS:-0}" == 0 ]] ||
+        fail "NNODES=LEAST:MOST and MAX_RESTARTS are for LAUNCHER=torchrun"
+    if [[ -n "${HOSTFILE:-}" && ! -f "$HOSTFILE" ]]; then # DeepSpeed would go on with this node alone
+        fail "HOSTFILE=$HOSTFILE: no such file, expected one as scripts/hostfile.example"
+    fi
     local where=(${HOSTFILE:+--hostfile "$HOSTFILE"} ${ADDR:+--master_addr "$ADDR"} ${PORT:+--master_port "$PORT"})
     # /job/hostfile is read without being named
     if [[ "$visible" == unset || -n "${HOSTFILE:-}" || "${NNODES:-1}" != 1 || -f /job/hostfile ]]; then
         where=(--num_gpus "$processes" ${NNODES:+--num_nodes "$NNODES"} ${where[@]+"${where[@]}"})
-        "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" "$@"
+        supervise tell_ranks "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" "$@"
         return
     fi
     # Told how many devices to use, the launcher counts them from 0 and drops CUDA_VISIBLE_DEVICES. It takes numbers in its
@@ -191,7 +260,12 @@ launch_with_deepspeed() {
         where=(--num_gpus "$processes" --no_local_rank --no_python ${where[@]+"${where[@]}"})
         set -- env CUDA_VISIBLE_DEVICES="$visible" "$PYTHON" -u "$@"
     fi
-    (unset CUDA_VISIBLE_DEVICES && "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" "$@")
+    supervise tell_ranks with_all_devices "$PYTHON" -m deepspeed.launcher.runner "${where[@]}" "$@"
+}
+
+with_all_devices() {
+    unset CUDA_VISIBLE_DEVICES
+    "$@"
 }
 
 # read_demo_flags FLAG...: split the demo's flags into OUTPUT, OVERWRITE, SEED and the OVERRIDES that both stages get. The
@@ -223,7 +297,7 @@ read_demo_flags() {
     if [[ "$OUTPUT" != /* && "$PWD" != "$ROOT" ]]; then
         OUTPUT="$PWD/$OUTPUT"
     fi
-    cd "$ROOT"
+    cd "$ROOT" || exit
 }
 
 # make_demo: the demo's data and its random models for SEED, unless these programs have made them before.
@@ -239,20 +313,33 @@ make_demo() {
     echo "$made" >"$marker"
 }
 
-# stage_finished NAME: that stage ran to its end; the trainer writes this file last.
+# stage_finished NAME: that stage ran to its end.
 stage_finished() {
-    [[ -f "$OUTPUT/$1/trainer_state.json" ]]
+    [[ "$(state_of "$OUTPUT/$1")" == finished ]]
 }
 
-# demo_stage NAME CONFIG --key value ...: one stage into OUTPUT/NAME, unless it ran to its end before.
+# demo_stage NAME CONFIG --key value ...: one stage into OUTPUT/NAME, unless it ran to its end before. The script ends
+# here where the stage does not: nothing may be built on half a stage.
 demo_stage() {
-    local name="$1" config="$2"
+    local name="$1" config="$2" folder="$OUTPUT/$1" before status=0
     shift 2
     if stage_finished "$name"; then
-        echo "$OUTPUT/$name: finished before"
+        echo "$folder: finished before"
         return
     fi
-    launch "$config" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@" --output_dir "$OUTPUT/$name"
+    before="$(state_text "$folder")"
+    launch "$config" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@" --output_dir "$folder" || status=$?
+    case "$(how_it_ended "$folder" "$before" "$status")" in
+        finished) ;;
+        preempted)
+            echo "$folder: stopped before its end, and nothing after it was begun; the same command goes on"
+            exit 0
+            ;;
+        failed)
+            ((status)) || fail "$folder: the stage ended without a word of its end in run_state.json"
+            exit "$status"
+            ;;
+    esac
 }
 
 # run_demo FIRST CONFIG SECOND CONFIG [FLAG...]: both stages into OUTPUT, unless they are there; the held-out questions,

@@ -11,9 +11,12 @@ usage: bash scripts/finetune.sh [--overwrite] [--key value ...]
            the training run that CONFIG.yaml describes, for example configs/train/finetune_onevision.yaml
 Every key of a config may be given as --key value and then stands above it; `python -m llava.config table` lists them.
 In the demo the keys go to both stages; --output_dir is the folder of both (checkpoints/demo); --overwrite starts anew.
+A run that gets TERM, HUP, USR1 or Ctrl-C finishes its step and saves; the same command goes on.
 Environment: NUM_GPUS, NNODES, RANK, ADDR, PORT (as in LLaVA-NeXT), LAUNCHER=torchrun|deepspeed, HOSTFILE,
              CUDA_VISIBLE_DEVICES, NUM_PROCS (processes on the CPU), PYTHON, EVAL_LIMIT (held-out questions of a
              cut-short demo). The demo takes one GPU unless NUM_GPUS or CUDA_VISIBLE_DEVICES says otherwise.
+             NNODES=LEAST:MOST goes on without nodes that are lost, MAX_RESTARTS (3) times; MAX_RESTARTS=N alone waits
+             for them; RDZV_ID, RDZV_CONF, LOCAL_ADDR as torchrun's flags (docs/clusters.md).
 USAGE
 }
 

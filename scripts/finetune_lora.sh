@@ -24,7 +24,7 @@ if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
 fi
 
 read_demo_flags "$@"
-[[ -f "$OUTPUT/finetune/trainer_state.json" ]] || fail "$OUTPUT/finetune: no finished demo; run scripts/finetune.sh first"
+stage_finished finetune || fail "$OUTPUT/finetune: no finished demo; run scripts/finetune.sh first"
 if [[ "$OVERWRITE" == yes ]]; then
     rm -rf "$OUTPUT/lora"
 fi

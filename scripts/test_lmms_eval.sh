@@ -11,7 +11,7 @@ if ! has_checkout "$VENV/bin/python" lmms_eval; then
     base="${PYTHON:-python3}"
     new_enough "$base" || fail "$base is no Python 3.11 or later; set PYTHON to one"
     "$base" -m venv "$VENV"
-    "$VENV/bin/pip" install --disable-pip-version-check -e "$ROOT[lmms-eval]" || fail "the installation into $VENV failed"
+    "$VENV/bin/pip" install --disable-pip-version-check -e "${ROOT}[lmms-eval]" || fail "the installation into $VENV failed"
 fi
 PYTHON="$VENV/bin/python"
 cd "$ROOT"

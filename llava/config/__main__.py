@@ -1,4 +1,4 @@
-"""`python -m llava.config show CONFIG [--key value ...]` and `python -m llava.config table [--update FILE]`."""
+"""`python -m llava.config show CONFIG [--key value ...]`, `... value KEY CONFIG ...`, `... table [--update FILE]`."""
 
 import signal
 import sys
@@ -10,6 +10,8 @@ from llava.errors import LlavaError, report_errors
 
 USAGE = """usage: python -m llava.config show [CONFIG.yaml] [--all] [--key value ...]
            the resolved run and where each value comes from; --all: values left at their default as well
+       python -m llava.config value KEY [CONFIG.yaml] [--key value ...]
+           the value of one key in that run, for scripts
        python -m llava.config table [--update FILE]
            the key table in markdown; --update: rewrite it in FILE between <!-- keys:begin --> and <!-- keys:end -->"""
 
@@ -49,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         for notice in run.notices:
             print(f"note: {notice}", file=sys.stderr)
         print(show_text(run, everything))
+    elif command == "value" and rest and rest[0] in all_keys():
+        print(_value_text(resolve(rest[1:])[rest[0]]))
     elif command == "table" and not rest:
         print(markdown())
     elif command == "table" and len(rest) == 2 and rest[0] == "--update":

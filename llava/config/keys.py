@@ -11,7 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llava.config.rules import (
+    ABOVE_0,
     COUNT,
+    FACTOR,
     FROM_0,
     FROM_1,
     NUMBER,
@@ -257,8 +259,28 @@ class TrainKeys(KeyGroup):
     gradient_checkpointing: bool = key(True, "recompute activations in the backward pass to save memory")
     remove_unused_columns: bool = key(False, "must stay False: the collator needs the whole record")
     auto_find_batch_size: bool = key(False, "halve the batch size until it fits into memory")
+    logging_nan_inf_filter: bool = key(
+        False, "transformers' filter of losses that are not finite; their steps are skipped and not logged without it"
+    )
+    max_bad_steps: int = key(
+        10,
+        "steps in a row with a loss, gradient or input that is not finite, which end the run; each is skipped",
+        within=POSITIVE,
+    )
+    loss_spike_factor: float = key(
+        5.0,
+        "tell of a loss that is more than this times the median of the steps before, with its records; 0: never",
+        within=FACTOR,
+    )
     report_to: str | list[str] = key(
         "none", "where metrics are reported: none, wandb, tensorboard, ...", within=REPORTS
+    )
+
+    verify_checkpoints: Literal["full", "sizes"] = key(
+        "full", "how a checkpoint is held against its manifest before a run goes on from it: full reads all of it"
+    )
+    save_grace_seconds: float = key(
+        60, "seconds from SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C until a checkpoint must have been begun", within=ABOVE_0
     )
 
     eval_data_path: str | None = key(None, "records to evaluate on with eval_strategy steps or epoch; as data_path")

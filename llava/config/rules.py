@@ -70,6 +70,7 @@ SECONDS = Rule("positive whole number of seconds, at most 1000000000", lambda va
 NUMBER = Rule("finite number", lambda value: True)
 FROM_0 = Rule("number from 0", lambda value: value >= 0)
 FROM_1 = Rule("number from 1", lambda value: value >= 1)
+FACTOR = Rule("0, or a number from 1", lambda value: value == 0 or value >= 1)
 ABOVE_0 = Rule("number above 0", lambda value: value > 0)
 EPSILON = Rule("number from 1e-30", lambda value: value >= 1e-30)  # one that float32 still knows
 SHARE = Rule("share from 0 to 1", lambda value: 0 <= value <= 1)

@@ -40,13 +40,18 @@ def pad_rows(instances: list, pad_token_id: int) -> tuple[dict, list[dict]]:
     return batch | {kind: found for kind, found in left_out.items() if found}, samples
 
 
+def record_ids(samples: list[dict]) -> list[str]:
+    """The ids of the records that samples were made of, as far as they have one."""
+    return [sample["id"] for sample in samples if "id" in sample]
+
+
 @dataclass
 class DataCollatorForSupervisedDataset:
     """LLaVA's batches: `pad_rows`, and the images of all rows.
 
     If any row has an image: `images`, `image_sizes`, `modalities`, and `patch_alphas` where those are drawn: flat lists
     in the order of the -200s; a text-only row adds nothing to them. `host`: the `HostCopies` of `input_ids`, `labels`
-    and `attention_mask`, and `patch_levels`, a list as the others, where patches are chosen.
+    and `attention_mask`, `record_ids`, and `patch_levels`, a list as the others, where patches are chosen.
 
     Attributes:
         pad_token_id: what fills up short rows.
@@ -60,6 +65,7 @@ class DataCollatorForSupervisedDataset:
             if any(key in sample for sample in samples):
                 batch[key] = [value for sample in samples for value in sample.get(key, ())]
         host = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
+        host["record_ids"] = record_ids(samples)
         if any("patch_levels" in sample for sample in samples):
             host["patch_levels"] = [levels for sample in samples for levels in sample.get("patch_levels", ())]
         return batch | {"host": HostCopies(**host)}

@@ -30,15 +30,16 @@ class Answerer:
         share: (rank, number of ranks, function that joins the lists of all ranks), where several processes share the
             questions; each makes the same number of calls, with pictures in the same ones.
         quiet: without a progress bar.
+        after_batch: called after each batch; what it raises ends the answering.
 
     Attributes:
         blank: replace every picture by one colour (the processor's mean) of the same size.
         counts: (vision tokens, tokens of the language model) of every picture that was shown; None: not counted.
     """
 
-    def __init__(self, inference, *, max_new_tokens=16, batch_size=64, share=None, quiet=False):
+    def __init__(self, inference, *, max_new_tokens=16, batch_size=64, share=None, quiet=False, after_batch=None):
         self.inference, self.max_new_tokens, self.batch_size = inference, max_new_tokens, batch_size
-        self.share, self.quiet = share, quiet
+        self.share, self.quiet, self.after_batch = share, quiet, after_batch
         self.blank, self.counts = False, None
 
     def answer(self, questions: list[Question], title: str = "questions") -> list[str]:
@@ -60,6 +61,8 @@ class Answerer:
                 texts = inference.answer(inputs, max_new_tokens=self.max_new_tokens)
                 found += zip(rows, texts, strict=True) if mine else ()
                 bar.update(len(rows))
+                if self.after_batch is not None:
+                    self.after_batch()
         predictions = dict(found if self.share is None else self.share[2](found))
         return [predictions[i] for i in range(len(questions))]
 

@@ -351,6 +351,12 @@ class Family(ABC):
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
 
+    def saved_weights(self, model, checkpoint: str):
+        """(the model's name, what reads it) of every weight in a checkpoint of a run without LoRA."""
+        from llava.model.checkpoint import weights_in
+
+        return weights_in(checkpoint)
+
     def restore(self, model, checkpoint: str) -> bool:
         """Put a checkpoint's weights into the model of a run that goes on; False: the trainer does it."""
         return False

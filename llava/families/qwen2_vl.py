@@ -249,7 +249,7 @@ class Qwen2VL(QwenChat, Family):
         holds copies of all but the pixels."""
         import torch
 
-        from llava.data.collator import pad_rows
+        from llava.data.collator import pad_rows, record_ids
         from llava.model.host import HostCopies
 
         pad, image_token = loaded.tokenizer.pad_token_id, self.visual_token(loaded)
@@ -266,7 +266,7 @@ class Qwen2VL(QwenChat, Family):
         batch |= {key: torch.cat([image[key] for image in images]) for key in keys}
         batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
         host = {key: value for key, value in batch.items() if torch.is_tensor(value) and key != "pixel_values"}
-        return batch | {"host": HostCopies(**host)}
+        return batch | {"host": HostCopies(record_ids=record_ids(samples), **host)}
 
     def _no_image(self, loaded: Loaded) -> dict:
         """The smallest image: one token."""
@@ -361,14 +361,20 @@ class Qwen2VL(QwenChat, Family):
     def restore(self, model, checkpoint):
         """Its files have older names, which transformers' `Trainer` does not translate: it would go on with the weights
         that the run began with."""
+        model.load_state_dict(self._saved(model, checkpoint).state_dict())
+        return True
+
+    def saved_weights(self, model, checkpoint):
+        for name, value in self._saved(model, checkpoint).named_parameters():
+            yield name, value.detach
+
+    def _saved(self, model, checkpoint):
         import torch
 
         from llava.model.builder import load_weights
 
         # of its dtypes, trained and frozen weights', float32 holds every value
-        saved, _ = load_weights(type(model), checkpoint, with_projector=True, dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
-        return True
+        return load_weights(type(model), checkpoint, with_projector=True, dtype=torch.float32)[0]
 
 
 class Qwen2_5_VL(Qwen2VL):

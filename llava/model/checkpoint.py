@@ -1,7 +1,10 @@
 """Reading and writing the parts of a LLaVA checkpoint that are not whole models. Nothing is unpickled."""
 
 import contextlib
+import functools
+import glob
 import os
+from collections.abc import Callable, Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +40,17 @@ def weight_names(path: str) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise LlavaError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def weights_in(folder: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """(name, what reads it) of every tensor in the `model*.safetensors` of a folder."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors"))):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, functools.partial(file.get_tensor, name)
+        except SafetensorError as error:
+            raise LlavaError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def find_projector(folder: str) -> str | None:

@@ -26,6 +26,7 @@ class HostCopies:
     mm_token_type_ids: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
     image_patch_levels: torch.Tensor | None = None
+    record_ids: list[str] | None = None  # of the rows
 
     @classmethod
     def of(cls, **entries) -> "HostCopies":

@@ -125,6 +125,14 @@ def restore_lora(model, folder: str) -> None:
         _put(named, name, value, folder, fits)
 
 
+def saved_lora(model, folder: str):
+    """(the model's name, what gives it) of every weight in the folder of such a run."""
+    named = {_plain(name): name for name, _ in model.named_parameters()}
+    for name, value in (_adapter(folder) | _others(folder)).items():
+        if name in named:
+            yield named[name], lambda value=value: value
+
+
 def load_lora(model, folder: str, missing: list[str] = ()):
     """Adapter and other trained weights of a folder, in a base model for inference.
 

@@ -20,7 +20,9 @@ from llava.config.evaluation import greater_is_better
 from llava.config.reporting import check_reports
 from llava.config.schema import own_keys
 from llava.errors import LlavaError
+from llava.train.compile_lock import tell_compilation
 from llava.train.devices import check_devices
+from llava.train.process_groups import limit_new_groups
 from llava.train.trial import try_settings
 from llava.utils import rank0_print
 
@@ -89,6 +91,7 @@ def make_training_arguments(run: Run):
     _fall_back(values, run)
     if values.get("logging_dir"):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", values["logging_dir"])
+    limit_new_groups(values.get("ddp_timeout", training_arguments_class().ddp_timeout))
     training_args = _make(values)
     mismatches = getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", ())
     if mismatches:  # transformers says so when the model is loaded
@@ -150,6 +153,9 @@ def _fall_back(values: dict[str, Any], run: Run) -> None:
         values["attn_implementation"] = None
         lacking = "a flash-attn package that can be imported" if cuda else "a CUDA device"
         notices.append(f"attn_implementation flash_attention_2 needs {lacking}; the best available is used")
+    if values.get("enable_jit_checkpoint"):  # its handler would stand in the way of `llava.train.stopping`
+        values["enable_jit_checkpoint"] = False
+        notices.append("enable_jit_checkpoint: every run saves when it is told to stop, with or without it")
     if values.get("deepspeed"):
         _prepare_deepspeed(cuda)
     if cuda:
@@ -187,9 +193,13 @@ def _lacks_on_cpu(name: str, run: Run) -> str | None:
 
 
 def _prepare_deepspeed(cuda: bool) -> None:
-    """What DeepSpeed reads from the environment when it is imported; a single process needs no launcher."""
+    """What DeepSpeed reads from the environment when it is imported; a single process needs no launcher.
+
+    What it compiles from then on is told.
+    """
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    tell_compilation()
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -24,6 +24,8 @@ from llava.errors import LlavaError
 from llava.eval.exact_match import Answerer, evaluate
 from llava.eval.questions import Question, read_questions
 from llava.inference.engine import Inference
+from llava.train.ranks import gather
+from llava.train.stopping import in_worker
 from llava.utils import rank0_print
 
 BLANK = "blank_images_exact_match"
@@ -105,8 +107,12 @@ def make_evaluation(records, questions, family, loaded, args, image_folder: str 
 # --- in training ---
 
 
-def run_evaluation(trainer, evaluation: Evaluation) -> dict[str, float]:
-    """What is logged; every rank must call it, and gets the same.
+class _Stopped(Exception):
+    """The run is to end, by a signal."""
+
+
+def run_evaluation(trainer, evaluation: Evaluation) -> dict[str, float] | None:
+    """What is logged; every rank must call it, and gets the same. None: the run is to end before all is measured.
 
     Returns:
         eval_loss; eval_n: questions asked, without exact match the records that the loss is of; eval_runtime in
@@ -117,10 +123,13 @@ def run_evaluation(trainer, evaluation: Evaluation) -> dict[str, float]:
         LlavaError: nothing is left that could be measured.
     """
     start = time.monotonic()
-    with _untouched(trainer):
-        metrics, lost = _mean_loss(trainer, evaluation)
-        if evaluation.questions:
-            metrics |= _exact_match(trainer, evaluation, lost)
+    try:
+        with _untouched(trainer):
+            metrics, lost = _mean_loss(trainer, evaluation)
+            if evaluation.questions:
+                metrics |= _exact_match(trainer, evaluation, lost)
+    except _Stopped:
+        return None
     metric = trainer.args.metric_for_best_model
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in metrics:
         raise LlavaError(f"{metric}: all of its questions were left out, expected some (metric_for_best_model)")
@@ -161,7 +170,8 @@ def _mean_loss(trainer, evaluation: Evaluation) -> tuple[dict[str, float], set[i
             loss = trainer.model_wrapped(**inputs, num_items_in_batch=torch.ones((), device=args.device)).loss
         total += float(loss)  # in double precision: how many batches there are must not show
         trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
-    totals, counts, losts = zip(*_of_all(args, (total, labels, lost)), strict=True)
+        _go_on(trainer)
+    totals, counts, losts = zip(*gather((total, labels, lost)), strict=True)
     lost = {number: record for part in losts for number, record in part.items()}
     _tell(lost, evaluation)
     if not sum(counts):
@@ -169,6 +179,13 @@ def _mean_loss(trainer, evaluation: Evaluation) -> tuple[dict[str, float], set[i
         raise LlavaError(f"{args.eval_data_path}: found no record with a label, expected something to evaluate on{why}")
     metrics = {"eval_loss": sum(totals) / sum(counts), "eval_n": len(evaluation.dataset) - len(lost)}
     return metrics, {number for number, record in lost.items() if record.kind != "no_label"}
+
+
+def _go_on(trainer) -> None:
+    """Leave the evaluation where a signal asks any rank for the run's end; each has as many batches."""
+    if number := max(gather(trainer.stopping.asked())):
+        trainer.stopping.agree(number)
+        raise _Stopped
 
 
 class _Numbered(Dataset):
@@ -201,16 +218,8 @@ def _loader(args, evaluation: Evaluation) -> DataLoader:
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
         generator=torch.Generator(),  # the training's draws are its own
+        worker_init_fn=in_worker(),
     )
-
-
-def _of_all(args, found) -> list:
-    """What each rank has found, in the order of the ranks."""
-    if args.world_size == 1:
-        return [found]
-    gathered = [None] * args.world_size
-    torch.distributed.all_gather_object(gathered, found)
-    return gathered
 
 
 def _tell(lost: dict[int, BadRecord], evaluation: Evaluation) -> None:
@@ -234,7 +243,8 @@ def _exact_match(trainer, evaluation: Evaluation, lost: set[int]) -> dict[str, f
         inference,
         max_new_tokens=args.eval_max_new_tokens,
         batch_size=args.eval_batch_size,
-        share=(args.process_index, args.world_size, partial(_joined, args)),
+        share=(args.process_index, args.world_size, lambda found: [item for part in gather(found) for item in part]),
+        after_batch=partial(_go_on, trainer),
         quiet=args.disable_tqdm or args.process_index > 0,
     )
     with trainer.compute_loss_context_manager():
@@ -244,7 +254,3 @@ def _exact_match(trainer, evaluation: Evaluation, lost: set[int]) -> dict[str, f
     if "blank_images" in result:
         metrics[f"eval_{BLANK}"] = result["blank_images"]["exact_match"]
     return metrics
-
-
-def _joined(args, found: list) -> list:
-    return [item for part in _of_all(args, found) for item in part]

@@ -2,11 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerCallback
 
 from llava.constants import IGNORE_INDEX
 from llava.data.sampler import EpochSampler, LengthGroupedSampler
@@ -16,23 +16,60 @@ from llava.families.training import trains_projector_alone
 from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
+from llava.train.carrying import draw_missing_numbers, readable_state
+from llava.train.checkpoints import STATE_NAME
 from llava.train.left_out import LeftOut
+from llava.train.number_watch import NumberWatch
+from llava.train.phased_trainer import PhasedTrainer
+from llava.train.phases import during, enter
+from llava.train.position import DataPosition
+from llava.train.ranks import gather
 from llava.train.resume import RUN_NAME
+from llava.train.run_state import RunState
+from llava.train.saving import save_checkpoint
 from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
+from llava.train.stopping import Preempted, Stopping, in_worker
 from llava.utils import rank0_print
 
 
-class LLaVATrainer(Trainer):
+class _StopAtStep(TrainerCallback):
+    """Saves a checkpoint at the end of a step where the run is to end; see `_save_checkpoint`."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stopping = self.trainer.stopping
+        if args.world_size == 1:
+            stopping.agree(stopping.asked())
+        else:
+            self.trainer.tell_last_step()  # exchanged when the step began
+        if stopping.agreed:
+            control.should_save, control.should_evaluate = True, False
+
+
+class LLaVATrainer(PhasedTrainer):
     """Trainer of every family's models.
 
     Args:
         family: the model's; None: LLaVA.
         parts: the parts that are trained (see `families.training.tunable_parts`).
         evaluation: what the run is evaluated on while it trains (see `llava.train.evaluation`); None: nothing.
+        run_state: the run's; None: none is written.
+        stopping: what asks for the run's end; None: nothing.
         *args, **kwargs: as `transformers.Trainer`; the collator's batches may carry "bad_records" and "no_label".
     """
 
-    def __init__(self, *args, parts: set[str], family=None, evaluation=None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        parts: set[str],
+        family=None,
+        evaluation=None,
+        run_state: RunState | None = None,
+        stopping: Stopping | None = None,
+        **kwargs,
+    ):
         settings, self.evaluation = kwargs["args"], evaluation
         if evaluation is not None:
             kwargs["eval_dataset"] = evaluation.dataset
@@ -42,7 +79,14 @@ class LLaVATrainer(Trainer):
         self.parts, self.family = parts, family or get_family("llava")
         self.float32_inputs = self.family.float32_inputs(self.accelerator.unwrap_model(self.model))
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
+        self.numbers = NumberWatch(self)
+        self.add_callback(self.numbers)
+        self.add_callback(_StopAtStep(self))
         self.left_out = LeftOut(len(self.train_dataset))
+        self.position = DataPosition(settings, len(self.train_dataset))
+        self.add_callback(_Epochs(self.position))
+        self.run_state, self.stopping = run_state or RunState(settings.output_dir, writes=False), stopping or Stopping()
+        self._saved_in: Path | None = None  # while a checkpoint is written
         # of this rank's last step, with what all ranks counted in it: supervised tokens, records left out
         self._last_step: tuple[tuple[list[str], list[str]], ReadLater] | None = None
 
@@ -58,7 +102,7 @@ class LLaVATrainer(Trainer):
         sampler, args = self._order(dataset), self.args
         # accelerate seeds a RandomSampler itself, and does not find it inside another
         if isinstance(sampler, RandomSampler) and (dataset.draws or self.family.order_by_seed):
-            sampler = LengthGroupedSampler(range(len(dataset)), args.train_batch_size, args.world_size, None, args.seed)
+            sampler = LengthGroupedSampler(range(len(dataset)), *self.position.order, None, args.seed)
         # transformers' own groupings are more than samplers; with them every epoch draws as the first
         knows_epochs = isinstance(sampler, (LengthGroupedSampler, SequentialSampler))
         return EpochSampler(sampler) if dataset.draws and knows_epochs else sampler
@@ -75,7 +119,23 @@ class LLaVATrainer(Trainer):
             lengths, group_by = dataset.lengths, "length"
         else:
             return super()._get_train_sampler(dataset)
-        return LengthGroupedSampler(lengths, args.train_batch_size, args.world_size, group_by, args.seed)
+        return LengthGroupedSampler(lengths, *self.position.order, group_by, args.seed)
+
+    # transformers goes on at a step as it counts them; with other batches the position says where
+
+    def set_initial_training_values(self, args, dataloader):
+        """As `Trainer`'s."""
+        return self.position.plan(dataloader, super().set_initial_training_values(args, dataloader))
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """As `Trainer`'s: (epoch, batches of it that are passed over)."""
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        if self.state.global_step >= max_steps:  # nothing is left to train
+            return num_train_epochs, 0
+        return (self.position.start.epoch, 0) if self.position.shifted else begun
+
+    def _run_epoch(self, **kwargs):
+        super()._run_epoch(**self.position.of_epoch(kwargs))
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Supervised tokens of the global batch: over micro-batches and ranks. A first token is never predicted.
@@ -94,8 +154,11 @@ class LLaVATrainer(Trainer):
             self.left_out.add(*left_out)
             self._last_step = ((), ()), ReadLater(total[None])
             return total
-        numbers = torch.stack([total, torch.full_like(total, sum(map(len, left_out)))])
-        totals = self.accelerator.gather(numbers).view(-1, 2).sum(0)
+        enter("counting of labels over all ranks")
+        counted = (sum(map(len, left_out)), self.stopping.asked())
+        numbers = torch.stack([total, *(torch.full_like(total, number) for number in counted)])
+        numbers = self.accelerator.gather(numbers).view(-1, len(numbers))
+        totals = torch.cat([numbers[:, :2].sum(0), numbers[:, 2:].amax(0)])
         self._last_step = left_out, ReadLater(totals)
         return totals[0] if self.args.average_tokens_across_devices else total
 
@@ -104,12 +167,17 @@ class LLaVATrainer(Trainer):
         if self._last_step is None:
             return
         (left_out, numbers), self._last_step = self._last_step, None
-        labels, *found = numbers.tolist()
-        if any(found):  # on every rank alike
-            gathered = [None] * self.args.world_size
-            torch.distributed.all_gather_object(gathered, left_out)
-            self.left_out.add(*([record for part in kind for record in part] for kind in zip(*gathered, strict=True)))
+        labels, found, signal = (*numbers.tolist(), 0, 0)[:3]
+        self.stopping.agree(signal)
+        if found:  # on every rank alike
+            kinds = zip(*gather(left_out), strict=True)
+            self.left_out.add(*([record for part in kind for record in part] for kind in kinds))
         self.left_out.step(labels)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = in_worker(loader.worker_init_fn)
+        return loader
 
     def train(self, *args, **kwargs):
         """As `Trainer`'s.
@@ -133,6 +201,18 @@ class LLaVATrainer(Trainer):
 
     # --- step ---
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.numbers.batch(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.numbers.gradient(norm)
+        return norm
+
+    def log(self, logs, *args, **kwargs):
+        super().log(self.numbers.corrected(logs), *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer`'s; a batch that reaches no trained weight gets gradients of zero instead of an error.
 
@@ -148,10 +228,12 @@ class LLaVATrainer(Trainer):
     # --- evaluation ---
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """What `run_evaluation` measures, logged; every rank must call it."""
+        """What `run_evaluation` measures, logged; every rank must call it. A run that is to end saves instead."""
         from llava.train.evaluation import run_evaluation
 
         metrics = run_evaluation(self, self.evaluation)
+        if metrics is None:
+            self._save_checkpoint(self.model, None)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -174,6 +256,15 @@ class LLaVATrainer(Trainer):
         return optimizer
 
     # --- checkpoints ---
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        with readable_state(self, resume_from_checkpoint) as folder:
+            return super()._prepare_for_training(max_steps, train_dataloader, folder)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            draw_missing_numbers(self, checkpoint)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As `Trainer`'s; of a model with LoRA adapters, what was trained. Every rank must call it."""
@@ -222,15 +313,47 @@ class LLaVATrainer(Trainer):
             rank0_print(f"{checkpoint}: holds no scheduler state: the learning rate goes on from step {step}")
         go_on(schedule, rates, step)
 
+    @during("saving of a checkpoint")
     def _save_checkpoint(self, model, trial):
+        """As `Trainer`'s, by way of `llava.train.saving`.
+
+        Raises:
+            Preempted: the run is to end here, and the checkpoint is whole.
+        """
         self.tell_last_step()  # before what was left out up to here is written
-        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
+        self.numbers.check_weights()
+        with self.stopping.while_saving():
+            final = save_checkpoint(self, lambda folder: self._write_checkpoint(folder, model, trial))
+        self.run_state.tell("running", self.state.global_step)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+        if self.stopping.agreed and self.state.global_step < self.state.max_steps:
+            raise Preempted(self.stopping.agreed, self.state.global_step)
+
+    def _write_checkpoint(self, folder: Path, model, trial) -> None:
+        """Write the files of a checkpoint into a folder; every rank calls it."""
+        args, state = self.args, self.state
+        if args.should_save:
             self.save_run(folder)
             self.left_out.save(folder)
-        super()._save_checkpoint(model, trial)
+            self.position.save(folder, state.global_step)
+        self._saved_in = folder.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saved_in = None
+        if state.best_model_checkpoint == str(folder):  # it will be found in its place
+            state.best_model_checkpoint = os.path.join(args.output_dir, folder.name)
+            if args.should_save:
+                state.save_to_json(folder / STATE_NAME)
         if self.keeps_projector_alone:
             self.save_projector(folder)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._saved_in is None else str(self._saved_in)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing while a checkpoint is written: it is sent when it is in its place."""
 
     def save_run(self, folder: str) -> None:
         """Write what the run is: its settings, and how many records it has."""
@@ -243,3 +366,14 @@ class LLaVATrainer(Trainer):
         state = projector_state(self.accelerator.unwrap_model(self.model).named_parameters())
         if self.args.should_save:
             save_projector(state, folder)
+
+
+class _Epochs(TrainerCallback):
+    """Passes over the data, as the position counts them."""
+
+    def __init__(self, position: DataPosition):
+        self.position = position
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.position.shifted:
+            state.epoch = self.position.epoch_at(state.global_step)

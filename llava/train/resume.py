@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava.errors import LlavaError
-from llava.utils import is_rank0, rank0_print
+from llava.train.checkpoints import STATE_NAME, checkpoints_of, fault, newest_whole, steps_of
+from llava.train.run_state import read_state
+from llava.utils import rank0_print
 
-STATE_NAME = "trainer_state.json"  # a checkpoint's last file; in a run's own folder it says that the run has ended
 RUN_NAME = "run_config.json"
 
 
@@ -25,7 +26,9 @@ def open_output(training_args, count_records: Callable[[], int]) -> bool:
         LlavaError: more steps are asked for, and there is no checkpoint to go on from.
     """
     out = training_args.output_dir
-    done = None if training_args.overwrite_output_dir else finished_steps(out)
+    if training_args.overwrite_output_dir:
+        return True
+    done = finished_steps(out)
     if done is None:
         return True
     asked = steps_asked_of_finished(training_args, count_records)
@@ -45,21 +48,23 @@ def open_output(training_args, count_records: Callable[[], int]) -> bool:
 def remove_run(out: str) -> None:
     """Remove an earlier run's state and checkpoints from its folder, and nothing else."""
     folder = Path(out)
-    (folder / STATE_NAME).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
+    for name in (STATE_NAME, "bad_batches.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in checkpoints_of(out):
         if (checkpoint / STATE_NAME).is_file():
             shutil.rmtree(checkpoint)
 
 
-def reopen(training_args) -> None:
+def reopen(training_args, run_state, checkpoint: str | None) -> None:
     """Make the run's folder ready for its first step: without an earlier run that it overwrites, or, where one goes on,
     finished no more. Every rank must have passed `open_output`; what is refused until then costs no earlier run."""
-    if not is_rank0():
-        return
-    if training_args.overwrite_output_dir:
-        remove_run(training_args.output_dir)
-    else:
-        (Path(training_args.output_dir) / STATE_NAME).unlink(missing_ok=True)
+    step = 0 if checkpoint is None else (steps_of(Path(checkpoint)) or 0)
+    if training_args.should_save:
+        if training_args.overwrite_output_dir:
+            remove_run(training_args.output_dir)
+        else:
+            (Path(training_args.output_dir) / STATE_NAME).unlink(missing_ok=True)
+    run_state.tell("running", step)
 
 
 def checkpoint_to_begin_at(training_args) -> str | None:
@@ -70,32 +75,38 @@ def checkpoint_to_begin_at(training_args) -> str | None:
     """
     asked, out = training_args.resume_from_checkpoint, training_args.output_dir
     if not training_args.overwrite_output_dir:
-        return checkpoint_to_resume(asked, out)
+        return checkpoint_to_resume(asked, out, training_args.verify_checkpoints)
     if asked is None or asked.lower() in ("true", "false"):
         return None
     if Path(out).resolve() in Path(asked).resolve().parents:
         raise LlavaError(
             f"resume_from_checkpoint: {asked} is in {out}, which overwrite_output_dir empties; expected one of them"
         )
-    return checkpoint_to_resume(asked, out)
+    return checkpoint_to_resume(asked, out, training_args.verify_checkpoints)
 
 
-def checkpoint_to_resume(asked: str | None, out: str) -> str | None:
-    """The checkpoint a run goes on from: the one `asked` for, else the last in `out` that was written to its end.
+def checkpoint_to_resume(asked: str | None, out: str, how: str = "full") -> str | None:
+    """The checkpoint a run goes on from: the one `asked` for, else the last in `out` that is whole.
 
-    `asked` may also be "true" (the last one, as without it) or "false" (none).
+    Args:
+        asked: a folder, "true" (the last one, as None) or "false" (none).
+        out: the run's folder.
+        how: how thoroughly it is looked at, "full" or "sizes" (see `llava.train.checkpoints`).
+
+    Raises:
+        LlavaError: the one asked for is none, or is not whole.
     """
     if asked is not None and asked.lower() not in ("true", "false"):
         if not os.path.isfile(os.path.join(asked, STATE_NAME)):
             raise LlavaError(
                 f"resume_from_checkpoint: {asked}: found no trainer_state.json, expected a run's checkpoint-N folder"
             )
+        if wrong := fault(asked, how):
+            raise LlavaError(f"resume_from_checkpoint: {asked}: {wrong}; expected a checkpoint that is whole")
         return asked
     if asked is not None and asked.lower() == "false":
         return None
-    whole = [path.parent for path in Path(out).glob(f"checkpoint-*/{STATE_NAME}")]
-    numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
-    return str(max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if numbered else None
+    return newest_whole(out, how)
 
 
 def check_own(checkpoint: str, out: str) -> None:
@@ -111,11 +122,34 @@ def check_own(checkpoint: str, out: str) -> None:
 
 
 def finished_steps(out: str) -> int | None:
-    """Steps of a run that has ended in this folder, else None."""
-    state = read_json(out, STATE_NAME)
-    if state is not None and not isinstance(state.get("global_step"), int):
-        raise LlavaError(f"{os.path.join(out, STATE_NAME)}: found no global_step, expected what a run has written")
-    return None if state is None else state["global_step"]
+    """Steps of a run that has ended in this folder, else None.
+
+    Its `run_state.json` says so, beside which its `trainer_state.json` must be there; in folders of earlier versions
+    that one alone says it. A finished run whose file was damaged since is made whole from its last checkpoint, if it
+    has one.
+
+    Raises:
+        LlavaError: an earlier version's folder of which it cannot be told, and that has a model to lose.
+    """
+    told, path = read_state(out), os.path.join(out, STATE_NAME)
+    if (told is not None and told["state"] != "finished") or not os.path.isfile(path):
+        return None
+    try:
+        if isinstance(steps := read_json(out, STATE_NAME).get("global_step"), int):
+            return steps
+        wrong = f"{path}: found no global_step"
+    except LlavaError as error:
+        wrong = str(error)
+    folders = checkpoints_of(out)
+    if told is not None and isinstance(told.get("step"), int) and not folders:
+        return told["step"]
+    if not folders and any(Path(out).glob("*.safetensors")):
+        raise LlavaError(
+            f"{wrong}; whether the run has ended cannot be told, and there is no checkpoint; expected "
+            f"--overwrite_output_dir to train anew, or {out} as {_start_key(out)} of a run with another output_dir"
+        )
+    rank0_print(f"{wrong}; the run is taken as one that has not ended")
+    return None
 
 
 def steps_asked(training_args, records: int, batch_size: int | None = None) -> int:
@@ -129,19 +163,28 @@ def steps_asked(training_args, records: int, batch_size: int | None = None) -> i
     args = training_args
     if args.max_steps > 0:
         return args.max_steps
+    batches = batches_per_rank(args, records, batch_size)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def batches_per_rank(training_args, records: int, batch_size: int | None = None, world_size: int | None = None) -> int:
+    """Micro-batches that each rank gets of so many records, as accelerate deals them out; a size in place of the
+    arguments' where it is given."""
+    args = training_args
     part = math.floor if args.dataloader_drop_last else math.ceil
     batches = part(records / (batch_size or args.train_batch_size))
     if not args.accelerator_config.split_batches:  # each rank gets batches of its own
-        batches = part(batches / args.world_size)
-    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+        batches = part(batches / (world_size or args.world_size))
+    return batches
 
 
 def steps_asked_of_finished(training_args, count_records: Callable[[], int]) -> int | None:
     """`steps_asked`, where that is more than the run that has ended in `output_dir` has trained; else None."""
     args, out = training_args, training_args.output_dir
-    done, state = finished_steps(out), read_json(out, STATE_NAME)
+    done = finished_steps(out)
     if args.max_steps > 0:
         return args.max_steps if args.max_steps > done else None
+    state = _final_state(out)
     epochs = state.get("epoch") or 0.0
     again = args.num_train_epochs <= epochs + 1e-6  # of the data as they were
     try:
@@ -155,6 +198,14 @@ def steps_asked_of_finished(training_args, count_records: Callable[[], int]) -> 
     if asked <= done or (again and before is not None and records <= before):  # other batches make other steps
         return None
     return asked
+
+
+def _final_state(out: str) -> dict:
+    """What a finished run's trainer has written; nothing, where that was damaged since."""
+    try:
+        return read_json(out, STATE_NAME) or {}
+    except LlavaError:
+        return {}
 
 
 def read_json(folder: str, name: str) -> dict | None:
@@ -189,7 +240,8 @@ def _start_key(out: str) -> str:
 
 def how_to_go_on(training_args, step: int | None) -> str:
     """What to say of a run that was interrupted after `step` steps; None: before it began to train."""
-    args, last = training_args, checkpoint_to_resume(None, training_args.output_dir)
+    args = training_args
+    last = newest_whole(args.output_dir, "sizes", tell=lambda line: None)
     reached = "before training began" if step is None else f"at step {step}"
     asked = (args.resume_from_checkpoint or "true").lower()
     anew = args.overwrite_output_dir or asked == "false"

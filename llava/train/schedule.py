@@ -34,7 +34,9 @@ def check_state(checkpoint: str, training_args) -> None:
     """
     args, lacking = training_args, None
     kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if args.deepspeed and not glob.glob(os.path.join(glob.escape(checkpoint), "global_step*")):
+    if args.deepspeed and not (
+        glob.glob(os.path.join(glob.escape(checkpoint), "global_step*")) or optimizer_file(checkpoint)
+    ):
         lacking = "DeepSpeed's state (global_stepN), without which a run under DeepSpeed cannot go on"
     elif args.fsdp and not (has_optimizer(checkpoint) and has_scheduler(checkpoint)):
         lacking = "the optimizer's and the schedule's state, without which a run under FSDP cannot go on"

@@ -4,9 +4,16 @@ Also `python llava/train/train_mem.py <flags>`, as LLaVA-NeXT is launched. The s
 under `torchrun` or `deepspeed` on many GPUs.
 """
 
-import time
+import os
+import sys
+from functools import partial
 
 from llava.errors import report_errors, report_interrupts
+from llava.train.checkpoints import STATE_NAME
+from llava.train.launcher import under_launcher
+from llava.train.phases import enter
+from llava.train.process_groups import leave_process_group, limit_groups
+from llava.train.ranks import check_seen_by_all, from_rank0
 from llava.train.resume import (
     check_own,
     checkpoint_to_begin_at,
@@ -17,11 +24,17 @@ from llava.train.resume import (
     remove_run,
     reopen,
 )
+from llava.train.run_state import RunState, one_run
+from llava.train.saving import final_model
+from llava.train.stopping import Preempted, Stopping
+from llava.train.warned_once import warned_once
+from llava.train.watch import watched
 from llava.utils import is_rank0, rank0_print
 
 __all__ = ["check_own", "checkpoint_to_resume", "finished_steps", "open_output", "remove_run", "run", "save", "train"]
 
 
+@under_launcher
 @report_errors
 @report_interrupts
 def train(argv=None):
@@ -38,30 +51,34 @@ def run(model_args, data_args, training_args, make=None):
         model_args, data_args, training_args: of `parse_args`.
         make: in place of the `prepare` of the model's family.
     """
+    args = training_args
+    state = RunState(args.output_dir, args.should_save)
+    stopping = Stopping(args.save_grace_seconds, lambda: how_to_go_on(args, state.step))
     try:
-        _train(model_args, data_args, training_args, make)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(*(stop.args or [how_to_go_on(training_args, None)])) from None
+        _meet(args)
+        told = state.told_at_the_end(lambda step: how_to_go_on(args, step))
+        with warned_once() as once, stopping, watched(args.ddp_timeout, once), one_run(args), told:
+            _train(model_args, data_args, args, make, state, stopping)
+    except Preempted as stop:
+        rank0_print(f"stopped by {stop}")
     finally:
-        leave_process_group()
+        leave_process_group(sys.exc_info()[1])
 
 
-def leave_process_group():
-    """End this process's part in a distributed run; without it the process may abort at its exit."""
-    import torch
+def _meet(training_args) -> None:
+    """Meet the other ranks, if there are any; no group waits for longer than `ddp_timeout`."""
+    if training_args.deepspeed:
+        import deepspeed
 
-    # a process that ends inside its group aborts under ZeRO-2
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gloo = torch.distributed.get_backend() == "gloo"
-        torch.distributed.destroy_process_group()
-        if gloo:  # its threads let go of the last tensors a moment late, and abort if Python is shutting down by then
-            time.sleep(0.5)
+        # before anything else: ZeRO-3 builds the model by the world size
+        deepspeed.init_distributed(timeout=training_args.ddp_timeout_delta)
+    limit_groups(training_args.ddp_timeout)
 
 
-def _train(model_args, data_args, training_args, make):
+def _train(model_args, data_args, training_args, make, state, stopping):
     from transformers import set_seed
 
-    from llava.data import load_records, make_data
+    from llava.data import make_data
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
@@ -77,17 +94,17 @@ def _train(model_args, data_args, training_args, make):
     if training_args.verbose_logging:
         for key, setting in settings.settings.items():
             rank0_print(f"{key}: {setting.value} ({setting.source})")
-    if not open_output(training_args, lambda: len(load_records(data_args.data_path, training_args.seed))):
+    count = partial(_count_records, data_args, training_args)
+    if not from_rank0(lambda: open_output(training_args, count)):
         return
-    checkpoint = checkpoint_to_begin_at(training_args)
+    checkpoint = from_rank0(lambda: checkpoint_to_begin_at(training_args))
     if checkpoint is not None:
+        check_seen_by_all(os.path.join(checkpoint, STATE_NAME), "an output_dir that all machines share")
         check_checkpoint(checkpoint, training_args)
-    if training_args.deepspeed:
-        import deepspeed
-
-        deepspeed.init_distributed()  # ZeRO-3 asks for the world size while the model is built
     origins = family.check_fit(settings)
+    enter("reading of records")
     records, held_out = _read_data(family, model_args, data_args, training_args)
+    enter("loading of the model")
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
     data, model = make_data(records, family, loaded, args), loaded.model
@@ -102,9 +119,16 @@ def _train(model_args, data_args, training_args, make):
     evaluation = held_out and make_evaluation(*held_out, family, loaded, args, training_args.eval_image_folder)
     trainer = LLaVATrainer(
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
-        **{"parts": parts, "evaluation": evaluation, **data},
+        **{"parts": parts, "evaluation": evaluation, "run_state": state, "stopping": stopping, **data},
     )
+    enter("preparation of the training")
     _take_steps(trainer, checkpoint)
+
+
+def _count_records(data_args, training_args) -> int:
+    from llava.data import load_records
+
+    return len(load_records(data_args.data_path, training_args.seed))
 
 
 def _read_data(family, model_args, data_args, training_args):
@@ -127,16 +151,19 @@ def _take_steps(trainer, checkpoint: str | None) -> None:
     if checkpoint is not None:
         rank0_print(f"resuming from {checkpoint}")
         trainer.left_out.load(checkpoint)
+        trainer.position.load(checkpoint)
     trainer.accelerator.wait_for_everyone()  # each has seen what the folder holds
-    reopen(args)
+    reopen(args, trainer.run_state, checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trainer.stopping.at_steps():
+            trainer.train(resume_from_checkpoint=checkpoint)
         save(trainer, args.output_dir)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted) as stop:
         for callback in trainer.callback_handler.callbacks:
             if getattr(callback, "training_bar", None) is not None:
                 callback.training_bar.close()  # else it is drawn again below what is said
-        raise KeyboardInterrupt(how_to_go_on(args, trainer.state.global_step)) from None
+        stop.step = trainer.state.global_step
+        raise
 
 
 def check_checkpoint(checkpoint: str, training_args) -> None:
@@ -145,33 +172,38 @@ def check_checkpoint(checkpoint: str, training_args) -> None:
     Raises:
         LlavaError: what is wrong.
     """
+    from llava.train.kinds import check_carried
     from llava.train.same_model import check_same_model
     from llava.train.schedule import check_state
 
-    if training_args.deepspeed:
-        check_own(checkpoint, training_args.output_dir)
+    check_carried(checkpoint, training_args)
     check_state(checkpoint, training_args)
     check_same_model(checkpoint, training_args.run_config)
 
 
 def save(trainer, out: str):
     """Leave the trained model in `out`: all of it, or after LLaVA's stage 1 the projector alone."""
+    enter("saving of the model")
+    trainer.numbers.check_weights()
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.get_text_config().use_cache = True
-    if trainer.keeps_projector_alone:
-        trainer.save_projector(out)
+    with final_model(trainer) as folder:
+        if trainer.keeps_projector_alone:
+            trainer.save_projector(folder)
+            if is_rank0():
+                trainer.save_description(folder)
+        else:
+            trainer.save_model(folder)
         if is_rank0():
-            trainer.save_description(out)
-    else:
-        trainer.save_model(out)
-    if is_rank0():
-        trainer.save_run(out)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_state()  # last: its presence says that the run has ended
+            trainer.save_run(folder)
+    trainer.save_state()
+    trainer.run_state.tell("finished", trainer.state.global_step)  # last: it says that the run has ended
     if trainer.left_out.bad:
         rank0_print(f"records left out: {len(trainer.left_out.bad)}")
     if trainer.left_out.no_label:
         rank0_print(f"records left out because they have nothing to learn: {len(trainer.left_out.no_label)}")
+    if trainer.numbers.skipped:
+        rank0_print(f"steps skipped, not finite: {trainer.numbers.skipped} ({trainer.numbers.file.path})")
     if truncated := trainer.train_dataset.stats["truncated"]:
         rank0_print(f"samples cut to model_max_length: {truncated}")
     rank0_print(f"saved to {out}")

@@ -1,8 +1,10 @@
 """Fine-tune Qwen2-VL with adaptive patches: `llava.train.train` by the name that its users know."""
 
 from llava.errors import LlavaError, report_errors, report_interrupts
+from llava.train.launcher import under_launcher
 
 
+@under_launcher
 @report_errors
 @report_interrupts
 def train(argv=None):

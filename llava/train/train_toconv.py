@@ -11,8 +11,10 @@ from `last/`.
 import sys
 
 from llava.errors import report_errors, report_interrupts
+from llava.train.launcher import under_launcher
 
 
+@under_launcher
 @report_errors
 @report_interrupts
 def main(argv: list[str] | None = None) -> None:

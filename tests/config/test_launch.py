@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from llava.errors import LlavaError
+
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "llava/train/train_mem.py")
+HOSTS = "scripts/hostfile.example"
 
 
 def bash(code: str, check: bool = True, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -23,12 +26,16 @@ def bash(code: str, check: bool = True, cwd: Path = ROOT, **environment: str) ->
 
 
 def launched(devices: int, **environment: str) -> list[str]:
-    """Environment and words of the command that `launch c.yaml --seed 1` runs where PyTorch sees `devices`."""
+    """Environment and words of the command that `launch c.yaml --seed 1` runs where PyTorch sees `devices`.
+
+    The way to another node begins at 10.0.0.2 on eth1.
+    """
     code = f"""
     has_driver() {{ true; }}
     show() {{
         case "$*" in
             *llava.train.devices) echo {devices} ;;
+            *llava.train.nodes*) echo 10.0.0.2 eth1 ;;
             *) echo "${{CUDA_VISIBLE_DEVICES-}}|${{DS_ACCELERATOR-}}|${{RANK-}}|$*" ;;
         esac
     }}
@@ -73,9 +80,72 @@ def test_torchrun_on_several_nodes_reads_llava_next_variables():
     assert command == f"-m torch.distributed.run --nproc_per_node 8 {meet} {TRAIN} c.yaml --seed 1"
 
 
+RDZV = "--rdzv_backend c10d --rdzv_endpoint host:5 --rdzv_id llava --rdzv_conf is_host="
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"NNODES": "1:2"}, f"--nnodes 1:2 --max_restarts 3 {RDZV}1 --local_addr 10.0.0.2"),
+        ({"NNODES": "1:2", "RANK": "1"}, f"--nnodes 1:2 --max_restarts 3 {RDZV}0 --local_addr 10.0.0.2"),
+        (
+            {"NNODES": "2", "MAX_RESTARTS": "5", "RDZV_CONF": "join_timeout=60", "LOCAL_ADDR": "10.1.1.1"},
+            f"--nnodes 2 --max_restarts 5 {RDZV}1,join_timeout=60 --local_addr 10.1.1.1",
+        ),
+        ({"MAX_RESTARTS": "1"}, f"--nnodes 1 --max_restarts 1 {RDZV}1"),
+    ],
+)
+def test_nodes_that_may_leave_and_come_back(variables, words):
+    command = launched(8, NUM_GPUS="8", ADDR="host", PORT="5", **variables)[-1]
+    assert command == f"-m torch.distributed.run --nproc_per_node 8 {words} {TRAIN} c.yaml --seed 1"
+
+
+def test_one_node_that_is_started_again():
+    words = "-m torch.distributed.run --nproc_per_node 1 --standalone --max_restarts 2"
+    assert launched(0, MAX_RESTARTS="2")[-1] == f"{words} {TRAIN} c.yaml --seed 1"
+
+
+def test_processes_of_several_nodes_are_told_the_way_to_each_other():
+    code = """
+    python() { case "$*" in *llava.train.nodes*) echo "$WAY" ;; *) echo "${GLOO_SOCKET_IFNAME-}" ;; esac; }
+    PYTHON=python NUM_PROCS=1 launch c.yaml
+    """
+    for variables, interface in (
+        ({"NNODES": "2", "WAY": "10.0.0.2 eth1"}, "eth1"),
+        ({"NNODES": "2", "WAY": "10.0.0.2 eth1", "GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ({"NNODES": "2", "WAY": "node0 "}, ""),
+        ({"MAX_RESTARTS": "1"}, ""),
+    ):
+        assert bash(code, **variables).stdout == f"{interface}\n"
+
+
+@pytest.mark.parametrize(
+    "variables, told",
+    [
+        ({"NNODES": "two"}, "NNODES=two, expected a number of nodes, or LEAST:MOST"),
+        ({"NNODES": "2:1"}, "NNODES=2:1, expected a number of nodes, or LEAST:MOST"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1, expected a number"),
+        ({"HOSTFILE": HOSTS, "LAUNCHER": "torchrun"}, "HOSTFILE is for LAUNCHER=deepspeed; torchrun is started on"),
+        ({"HOSTFILE": "none"}, "HOSTFILE=none: no such file, expected one as scripts/hostfile.example"),
+        ({"HOSTFILE": HOSTS, "NNODES": "1:2"}, "NNODES=LEAST:MOST and MAX_RESTARTS are for LAUNCHER=torchrun"),
+    ],
+)
+def test_settings_of_nodes_that_do_not_fit(variables, told):
+    done = bash("PYTHON=echo NUM_PROCS=2 launch c.yaml", check=False, **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1
+
+
+def test_the_way_to_another_node():
+    nodes = pytest.importorskip("llava.train.nodes")
+    assert nodes.way_to("127.0.0.1", 5) == nodes.way_to("localhost", 5) == ("127.0.0.1", "lo")
+    with pytest.raises(LlavaError, match=r"ADDR=no\.such\.node\.invalid: .*expected the first node's name"):
+        nodes.way_to("no.such.node.invalid", 5)
+
+
 def test_deepspeed_launcher():
-    variables = {"LAUNCHER": "deepspeed", "NNODES": "2", "ADDR": "host", "PORT": "5", "HOSTFILE": "hosts"}
-    where = "--num_gpus 8 --num_nodes 2 --hostfile hosts --master_addr host --master_port 5"
+    variables = {"NNODES": "2", "ADDR": "host", "PORT": "5", "HOSTFILE": HOSTS}
+    where = f"--num_gpus 8 --num_nodes 2 --hostfile {HOSTS} --master_addr host --master_port 5"
     assert launched(8, **variables)[-1] == f"-m deepspeed.launcher.runner {where} {TRAIN} c.yaml --seed 1"
 
 
@@ -111,10 +181,10 @@ def test_deepspeed_launcher_on_the_cpu_shows_its_processes_no_gpu():
 
 
 def test_deepspeed_launcher_on_several_hosts_leaves_the_devices_to_it():
-    variables = {"LAUNCHER": "deepspeed", "CUDA_VISIBLE_DEVICES": "2,3", "NUM_GPUS": "8", "HOSTFILE": "hosts"}
+    variables = {"LAUNCHER": "deepspeed", "CUDA_VISIBLE_DEVICES": "2,3", "NUM_GPUS": "8", "HOSTFILE": HOSTS}
     visible, *_, command = launched(2, **variables)
     assert visible == "2,3"
-    assert command == f"-m deepspeed.launcher.runner --num_gpus 8 --hostfile hosts {TRAIN} c.yaml --seed 1"
+    assert command == f"-m deepspeed.launcher.runner --num_gpus 8 --hostfile {HOSTS} {TRAIN} c.yaml --seed 1"
 
 
 @pytest.mark.parametrize("visible", ["2,3", "GPU-a,MIG-b"])
@@ -248,11 +318,11 @@ def test_this_checkout_is_told_from_another_llava(tmp_path):
     assert bash(f"has_checkout {python} no_such_module", check=False, PYTHONPATH=str(ROOT)).returncode == 1
 
 
-@pytest.mark.parametrize("script", ["finetune.sh", "pretrain.sh"])
+@pytest.mark.parametrize("script", ["finetune.sh", "pretrain.sh", "slurm.sh"])
 def test_help(script):
     done = subprocess.run(["bash", str(ROOT / "scripts" / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: bash scripts/{script}")
+    assert done.stdout.startswith("usage: ") and f" scripts/{script}" in done.stdout
 
 
 def test_demo_flags(tmp_path):

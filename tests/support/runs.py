@@ -1,6 +1,7 @@
 """Several training runs in one process (or one per rank, under torchrun), as starting Python costs more than they do.
 
-`python -m tests.support.runs FLAGS.json`: a list of command lines. Those that fail are told, and the exit status is 1.
+`python -m tests.support.runs FLAGS.json`: a list of command lines, or of {"flags": a command line, "fault": what
+`tests.support.bad_numbers` has}. Those that fail are told, and the exit status is 1.
 Beside what a run saves lies `buffers.json`, the dtype of each of its model's buffers.
 """
 
@@ -9,22 +10,29 @@ import json
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 
 from llava.train import train as program
+from tests.support.bad_numbers import install
 
 
 def main(path: str) -> int:
     with open(path) as file:
         runs = json.load(file)
-    leave, program.leave_process_group = program.leave_process_group, lambda: None  # DeepSpeed keeps the first group
+    leave, program.leave_process_group = (
+        program.leave_process_group,
+        lambda error=None: None,
+    )  # DeepSpeed keeps the first group
     program.save = functools.partial(_save, program.save)
     failed, environment = 0, dict(os.environ)
-    for flags in runs:
+    for run in runs:
+        flags, fault = (run["flags"], install(**run["fault"])) if isinstance(run, dict) else (run, nullcontext())
         for name in os.environ.keys() - environment.keys():
             if name.startswith("ACCELERATE_"):  # what transformers tells accelerate of a run with DeepSpeed
                 del os.environ[name]
         try:
-            program.run(*_parse(flags))
+            with fault:
+                program.run(*_parse(flags))
         except Exception:
             failed += 1
             print(f"failed: {' '.join(flags)}", traceback.format_exc(), sep="\n", file=sys.stderr)

@@ -121,7 +121,7 @@ def stopped(whole, folder, step, lacking):
     (folder / "trainer_state.json").unlink()
     for later in range(step + 1, 5):
         shutil.rmtree(folder / f"checkpoint-{later}")
-    for name in lacking:
+    for name in (*lacking, "manifest.json"):  # as save_only_model writes, or another program
         (folder / f"checkpoint-{step}" / name).unlink()
     return folder
 
@@ -269,8 +269,11 @@ def test_without_a_checkpoint_a_finished_run_says_how(kit, tmp_path, refusal):
     assert f"{out} was trained for 1 steps, 2 are asked for" in said
     assert "--overwrite_output_dir" in said and "model_name_or_path" in said
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    (out / "trainer_state.json").write_text("{}")
-    assert "trainer_state.json: found no global_step" in refusal(out, max_steps=2)
+    for text in ("", "{}", '{"global_step": 4, "log_hist'):
+        (out / "trainer_state.json").write_text(text)
+        assert f"{out} was trained for 1 steps, 2 are asked for" in refusal(out, max_steps=2)
+    (out / "run_state.json").unlink()  # as of an earlier version
+    assert "trainer_state.json: not valid JSON" in (said := refusal(out, max_steps=2)) and "cannot be told" in said
 
 
 # --- Ctrl-C -----------------------------------------------------------------------------------------------------------
@@ -335,7 +338,8 @@ def test_another_model_is_refused(kit, cut, tmp_path, refusal, monkeypatch, bare
     out, flags = cut
     if bare:  # as LLaVA-NeXT's and earlier ones: config.json alone
         out = shutil.copytree(out, tmp_path / "bare")
-        (out / "checkpoint-1/run_config.json").unlink()
+        for name in ("run_config.json", "manifest.json"):
+            (out / "checkpoint-1" / name).unlink()
     monkeypatch.setattr(Llava, "prepare", lambda *args: pytest.fail("weights are loaded"))
     for key, (value, before) in OTHER.items():
         if bare and key in ("mm_projector_lr", "optim"):
@@ -365,7 +369,8 @@ def test_another_adapter_is_refused(kit, tmp_path, refusal):
     same = shutil.copytree(kit.llm, tmp_path / "copy")
     for bare in (False, True):
         if bare:
-            (out / "checkpoint-1/run_config.json").unlink()
+            for name in ("run_config.json", "manifest.json"):
+                (out / "checkpoint-1" / name).unlink()
         for changes in ({"lora_r": 8}, {"lora_alpha": 32}, {"lora_enable": False}, {"model_name_or_path": same}):
             said = refusal(out, **(flags | {"max_steps": 2} | changes))
             assert f"{next(iter(changes))} is " in said, (changes, said)

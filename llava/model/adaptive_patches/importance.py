@@ -54,7 +54,7 @@ def patch_entropy(images, patch_size: int, num_scales: int = 3, bins: int = 512)
                 counts = _add_quads(counts)
             logs = table.index_select(0, counts.reshape(-1)).view(counts.shape).sum(-1)
             # H = -sum c/A log2(c/A) = (A log2 A - sum c log2 c) / A
-            entropy = (table[-1] - logs).double() / (size**2 * LOG_ONE)
+            entropy = _quotient(table[-1] - logs, size**2 * LOG_ONE)
             _fill(maps[size], batch, top // size, _rounded(entropy, ENTROPY_STEP))
     return maps
 
@@ -79,7 +79,7 @@ def patch_laplacian(images, patch_size: int, num_scales: int = 3) -> dict[int, t
         for level, size in enumerate(sizes):
             if level:
                 sums = _add_quads(sums)
-            mean = sums.double() / (size**2 * 255 * GREY_ONE)
+            mean = _quotient(sums, size**2 * 255 * GREY_ONE)
             _fill(maps[size], batch, top // size, _rounded(mean, PIXEL_STEP))
     return maps
 
@@ -110,7 +110,7 @@ def patch_reconstruction_error(images, patch_size: int, num_scales: int = 3) -> 
             difference = ((pixels - again) * one)[:, :, top - first :][:, :, :rows, : width // size * size].long()
             squares = difference.square_().sum(1).unflatten(1, (-1, size)).unflatten(3, (-1, size)).sum((2, 4))
             area = size**2 * images.shape[1] * (255 * PIXEL_ONE * one) ** 2
-            _fill(maps[size], batch, top // size, _rounded(squares.double() / area, PIXEL_STEP))
+            _fill(maps[size], batch, top // size, _rounded(_quotient(squares, area), PIXEL_STEP))
     return maps
 
 
@@ -207,4 +207,12 @@ def _reflected(first: int, last: int, length: int, device):
 
 def _rounded(values, step: float):
     per_unit = round(1 / step)
-    return (values * per_unit).round() / per_unit
+    return _quotient((values * per_unit).round(), per_unit)
+
+
+def _quotient(values, divisor: int):
+    """values / divisor in float64, each rounded once.
+
+    The divisor is a tensor: on CUDA a number would be turned into its reciprocal and multiplied, which rounds twice.
+    """
+    return values.double() / torch.full((), divisor, dtype=torch.float64, device=values.device)

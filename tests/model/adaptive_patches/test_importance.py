@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.errors import LlavaError
 from llava.model.adaptive_patches import importance, patch_entropy, patch_laplacian, patch_reconstruction_error
@@ -171,6 +172,27 @@ def test_every_device_finds_the_same(compute, device):
     expected, found = compute(pixels, 14), compute(pixels.to(device), 14)
     assert all(torch.equal(expected[size], found[size].cpu()) for size in expected)
     assert found[14].device.type == device
+
+
+class ReciprocalDivision(TorchDispatchMode):
+    """Divides by a number as CUDA does: times its reciprocal, rounded before the product is."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor) and not isinstance(
+            args[1], torch.Tensor
+        ):
+            product = torch.ops.aten.mul_ if function is torch.ops.aten.div_.Tensor else torch.ops.aten.mul
+            return product.Tensor(args[0], 1 / args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compute", ALL)
+def test_a_device_that_divides_by_reciprocals_finds_the_same(compute):
+    images, expected = picture(0), compute(picture(0), 14)
+    with ReciprocalDivision():
+        assert not torch.equal(torch.arange(1, 100).double() / 49, torch.tensor([n / 49 for n in range(1, 100)]))
+        found = compute(images, 14)
+    assert all(torch.equal(found[size], values) for size, values in expected.items())
 
 
 @pytest.mark.parametrize("compute", ALL)

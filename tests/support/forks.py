@@ -1,0 +1,169 @@
+"""Training runs as processes of their own that start at once: forked from one that has imported what they need.
+
+    with Forks() as forks:
+        run = forks.start(flags, log, change="tests.train.faults:slow_steps:1")  # `train(flags)`, with that change
+        forks.wait_for(log, "'loss'")
+        os.kill(run, signal.SIGTERM)
+        assert forks.end(run) == 0
+
+The forking process runs no backward pass itself: after one, a fork could run none. What its first run imported it
+imports as well, for those that follow.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def hear_all() -> None:
+    """In a new process, before its program begins: what was ignored where this began (`nohup`, `&`) stays ignored, a
+    shell script could not even hear it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+class Forks:
+    """The process that forks; a context, at whose end it and all runs have gone."""
+
+    def __init__(self):
+        self._ended: dict[int, int] = {}
+        self._running: set[int] = set()
+
+    def __enter__(self):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        options = {"cwd": ROOT, "env": env, "preexec_fn": hear_all}
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.support.forks"], **options, **pipes)
+        return self
+
+    def __exit__(self, *error):
+        for run in self._running:
+            os.killpg(run, 9)
+        self.process.stdin.close()
+        self.process.wait()
+
+    def start(self, flags: list[str], log: Path, change: str | None = None, env: dict | None = None) -> int:
+        """The process of a run; it leads a group of its own.
+
+        Args:
+            flags: its command line.
+            log: what it prints.
+            change: "module:function" or "module:function:argument", called before it trains.
+            env: variables of its environment.
+        """
+        request = {"flags": list(map(str, flags)), "log": str(log), "change": change, "env": env or {}}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        run = self._read("started")
+        self._running.add(run)
+        return run
+
+    def end(self, run: int) -> int:
+        """How a run ended: its exit status, or minus the signal that killed it."""
+        while run not in self._ended:
+            self._read(None)
+        return self._ended[run]
+
+    def run(self, flags: list[str], log: Path, **options) -> int:
+        return self.end(self.start(flags, log, **options))
+
+    def wait_for(self, log: Path, text: str, seconds: float = 120) -> None:
+        """Until a run has printed this."""
+        end = time.monotonic() + seconds
+        while not (log.exists() and text in log.read_text(errors="replace")):
+            assert time.monotonic() < end, f"{text!r} is not in {log}:\n{log.read_text()[-3000:]}"
+            time.sleep(0.02)
+
+    def _read(self, key: str | None) -> int | None:
+        while line := self.process.stdout.readline():
+            told = json.loads(line)
+            if "ended" in told:
+                self._ended[told["ended"]] = told["status"]
+                self._running.discard(told["ended"])
+            if key is None or key in told:
+                return told.get(key)
+        raise RuntimeError("the forking process has gone")
+
+
+def _tell(**words) -> None:
+    os.write(1, (json.dumps(words) + "\n").encode())
+
+
+def _train(request: dict, imported: int) -> None:
+    os.setsid()
+    known = set(sys.modules)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(request["env"])
+    if request["change"]:
+        module, function, *argument = request["change"].split(":")
+        getattr(importlib.import_module(module), function)(*argument)
+    from llava.train.train import train
+
+    status = 1
+    try:
+        train(request["flags"])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os.write(imported, json.dumps(sorted(set(sys.modules) - known)).encode())
+        os._exit(status)
+
+
+def main() -> None:
+    import llava.train.evaluation
+    import llava.train.llava_trainer  # noqa: F401
+    from llava.config.schema import all_keys
+    from llava.train.arguments import training_arguments_class
+
+    all_keys(), training_arguments_class()  # both are kept
+    runs: dict[int, object] = {}
+    open_stdin = True
+    while runs or open_stdin:
+        if open_stdin and select.select([sys.stdin], [], [], 0.02)[0]:
+            line = sys.stdin.readline()
+            if line:
+                imported = tempfile.TemporaryFile()  # noqa: SIM115
+                gc.freeze()  # the runs need not look through what is here
+                run = os.fork()
+                if run == 0:
+                    _train(json.loads(line), imported.fileno())
+                runs[run] = imported
+                _tell(started=run)
+            open_stdin = bool(line)
+        for run in list(runs):
+            ended, status = os.waitpid(run, os.WNOHANG)
+            if ended:
+                _import(runs.pop(run))
+                _tell(ended=run, status=os.waitstatus_to_exitcode(status))
+
+
+def _import(file) -> None:
+    """Import the modules that a run has listed."""
+    file.seek(0)
+    for name in json.loads(file.read() or b"[]"):
+        with contextlib.suppress(Exception):  # some come into being with others, or in a run alone
+            importlib.import_module(name)
+    file.close()
+
+
+if __name__ == "__main__":
+    main()
