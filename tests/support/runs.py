@@ -6,6 +6,7 @@ Beside what a run saves lies `buffers.json`, the dtype of each of its model's bu
 """
 
 import functools
+import gc
 import json
 import os
 import sys
@@ -19,10 +20,8 @@ from tests.support.bad_numbers import install
 def main(path: str) -> int:
     with open(path) as file:
         runs = json.load(file)
-    leave, program.leave_process_group = (
-        program.leave_process_group,
-        lambda error=None: None,
-    )  # DeepSpeed keeps the first group
+    # DeepSpeed keeps the first group
+    leave, program.leave_process_group = program.leave_process_group, lambda error=None: None
     program.save = functools.partial(_save, program.save)
     failed, environment = 0, dict(os.environ)
     for run in runs:
@@ -30,6 +29,7 @@ def main(path: str) -> int:
         for name in os.environ.keys() - environment.keys():
             if name.startswith("ACCELERATE_"):  # what transformers tells accelerate of a run with DeepSpeed
                 del os.environ[name]
+        gc.collect()  # as long as a run's DeepSpeed settings live, transformers takes the next one for ZeRO-3 too
         try:
             with fault:
                 program.run(*_parse(flags))

@@ -228,6 +228,11 @@ TWO = {
     ("zero3", "moments"): [],
     ("zero3", "row"): [],
 }
+LONG = bool(os.environ.get("LLAVA_LONG_TESTS"))
+if not LONG:
+    SHORT = (("ddp", "constant"), ("ddp", "row"), ("zero3", "gradient"), ("zero3", "row"))
+    TWO = {case: TWO[case] for case in SHORT}
+needs_time = pytest.mark.skipif(not LONG, reason="half a minute more: scripts/test_long.sh runs it (LLAVA_LONG_TESTS)")
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +275,12 @@ def test_runs_that_end_end_on_both_ranks(two):
         out = folder / f"{setup}-row"
         assert [row["step"] for row in rows(out)] == [2, 3] and not (out / "model.safetensors").exists()
     assert said.count("LlavaError: step 3: found 2 steps in a row whose numbers are not finite") == 4
+
+
+@DEEPSPEED
+@needs_time
+def test_moments_that_overflow_end_both_ranks(two):
+    folder, _, said = two
     out = folder / "zero3-moments"
     (row,) = rows(out)
     assert row["kind"] == "weight" and row["step"] == BAD
@@ -315,6 +326,7 @@ def ways(kit, tmp_path_factory):
 
 
 @DEEPSPEED
+@needs_time
 def test_fp16_overflows_are_no_faults_while_the_scale_falls(ways):
     folder, said = ways
     out = folder / "scale falls"
@@ -327,6 +339,7 @@ def test_fp16_overflows_are_no_faults_while_the_scale_falls(ways):
 
 
 @DEEPSPEED
+@needs_time
 def test_overflows_of_the_least_scale_are(ways):
     folder, said = ways
     assert [(row["step"], row["kind"]) for row in rows(folder / "least scale")] == [(2, "gradient"), (3, "gradient")]
@@ -335,6 +348,7 @@ def test_overflows_of_the_least_scale_are(ways):
 
 
 @DEEPSPEED
+@needs_time
 def test_gradients_that_deepspeed_does_not_look_at(without, ways):
     folder, said = ways
     for name in ("unchecked", "stage 0"):

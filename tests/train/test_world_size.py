@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava.train.checkpoints import MANIFEST_NAME
 from tests import tiny
 from tests.train.test_distributed import DEEPSPEED
 
@@ -81,8 +82,9 @@ def test_steps_of_another_size_neither_repeat_nor_leave_out_a_sample(seen, tmp_p
 
     def go_on(**flags):
         if not told:  # as checkpoints of earlier versions
-            for path in out.glob("checkpoint-*/data_position.json"):
-                path.unlink()
+            for name in ("data_position.json", MANIFEST_NAME):
+                for path in out.glob(f"checkpoint-*/{name}"):
+                    path.unlink()
         return seen(out, **flags)
 
     first = go_on(per_device_train_batch_size=4, max_steps=2)
