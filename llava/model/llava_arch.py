@@ -180,9 +180,11 @@ class LlavaMetaForCausalLM:
         return features
 
     def _anchor(self, device):
-        """Zero that depends on tower, projector and newline: a rank without an image takes part in their collectives.
+        """Zero that depends on tower, projector and newline.
 
-        It calls them in the order in which `_visual_tokens` does, which ZeRO-3 relies on.
+        A rank without an image takes part in their collectives; it calls them in the order in which `_visual_tokens`
+        does, which ZeRO-3 relies on. And an optimizer sees gradients of zero, as in LLaVA-NeXT: without any it would
+        leave weights alone that it moves by its moments, and one process would train otherwise than two.
         """
         newline = self.get_model().image_newline if MergeRules.from_config(self.config).unpad else None
         side = self.get_vision_tower().image_size
@@ -270,7 +272,7 @@ class LlavaMetaForCausalLM:
         visual, anchor = [], None
         if len(images):
             visual = self._visual_tokens(images, *of_images)
-        elif torch.distributed.is_initialized() and (self.training or self._is_partitioned):
+        elif self.training or (torch.distributed.is_initialized() and self._is_partitioned):
             anchor = self._anchor(device)
         plan = plan_merge(
             host.input_ids,

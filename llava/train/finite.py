@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from llava.train.ranks import gather
+
 
 def largest(tensors: list[torch.Tensor]) -> torch.Tensor | None:
     """The largest absolute value in some tensors: NaN or infinite where one of them is; None where there is no value.
@@ -38,11 +40,7 @@ def nonfinite_weights(model: torch.nn.Module) -> list[str]:
     if value is not None and not value.isfinite():
         found = {name for name, part in weights if not part.isfinite().all()}
     found |= {name for name, buffer in _saved_buffers(model) if buffer.isnan().any()}
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        of_all = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_all, found)
-        found = set().union(*of_all)
-    return sorted(found)
+    return sorted(set().union(*gather(found)))
 
 
 def _held(weight: torch.nn.Parameter) -> list[torch.Tensor]:

@@ -213,18 +213,6 @@ class LLaVATrainer(PhasedTrainer):
     def log(self, logs, *args, **kwargs):
         super().log(self.numbers.corrected(logs), *args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As `Trainer`'s; a batch that reaches no trained weight gets gradients of zero instead of an error.
-
-        That is a batch without images where the language model is frozen. Several processes do not come here: their
-        models run tower and projector on every batch.
-        """
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, *outputs = result if return_outputs else (result,)
-        if model.training and not loss.requires_grad:
-            loss = loss + sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
-        return (loss, *outputs) if return_outputs else loss
-
     # --- evaluation ---
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

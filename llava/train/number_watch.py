@@ -22,6 +22,7 @@ from llava.errors import LlavaError
 from llava.model.host import ReadLater
 from llava.train.bad_batches import BadBatches, written
 from llava.train.finite import floats_in, largest, nonfinite_weights
+from llava.train.ranks import gather
 from llava.train.schedule import MEASURED, unwrapped
 from llava.train.skipping import skipping
 from llava.utils import rank0_print
@@ -179,7 +180,7 @@ class NumberWatch(TrainerCallback):
             rows = [self._row(step, "input", inputs, self._ids("inputs"))]
         elif not math.isfinite(loss):
             rows = [self._row(step, "loss", loss, self._ids("loss"))]
-        rows = self._of_all(rows)
+        rows = _of_all(rows)
         self.file.add(rows)
         self.skipped += 1
         self._in_a_row += 1
@@ -201,7 +202,7 @@ class NumberWatch(TrainerCallback):
         if not factor or loss <= factor * usual:
             return
         own = losses[self._rank]
-        rows = self._of_all([self._row(step, "spike", own, self._ids())] if own > factor * usual else [])
+        rows = _of_all([self._row(step, "spike", own, self._ids())] if own > factor * usual else [])
         self.file.add(rows)
         rank0_print(
             f"step {step}: loss spike, {loss:.4g} where the median of the last {len(self._recent) - 1} steps is "
@@ -230,14 +231,10 @@ class NumberWatch(TrainerCallback):
         epoch = self.trainer.state.epoch or 0.0
         return {"step": step, "epoch": epoch, "rank": self._rank, "kind": kind, "value": value, "ids": list(ids)}
 
-    def _of_all(self, rows: list[dict]) -> list[dict]:
-        """The rows of all ranks, in their order."""
-        world = self.trainer.args.world_size
-        if world == 1:
-            return rows
-        of_ranks = [None] * world
-        torch.distributed.all_gather_object(of_ranks, rows)
-        return [row for part in of_ranks for row in part]
+
+def _of_all(rows: list[dict]) -> list[dict]:
+    """The rows of all ranks, in their order."""
+    return [row for part in gather(rows) for row in part]
 
 
 _WHAT = {"loss": "its loss is", "input": "its inputs are", "gradient": "its gradient is"}

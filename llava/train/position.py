@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, replace
 
+from llava.data.sampler import EpochSampler
 from llava.errors import LlavaError
 from llava.train.kinds import kind_of_checkpoint, kind_of_run
 from llava.train.resume import RUN_NAME, STATE_NAME, batches_per_rank, read_json
@@ -126,20 +127,12 @@ class DataPosition:
             json.dump(asdict(self.at(step)), file, indent=1)
 
 
-class _FromSample:
+class _FromSample(EpochSampler):
     """A sampler that leaves out the first samples of one epoch."""
 
     def __init__(self, sampler, epoch: int, samples: int):
-        self.sampler, self.begins, self.samples = sampler, epoch, samples
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
+        super().__init__(sampler)
+        self.begins, self.samples = epoch, samples
 
     def __iter__(self):
         skipped = self.samples if self.epoch == self.begins else 0
