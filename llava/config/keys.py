@@ -229,6 +229,21 @@ class DataKeys(KeyGroup):
         "place of it",
         checkpoint=True,
     )
+    pack_sequences: bool = key(
+        False, "several samples share a row, one after the other without padding; attention never crosses them"
+    )
+    pack_length: int | None = key(
+        None,
+        "most tokens of a packed row; not given: model_max_length, with pack_scope step that for each sample of a batch",
+        within=POSITIVE,
+    )
+    pack_scope: Literal["step", "buffer"] = key(
+        "step",
+        "step: the samples of an optimizer step, those it has unpacked, share its rows; buffer: rows are filled from "
+        "samples ahead, and a step has as many as there is room for",
+    )
+    pack_buffer: int = key(1024, "samples that pack_scope buffer looks at together", within=POSITIVE)
+    pack_seed: int | None = key(None, "seed of pack_scope buffer's order of rows; not given: data_seed", within=COUNT)
 
 
 class TrainKeys(KeyGroup):

@@ -55,9 +55,12 @@ class DataCollatorForSupervisedDataset:
 
     Attributes:
         pad_token_id: what fills up short rows.
+        pack: whether the model is to lay the rows one after the other, each with its images in it, instead of padding
+            them. `host.packed` tells it so.
     """
 
     pad_token_id: int = 0
+    pack: bool = False
 
     def __call__(self, instances: list[dict | BadRecord]) -> dict:
         batch, samples = pad_rows(instances, self.pad_token_id)
@@ -68,4 +71,6 @@ class DataCollatorForSupervisedDataset:
         host["record_ids"] = record_ids(samples)
         if any("patch_levels" in sample for sample in samples):
             host["patch_levels"] = [levels for sample in samples for levels in sample.get("patch_levels", ())]
+        if self.pack:
+            host["packed"] = batch["attention_mask"].sum(1).tolist()
         return batch | {"host": HostCopies(**host)}

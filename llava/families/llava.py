@@ -159,7 +159,7 @@ class Llava(Family):
     def collate(self, samples, loaded, args):
         from llava.data.collator import DataCollatorForSupervisedDataset
 
-        return DataCollatorForSupervisedDataset(loaded.tokenizer.pad_token_id or 0)(samples)
+        return DataCollatorForSupervisedDataset(loaded.tokenizer.pad_token_id or 0, args.pack_sequences)(samples)
 
     def length(self, record, sizes, loaded, args) -> Length:
         from llava.data.paths import shown_media

@@ -27,6 +27,7 @@ class HostCopies:
     image_grid_thw: torch.Tensor | None = None
     image_patch_levels: torch.Tensor | None = None
     record_ids: list[str] | None = None  # of the rows
+    packed: list[int] | None = None  # samples that share one row: the lengths of their texts; None: one to a row
 
     @classmethod
     def of(cls, **entries) -> "HostCopies":

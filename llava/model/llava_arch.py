@@ -238,30 +238,33 @@ class LlavaMetaForCausalLM:
         return self._prepare(*text, images, modalities, image_sizes, patch_alphas, host)[:6]
 
     def _prepare(self, input_ids, position_ids, attention_mask, past_key_values, labels, images, *of_images):
-        """`prepare_inputs_labels_for_multimodal`, and what `supervised_places` says of the new labels."""
-        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
-            return input_ids, position_ids, attention_mask, past_key_values, None, labels, None
+        """`prepare_inputs_labels_for_multimodal`, what `supervised_places` says of the new labels, and the length of
+        each row without padding."""
+        packed = _packed(of_images[-1])
+        if not packed and (self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1):
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels, None, None
         side = getattr(self.config, "tokenizer_padding_side", "right")
         merged = self._merge(input_ids, attention_mask, labels, side, images, *of_images)
-        embeds, new_labels, mask, positions, supervised = merged
+        embeds, new_labels, mask, positions, supervised, lengths = merged
         return (
             None,
-            None if position_ids is None else positions,
+            None if position_ids is None and not packed else positions,
             None if attention_mask is None else mask.to(attention_mask.dtype),
             past_key_values,
             embeds,
             new_labels,
             supervised,
+            lengths,
         )
 
     def _merge(
         self, input_ids, attention_mask, labels, side, images, modalities, image_sizes, patch_alphas=None, host=None
     ):
-        """Text and images as one sequence, padded on the `side`.
+        """Text and images as one sequence, padded on the `side`, or packed where `host.packed` says so.
 
         Returns:
-            inputs_embeds [B, S, D], labels [B, S], attention_mask bool [B, S], position_ids [B, S], and of the labels
-            the places and values that `supervised_places` gives; without labels None for both.
+            inputs_embeds [B, S, D], labels [B, S], attention_mask bool [B, S], position_ids [B, S]; of the labels the
+            places and values that `supervised_places` gives, without labels None for both; and the plan's lengths.
         """
         device = input_ids.device
         if host is None:
@@ -272,7 +275,9 @@ class LlavaMetaForCausalLM:
         visual, anchor = [], None
         if len(images):
             visual = self._visual_tokens(images, *of_images)
-        elif self.training or (torch.distributed.is_initialized() and self._is_partitioned):
+        elif self.get_vision_tower() is not None and (
+            self.training or (torch.distributed.is_initialized() and self._is_partitioned)
+        ):
             anchor = self._anchor(device)
         plan = plan_merge(
             host.input_ids,
@@ -281,6 +286,7 @@ class LlavaMetaForCausalLM:
             [len(tokens) for tokens in visual],
             getattr(self.config, "tokenizer_model_max_length", None),
             side,
+            packed=_packed(host),
         )
         text = self.get_model().embed_tokens(*send([plan.text_ids], device))
         fits = None if plan.fits is None else plan.fits.nonzero()[:, 0]
@@ -294,7 +300,7 @@ class LlavaMetaForCausalLM:
         embeds = text.new_zeros(*plan.shape, text.shape[-1]).index_put((rows, columns), values)
         if anchor is not None:
             embeds = embeds + anchor.to(embeds)
-        return embeds, labels, mask, positions, None if labels is None else places
+        return embeds, labels, mask, positions, None if labels is None else places, plan.lengths
 
     # --- forward and generation ---
 
@@ -320,18 +326,22 @@ class LlavaMetaForCausalLM:
         output layer runs on the supervised positions alone. `num_items_in_batch` divides the summed loss; without it,
         the mean over this batch. A batch without labels has loss 0.
         """
+        if images is None and _packed(host):
+            images = []
         loss_alone = labels is not None and (self.training or kwargs.get("num_items_in_batch") is not None)
         if images is None and inputs_embeds is None and self.get_vision_tower() is not None:
             images = [] if self.training or (loss_alone and self._is_partitioned) else None
         supervised = None
         if inputs_embeds is None and images is not None:
             text = input_ids, position_ids, attention_mask, past_key_values, labels
-            _, position_ids, attention_mask, past_key_values, inputs_embeds, labels, supervised = self._prepare(
-                *text, images, modalities, image_sizes, patch_alphas, host
-            )
+            prepared = self._prepare(*text, images, modalities, image_sizes, patch_alphas, host)
+            _, position_ids, attention_mask, past_key_values, inputs_embeds, labels, supervised, lengths = prepared
             if inputs_embeds is not None:
                 input_ids = None
-                if self.training and self._may_drop_mask:
+                if _packed(host):
+                    attention_mask = None
+                    kwargs |= segments(lengths, inputs_embeds.device)
+                elif self.training and self._may_drop_mask:
                     attention_mask = None
                     kwargs |= self._as_one_segment(inputs_embeds)
         inputs = dict(
@@ -366,8 +376,7 @@ class LlavaMetaForCausalLM:
         """What spares a single row flash-attention's look, in every layer, whether it is packed of several samples."""
         if len(inputs_embeds) > 1 or "flash" not in self.config._attn_implementation:
             return {}
-        starts, length = pack_lengths([inputs_embeds.shape[1]], inputs_embeds.device)
-        return {f"cu_seq_lens_{side}": starts for side in "qk"} | {f"max_length_{side}": length for side in "qk"}
+        return segments([inputs_embeds.shape[1]], inputs_embeds.device)
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):
@@ -416,6 +425,17 @@ class LlavaMetaForCausalLM:
             added += tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
         grow_embeddings(self, tokenizer)
         return added
+
+
+def _packed(host: HostCopies | None) -> bool:
+    """Whether the rows of a batch are the samples of one."""
+    return host is not None and host.packed is not None
+
+
+def segments(lengths, device) -> dict:
+    """What tells a language model's attention that its one row is packed of samples of these lengths."""
+    starts, longest = pack_lengths([length for length in lengths if length], device)
+    return {f"cu_seq_lens_{side}": starts for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
 
 
 def grow_embeddings(model, tokenizer):

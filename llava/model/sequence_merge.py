@@ -20,10 +20,11 @@ class MergePlan:
         text_ids: [T] ids of the text tokens of all rows, one row after the other.
         rows, columns: where each token goes, [T + V]: the text tokens, then the visual tokens of all images in order.
         fits: bool [T + V], False for what the limit cuts off (rows and columns leave it out), None if nothing is cut.
-        shape: (B, S).
+        shape: (B, S); of packed rows (1, S).
         labels: [B, S]; IGNORE_INDEX on visual tokens and padding; None without labels.
         mask: bool [B, S], False on padding.
-        positions: [B, S] position ids, 0 on padding.
+        positions: [B, S] position ids, 0 on padding; in a packed row they begin anew with each sample.
+        lengths: merged tokens of each row that was given.
     """
 
     text_ids: torch.Tensor
@@ -34,9 +35,10 @@ class MergePlan:
     labels: torch.Tensor | None
     mask: torch.Tensor
     positions: torch.Tensor
+    lengths: list[int]
 
 
-def plan_merge(input_ids, keep, labels, visual_lengths, limit=None, padding_side="right") -> MergePlan:
+def plan_merge(input_ids, keep, labels, visual_lengths, limit=None, padding_side="right", packed=False) -> MergePlan:
     """Lay out rows in which every image token is replaced by the visual tokens of its image.
 
     Args:
@@ -46,6 +48,8 @@ def plan_merge(input_ids, keep, labels, visual_lengths, limit=None, padding_side
         visual_lengths: visual tokens of each image, in order of the image tokens.
         limit: longest row, in merged tokens; longer ones are cut.
         padding_side: "right" or "left".
+        packed: lay the rows one after the other in a single one, without padding. Nothing predicts a sample's first
+            token there: it has no label.
     """
     batch = len(input_ids)
     row, column = keep.nonzero(as_tuple=True)  # the kept tokens of all rows, one after the other
@@ -59,15 +63,20 @@ def plan_merge(input_ids, keep, labels, visual_lengths, limit=None, padding_side
     starts = lengths.cumsum(0) - lengths - row_starts[row]  # of each kept token, in its merged row
     if limit is not None:
         row_lengths = row_lengths.clamp(max=limit)
-    size = int(row_lengths.max())
-    shift = size - row_lengths if padding_side == "left" else torch.zeros_like(row_lengths)
+    size = int(row_lengths.sum() if packed else row_lengths.max())
+    if packed:
+        shift = row_lengths.cumsum(0) - row_lengths
+    else:
+        shift = size - row_lengths if padding_side == "left" else torch.zeros_like(row_lengths)
 
     text = ~is_image
     within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     rows = torch.cat([row[text], row[is_image].repeat_interleave(counts)])
     columns = torch.cat([starts[text], starts[is_image].repeat_interleave(counts) + within])
-    inside = columns < size
-    columns = columns + shift[rows]
+    inside = columns < row_lengths[rows]
+    columns, lengths = columns + shift[rows], row_lengths.tolist()
+    if packed:
+        batch, rows = 1, torch.zeros_like(rows)
 
     new_labels = None
     if labels is not None:
@@ -75,12 +84,18 @@ def plan_merge(input_ids, keep, labels, visual_lengths, limit=None, padding_side
         seen = inside[: int(text.sum())]
         values = labels[row, column][text]
         new_labels[rows[: len(seen)][seen], columns[: len(seen)][seen]] = values[seen]
+        if packed:
+            new_labels[0, shift[row_lengths > 0]] = IGNORE_INDEX
     fits = None
     if not inside.all():
         fits, rows, columns = inside, rows[inside], columns[inside]
-    positions = torch.arange(size)[None] - shift[:, None]
-    mask = (positions >= 0) & (positions < row_lengths[:, None])
-    return MergePlan(ids[text], rows, columns, fits, (batch, size), new_labels, mask, positions * mask)
+    if packed:
+        positions = torch.arange(size)[None] - shift.repeat_interleave(row_lengths)
+        mask = torch.ones_like(positions, dtype=torch.bool)
+    else:
+        positions = torch.arange(size)[None] - shift[:, None]
+        mask = (positions >= 0) & (positions < row_lengths[:, None])
+    return MergePlan(ids[text], rows, columns, fits, (batch, size), new_labels, mask, positions * mask, lengths)
 
 
 def match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas=None, patch_levels=None):

@@ -9,6 +9,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import TrainerCallback
 
 from llava.constants import IGNORE_INDEX
+from llava.data.packed_loading import Packing
 from llava.data.sampler import EpochSampler, LengthGroupedSampler
 from llava.errors import LlavaError
 from llava.families import get_family
@@ -57,6 +58,7 @@ class LLaVATrainer(PhasedTrainer):
         evaluation: what the run is evaluated on while it trains (see `llava.train.evaluation`); None: nothing.
         run_state: the run's; None: none is written.
         stopping: what asks for the run's end; None: nothing.
+        packing: how samples share rows; None: one to a row.
         *args, **kwargs: as `transformers.Trainer`; the collator's batches may carry "bad_records" and "no_label".
     """
 
@@ -68,9 +70,12 @@ class LLaVATrainer(PhasedTrainer):
         evaluation=None,
         run_state: RunState | None = None,
         stopping: Stopping | None = None,
+        packing: Packing | None = None,
         **kwargs,
     ):
-        settings, self.evaluation = kwargs["args"], evaluation
+        settings, self.evaluation, self.packing = kwargs["args"], evaluation, packing
+        if packing is not None:  # as many for each rank as they come; batches of unlike sizes are all right
+            settings.accelerator_config.even_batches = False
         if evaluation is not None:
             kwargs["eval_dataset"] = evaluation.dataset
         # batches lie in pinned memory: their copies need not be waited for, one by one
@@ -101,7 +106,8 @@ class LLaVATrainer(PhasedTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         sampler, args = self._order(dataset), self.args
         # accelerate seeds a RandomSampler itself, and does not find it inside another
-        if isinstance(sampler, RandomSampler) and (dataset.draws or self.family.order_by_seed):
+        planned = self.packing is not None and self.packing.scope == "buffer"  # once, by every rank alike
+        if isinstance(sampler, RandomSampler) and (dataset.draws or self.family.order_by_seed or planned):
             sampler = LengthGroupedSampler(range(len(dataset)), *self.position.order, None, args.seed)
         # transformers' own groupings are more than samplers; with them every epoch draws as the first
         knows_epochs = isinstance(sampler, (LengthGroupedSampler, SequentialSampler))
@@ -175,7 +181,12 @@ class LLaVATrainer(PhasedTrainer):
         self.left_out.step(labels)
 
     def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
+        if self.packing is None:
+            loader = super().get_train_dataloader()
+        else:
+            sampler = self._get_train_sampler()
+            rows = self.packing.loader(self.train_dataset, sampler, self.data_collator, self.args)
+            loader = self.accelerator.prepare(rows)
         loader.worker_init_fn = in_worker(loader.worker_init_fn)
         return loader
 

@@ -172,6 +172,11 @@ def batches_per_rank(training_args, records: int, batch_size: int | None = None,
     arguments' where it is given."""
     args = training_args
     part = math.floor if args.dataloader_drop_last else math.ceil
+    run = getattr(args, "run_config", None)
+    if run is not None and run["pack_sequences"]:  # a step's rows, whatever the last one holds
+        accumulated = args.gradient_accumulation_steps
+        samples = (batch_size or args.train_batch_size) * accumulated * (world_size or args.world_size)
+        return part(records / samples) * accumulated
     batches = part(records / (batch_size or args.train_batch_size))
     if not args.accelerator_config.split_batches:  # each rank gets batches of its own
         batches = part(batches / (world_size or args.world_size))

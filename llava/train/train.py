@@ -79,6 +79,7 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     from transformers import set_seed
 
     from llava.data import make_data
+    from llava.data.packed_loading import Packing
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
@@ -116,10 +117,12 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     for part, origin in origins.items():
         rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)
+    packing = Packing.of(data["train_dataset"], data_args, training_args, model.config)
     evaluation = held_out and make_evaluation(*held_out, family, loaded, args, training_args.eval_image_folder)
     trainer = LLaVATrainer(
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
-        **{"parts": parts, "evaluation": evaluation, "run_state": state, "stopping": stopping, **data},
+        **{"parts": parts, "evaluation": evaluation, "run_state": state, "stopping": stopping, "packing": packing},
+        **data,
     )
     enter("preparation of the training")
     _take_steps(trainer, checkpoint)

@@ -1,0 +1,89 @@
+"""The packed rows of a training run."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from llava.data.packing import BufferPacking, StepPacking, cost
+from llava.errors import LlavaError
+from llava.utils import rank0_print
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a run packs.
+
+    Attributes:
+        scope: "step" or "buffer".
+        length: most tokens of a row; None: what the samples of a step come to.
+        buffer, seed: of pack_scope buffer.
+        tokens, patches: of each record's sample, as long as it can be.
+        config: the model's, for the cost of a sample.
+    """
+
+    scope: str
+    length: int | None
+    buffer: int
+    seed: int
+    tokens: list[int]
+    patches: list[int]
+    config: object
+
+    @classmethod
+    def of(cls, dataset, data_args, training_args, config) -> "Packing | None":
+        """As the run's keys say; None where it does not pack.
+
+        Raises:
+            LlavaError: a row has no room for the longest sample.
+        """
+        if not data_args.pack_sequences:
+            return None
+        from llava.data.lengths import record_lengths
+
+        limit, length = training_args.model_max_length, data_args.pack_length
+        tokens, patches, exact = record_lengths(dataset.records, dataset.family, dataset.loaded, dataset.args)
+        tokens = [min(int(number), limit) for number in tokens]
+        if length is not None and length < max(tokens):
+            at = tokens.index(max(tokens))
+            raise LlavaError(
+                f"{dataset.records.describe(at)}: its sample has {tokens[at]} tokens, which is more than pack_length "
+                f"{length}; expected a pack_length of at least {max(tokens)}, or a shorter model_max_length"
+            )
+        if length is None and data_args.pack_scope == "buffer":
+            length = limit
+        seed = data_args.pack_seed
+        if seed is None:
+            seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+        rank0_print(
+            f"packing: {sum(tokens):,} tokens in {len(tokens):,} samples of {sum(tokens) / len(tokens):,.0f} on average, "
+            f"at most {max(tokens):,}" + ("" if all(exact) else "; where the media decide, the most that there can be")
+        )
+        return cls(data_args.pack_scope, length, data_args.pack_buffer, seed, tokens, list(map(int, patches)), config)
+
+    def batches(self, sampler, args) -> StepPacking | BufferPacking:
+        """A data loader's batches, in the order that a sampler gives; `args` are the run's `TrainingArguments`."""
+        rows = args.gradient_accumulation_steps * args.world_size
+        if self.scope == "buffer":
+            options = {"pack_length": self.length, "buffer": self.buffer, "seed": self.seed}
+            return BufferPacking(sampler, self.tokens, rows=rows, **options)
+        options = {"samples": rows * args.train_batch_size, "drop_last": args.dataloader_drop_last}
+        return StepPacking(sampler, self.tokens, self.cost, rows=rows, pack_length=self.length, **options)
+
+    def cost(self, number: int) -> float:
+        return cost(self.tokens[number], self.patches[number], self.config)
+
+    def loader(self, dataset, sampler, collate, args):
+        """The data loader, before accelerate deals its batches out to the ranks."""
+        from torch.utils.data import DataLoader
+        from transformers.trainer_utils import seed_worker
+
+        workers = args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            batch_sampler=self.batches(sampler, args),
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        )
