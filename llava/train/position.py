@@ -45,10 +45,11 @@ class DataPosition:
     Args:
         args: the run's `TrainingArguments`.
         records: how many it has.
+        by_rows: whether a step is a number of packed rows rather than of samples.
     """
 
-    def __init__(self, args, records: int):
-        self.args = args
+    def __init__(self, args, records: int, by_rows: bool = False):
+        self.args, self.by_rows = args, by_rows
         own = {"batch_size": args.train_batch_size, "world_size": args.world_size}
         global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.start = Position(0, 0, 0, records, **own, global_batch=global_batch)
@@ -82,6 +83,12 @@ class DataPosition:
         self._first = self._per_epoch - done
         if not self.shifted:
             return values
+        if self.by_rows:
+            raise LlavaError(
+                f"pack_scope: found buffer, and {self._global_batch} rows or samples a step where the checkpoint had "
+                f"{start.global_batch}: which samples have been seen cannot be told of rows filled from a buffer; "
+                "expected the same number of processes, batch size and accumulation, or pack_scope step"
+            )
         if not self.batches_left():  # dataloader_drop_last leaves out what there is
             start = self.start = replace(start, epoch=start.epoch + 1, samples=0)
         self._first = math.ceil(self.batches_left() / self.args.gradient_accumulation_steps)

@@ -6,6 +6,7 @@ under `torchrun` or `deepspeed` on many GPUs.
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 
 from llava.errors import report_errors, report_interrupts
@@ -118,7 +119,8 @@ def _train(model_args, data_args, training_args, make, state, stopping):
         rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)
     packing = Packing.of(data["train_dataset"], data_args, training_args, model.config)
-    evaluation = held_out and make_evaluation(*held_out, family, loaded, args, training_args.eval_image_folder)
+    padded = replace(args, pack_sequences=False)
+    evaluation = held_out and make_evaluation(*held_out, family, loaded, padded, training_args.eval_image_folder)
     trainer = LLaVATrainer(
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
         **{"parts": parts, "evaluation": evaluation, "run_state": state, "stopping": stopping, "packing": packing},
