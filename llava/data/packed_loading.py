@@ -53,9 +53,10 @@ class Packing:
         seed = data_args.pack_seed
         if seed is None:
             seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+        mean = sum(tokens) / len(tokens)
         rank0_print(
-            f"packing: {sum(tokens):,} tokens in {len(tokens):,} samples of {sum(tokens) / len(tokens):,.0f} on average, "
-            f"at most {max(tokens):,}" + ("" if all(exact) else "; where the media decide, the most that there can be")
+            f"packing: {len(tokens):,} samples of {mean:,.0f} tokens on average and {max(tokens):,} at most"
+            + ("" if all(exact) else "; where the media decide, the most that there can be")
         )
         return cls(data_args.pack_scope, length, data_args.pack_buffer, seed, tokens, list(map(int, patches)), config)
 

@@ -88,7 +88,9 @@ class LLaVATrainer(PhasedTrainer):
         self.add_callback(self.numbers)
         self.add_callback(_StopAtStep(self))
         self.left_out = LeftOut(len(self.train_dataset))
-        self.position = DataPosition(settings, len(self.train_dataset), packing is not None and packing.scope == "buffer")
+        self.position = DataPosition(
+            settings, len(self.train_dataset), packing is not None and packing.scope == "buffer"
+        )
         self.add_callback(_Epochs(self.position))
         self.run_state, self.stopping = run_state or RunState(settings.output_dir, writes=False), stopping or Stopping()
         self._saved_in: Path | None = None  # while a checkpoint is written

@@ -140,5 +140,7 @@ def test_cost():
 
 
 def test_a_step_without_room_says_so():
-    with pytest.raises(LlavaError, match=r"the 3 samples of a step have 24 tokens and need 3 rows of that length, expe"):
+    with pytest.raises(
+        LlavaError, match=r"the 3 samples of a step have 24 tokens and need 3 rows of that length, expe"
+    ):
         divide([8, 8, 8], [1, 1, 1], 2, 10)

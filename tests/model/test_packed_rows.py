@@ -115,7 +115,6 @@ def test_any_samples(build, shapes):
     check_packed(ONCE[0], [sample(images, texts, seed) for seed, (images, texts) in enumerate(shapes)])
 
 
-
 def test_a_sample_has_no_part_in_anothers_loss(build):
     """The gradient of each sample's loss with respect to the others' embeddings is exactly zero."""
     model, samples = build(), mixture()
@@ -129,8 +128,12 @@ def test_a_sample_has_no_part_in_anothers_loss(build):
     for number, one in enumerate(samples):
         labels = batch["labels"].clone()
         labels[[other for other in range(len(samples)) if other != number]] = IGNORE_INDEX
-        host = PACK([other if at == number else {**other, "labels": labels[at][: len(other["input_ids"])]}
-                     for at, other in enumerate(samples)])
+        host = PACK(
+            [
+                other if at == number else {**other, "labels": labels[at][: len(other["input_ids"])]}
+                for at, other in enumerate(samples)
+            ]
+        )
         loss = model(**host).loss
         (gradient,) = torch.autograd.grad(loss, embeds[-1], retain_graph=False)
         own = gradient[0, bounds[number] : bounds[number + 1]]
