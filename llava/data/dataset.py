@@ -54,6 +54,7 @@ class SampleArgs:
         model_max_length: longest sample, in tokens with those of its pictures; None: no limit.
         patch_choice: the `PatchChoice` of a run whose alpha is drawn for each image; else None.
         seed: of the run, for what is drawn.
+        pack_sequences: the samples of a batch become one row, one behind the other, in place of padded rows.
     """
 
     image_folder: str | None = None
@@ -71,6 +72,7 @@ class SampleArgs:
     model_max_length: int | None = None
     patch_choice: object = None
     seed: int = 0
+    pack_sequences: bool = False
 
     @classmethod
     def from_args(cls, data_args, **changes) -> "SampleArgs":
