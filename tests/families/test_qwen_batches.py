@@ -4,9 +4,7 @@ Where all patches are kept the samples are computed by transformers' own model, 
 attention and logits at every position.
 """
 
-import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from llava.data.dataset import BadRecord, SampleArgs
 from llava.data.records import load_records
 from llava.errors import LlavaError
 from llava.families import get_family
-from llava.families.training import attention_for
 from llava.model.adaptive_patches import PatchChoice
 from llava.model.lora import add_lora
 from tests import tiny
