@@ -5,6 +5,7 @@ attention and logits at every position.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +18,17 @@ from llava.data.dataset import BadRecord, SampleArgs
 from llava.data.records import load_records
 from llava.errors import LlavaError
 from llava.families import get_family
+from llava.families.training import attention_for
 from llava.model.adaptive_patches import PatchChoice
 from llava.model.lora import add_lora
+from llavavit.varlen_attention import varlen_attention_forward
 from tests import tiny
+from tests.support.waits import Waits
 
 KINDS = "itmitim"  # the records: one image, text only, two images, ...
 CASES = [("qwen2_vl", "all"), ("qwen2_vl", "budget"), ("qwen2_5_vl", "all"), ("qwen2_5_vl", "budget")]
 CASES += [("qwen3_vl", "all")]
-MIXED, TEXT = (0, 1, 2, 4, 3), (1, 4)  # numbers of records; only the first have images
+MIXED, TEXT = (0, 1, 2, 3), (1, 4)  # numbers of records; only the first have images
 
 
 class Packs:
@@ -143,7 +147,7 @@ def test_loss_and_gradients(packs, checkpointing, lora):
             model.requires_grad_(True)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(numbers=st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=6))
 def test_whatever_is_packed(packs, numbers):
     check_equal(packs, numbers, packs.model, packs.alone)
@@ -205,7 +209,52 @@ def test_in_evaluation_too(packs):
         assert packed.item() == pytest.approx(packs.loss_alone(packs.alone, MIXED, 1).item(), rel=1e-5)
 
 
-def test_other_attention_is_refused(packs, monkeypatch):
-    monkeypatch.setattr(packs.model.model.language_model.config, "_attn_implementation_internal", "sdpa")
+def test_flash_attention_gets_the_segments(packs, monkeypatch):
+    """And no mask or positions, by which it would go instead."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        seen.append((attention_mask, kwargs["position_ids"], kwargs["cu_seq_lens_k"] is kwargs["cu_seq_lens_q"]))
+        return varlen_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    batch, language_model = packs.row(MIXED), packs.model.model.language_model
+    expected = packs.model.train()(**batch).loss
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash)
+    monkeypatch.setattr(language_model.config, "_attn_implementation", "flash_attention_2")
+    # whether a mask comes with the row or not
+    for inputs in (batch, batch | {"attention_mask": torch.ones_like(batch["input_ids"])}):
+        assert packs.model(**inputs).loss.equal(expected)
+    assert seen == [(None, None, True)] * 2 * language_model.config.num_hidden_layers
+
+
+def test_a_step_does_not_wait_for_the_device(packs):
+    batch = packs.row(MIXED)
+    with Waits() as waits:
+        model, batch = waits.to_device(packs.model.train()), waits.to_device(batch)
+        model(**batch, num_items_in_batch=waits.to_device(torch.tensor(40))).loss.backward()
+    assert not waits.where, str(waits)
+    packs.model.zero_grad()
+
+
+def test_attention_without_segments_is_refused(packs, monkeypatch):
+    monkeypatch.setattr(packs.model.model.language_model.config, "_attn_implementation", "sdpa")
     with pytest.raises(LlavaError, match="attn_implementation: found 'sdpa', which lets the samples of a packed row"):
         packs.model(**packs.row(MIXED))
+
+
+def training_args(asked: str | None) -> SimpleNamespace:
+    own = {"bf16": False, "fp16": False, "deepspeed": None, "lora_enable": False, "device": torch.device("cpu")}
+    return SimpleNamespace(attn_implementation=asked, **own)
+
+
+def test_attention_of_a_packed_run():
+    chosen = {
+        asked: attention_for(training_args(asked), packed=True) for asked in (None, "varlen", "flash_attention_2")
+    }
+    assert chosen == {None: "varlen", "varlen": "varlen", "flash_attention_2": "flash_attention_2"}
+    assert attention_for(training_args(None)) == attention_for(training_args("sdpa")) == "sdpa"
+    for asked in ("sdpa", "eager"):
+        with pytest.raises(LlavaError, match=f"found '{asked}', which lets .*; expected varlen or flash_attention_2"):
+            attention_for(training_args(asked), packed=True)

@@ -16,6 +16,7 @@ from tests.support.families import FamilyKit
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+ZERO3 = ("qwen2_vl", "qwen3_vl")  # Qwen2.5-VL's language model is Qwen2-VL's
 # plain descent, since Adam makes a whole step of what is but a rounding error
 STEPS = {"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 1e-2, "model_max_length": 512}
 ADAPTIVE = {"adaptive_patches": '{"method": "budget", "alpha": 0.5}'}
@@ -65,9 +66,9 @@ def padded(kits):
 def under_zero3(kits, tmp_path_factory):
     """The folder that holds a folder for each family's run, in one process."""
     out, runs = tmp_path_factory.mktemp("zero3"), []
-    for name, kit in kits.items():
+    for name in ZERO3:
         keys = {"deepspeed": ROOT / "scripts/zero3.json", "use_cpu": True, "output_dir": out / name}
-        runs.append(kit.flags(**keys))
+        runs.append(kits[name].flags(**keys))
     (out / "runs.json").write_text(json.dumps(runs))
     env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", PACKED, str(out / "runs.json")]
@@ -99,7 +100,7 @@ def test_a_packed_run_is_the_padded_one(kits, padded, name, monkeypatch, tmp_pat
     check_equal(tmp_path / "packed", padded[name])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ZERO3)
 @pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles an extension at first use")
 def test_under_zero3(padded, under_zero3, name):
     check_equal(under_zero3 / name, padded[name])
