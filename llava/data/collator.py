@@ -21,11 +21,7 @@ def pad_rows(instances: list, pad_token_id: int) -> tuple[dict, list[dict]]:
         [B, L]) and, if there are any, `bad_records` and `no_label`: the records left out, as "id: reason"; and the
         samples in it. A batch with nothing left is one row without labels, so that every rank takes its step.
     """
-    samples = [instance for instance in instances if not isinstance(instance, BadRecord)]
-    left_out = {"bad_records": [], "no_label": []}
-    for item in instances:
-        if isinstance(item, BadRecord):
-            left_out["no_label" if item.kind == "no_label" else "bad_records"].append(str(item))
+    samples, left_out = _divide(instances)
     rows, length = max(len(samples), 1), max((len(sample["input_ids"]) for sample in samples), default=2)
     input_ids = torch.full((rows, length), pad_token_id, dtype=torch.long)
     labels = torch.full((rows, length), IGNORE_INDEX, dtype=torch.long)
@@ -37,7 +33,37 @@ def pad_rows(instances: list, pad_token_id: int) -> tuple[dict, list[dict]]:
         labels[row, :filled] = sample["labels"]
         attention_mask[row, :filled] = True
     batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-    return batch | {kind: found for kind, found in left_out.items() if found}, samples
+    return batch | left_out, samples
+
+
+def pack_rows(instances: list, pad_token_id: int) -> tuple[dict, list[dict], list[int]]:
+    """One row of all samples, one behind the other.
+
+    Args:
+        instances, pad_token_id: as `pad_rows`.
+
+    Returns:
+        a batch as that of `pad_rows`, but `input_ids` and `labels` are [1, L] and there is no `attention_mask`, since
+        nothing is padding. The first token of a sample has no label: nothing predicts it. Then the samples in it, and
+        the lengths of what the row is made of. A batch with nothing left is one row of two tokens without labels.
+    """
+    samples, left_out = _divide(instances)
+    rows = [(sample["input_ids"], sample["labels"].clone()) for sample in samples]
+    rows = rows or [(torch.full((2,), pad_token_id), torch.full((2,), IGNORE_INDEX))]
+    for _, labels in rows:
+        labels[0] = IGNORE_INDEX
+    input_ids, labels = (torch.cat(parts)[None] for parts in zip(*rows, strict=True))
+    return {"input_ids": input_ids, "labels": labels} | left_out, samples, [len(ids) for ids, _ in rows]
+
+
+def _divide(instances: list) -> tuple[list[dict], dict[str, list[str]]]:
+    """Samples, and what a batch says of the records left out: "bad_records" and "no_label", as far as there are any."""
+    samples = [instance for instance in instances if not isinstance(instance, BadRecord)]
+    left_out = {"bad_records": [], "no_label": []}
+    for item in instances:
+        if isinstance(item, BadRecord):
+            left_out["no_label" if item.kind == "no_label" else "bad_records"].append(str(item))
+    return samples, {kind: found for kind, found in left_out.items() if found}
 
 
 def record_ids(samples: list[dict]) -> list[str]:

@@ -54,7 +54,7 @@ class SampleArgs:
         model_max_length: longest sample, in tokens with those of its pictures; None: no limit.
         patch_choice: the `PatchChoice` of a run whose alpha is drawn for each image; else None.
         seed: of the run, for what is drawn.
-        pack_sequences: whether a batch's samples share one row.
+        pack_sequences: whether a batch's samples share one row, one behind the other, instead of being padded.
     """
 
     image_folder: str | None = None

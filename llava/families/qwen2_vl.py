@@ -10,6 +10,7 @@ from llava.config.keys import PATCH_KEYS
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 from llava.families.base import Family, Length, Loaded, device_and_dtype, left_padded
+from llava.families.qwen_batches import QwenBatches
 from llava.families.qwen_chat import IMAGE_TOKENS, PAD, QwenChat
 from llava.utils import rank0_print
 
@@ -21,7 +22,7 @@ _KEYS = {
 _SIZES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # pixels, whatever the names say
 
 
-class Qwen2VL(QwenChat, Family):
+class Qwen2VL(QwenChat, QwenBatches, Family):
     name, title = "qwen2_vl", "Qwen2-VL"
     model_types = ("qwen2_vl",)
     parts = {  # noqa: RUF012
@@ -147,19 +148,19 @@ class Qwen2VL(QwenChat, Family):
         check_no_adapter(path)
         processor, choice = self.make_processor(path, training_args)
         self.check_chat_template(processor, path)
+        args = SampleArgs.from_args(data_args, model_max_length=limit, patch_choice=choice, seed=training_args.seed)
         model = load_weights(
             self.classes()[0],
             path,
             with_projector=True,
             dtype=Precision.of(training_args).to_load(training_args, tunable_parts(model_args, training_args)),
-            attn_implementation=attention_for(training_args),
+            attn_implementation=attention_for(training_args, packed=args.pack_sequences),
             cache_dir=training_args.cache_dir,
             quantization_config=quantisation_for(training_args),
             generation_config=generation_settings(path, training_args.cache_dir),
         )[0]
         model.config.get_text_config().use_cache = False
         model.config.system_turn = data_args.system_turn
-        args = SampleArgs.from_args(data_args, model_max_length=limit, patch_choice=choice, seed=training_args.seed)
         return self._loaded(model, processor, limit), args
 
     def make_processor(self, path: str, training_args):
@@ -242,42 +243,6 @@ class Qwen2VL(QwenChat, Family):
 
     def visual_token(self, loaded):
         return loaded.tokenizer.convert_tokens_to_ids(PAD)
-
-    def collate(self, samples, loaded, args):
-        """As the contract. A batch without images gets one of a single token, masked, behind the last row: it has no
-        influence, but each of several processes runs the vision encoder in each step, as ZeRO-3 and DDP need. `host`
-        holds copies of all but the pixels."""
-        import torch
-
-        from llava.data.collator import pad_rows, record_ids
-        from llava.model.host import HostCopies
-
-        pad, image_token = loaded.tokenizer.pad_token_id, self.visual_token(loaded)
-        batch, samples = pad_rows(samples, pad)
-        batch["attention_mask"] = batch["attention_mask"].long()
-        images = [sample for sample in samples if "pixel_values" in sample]
-        if not images:
-            rows = len(batch["input_ids"])
-            for key, fill in (("input_ids", pad), ("labels", IGNORE_INDEX), ("attention_mask", 0)):
-                batch[key] = torch.cat([batch[key], torch.full((rows, 1), fill)], dim=1)
-            batch["input_ids"][-1, -1] = image_token
-            images = [self._no_image(loaded)]
-        keys = [key for key in loaded.image_processor.model_input_names if key in images[0]]
-        batch |= {key: torch.cat([image[key] for image in images]) for key in keys}
-        batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
-        host = {key: value for key, value in batch.items() if torch.is_tensor(value) and key != "pixel_values"}
-        return batch | {"host": HostCopies(record_ids=record_ids(samples), **host)}
-
-    def _no_image(self, loaded: Loaded) -> dict:
-        """The smallest image: one token."""
-        import torch
-
-        images = loaded.image_processor
-        side, values = images.merge_size, 3 * images.temporal_patch_size * images.patch_size**2
-        image = {"pixel_values": torch.zeros(side**2, values), "image_grid_thw": torch.tensor([[1, side, side]])}
-        if self.patch_choice(loaded) is not None:
-            image["image_patch_levels"] = torch.ones(side**2, dtype=torch.uint8)
-        return image
 
     def length(self, record, sizes, loaded, args) -> Length:
         from llava.data.paths import shown_media

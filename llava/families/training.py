@@ -6,6 +6,7 @@ from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
 from llava.families.precision import Precision
 from llava.model.builder import best_attention, quantisation
+from llava.model.host import keeps_samples_apart
 from llava.model.lora import is_lora
 from llava.model.multimodal_encoder.builder import uses_compression
 
@@ -19,11 +20,30 @@ def check_attention(asked: str | None) -> None:
         raise LlavaError(f"attn_implementation: found {asked!r}, expected one of {', '.join(known)}")
 
 
-def attention_for(training_args, config=None) -> str:
-    """The attention that the run asks for, else the best available; `config` is the model's."""
+def attention_for(training_args, config=None, packed: bool = False) -> str:
+    """The attention that the run asks for, else the best available.
+
+    Args:
+        config: the model's.
+        packed: whether samples are packed into rows; then one that keeps them apart, "varlen" where there is no
+            flash-attn.
+
+    Raises:
+        LlavaError: an attention that is not known, leaves out a soft cap of the model, or would let packed samples see
+            each other.
+    """
     asked = training_args.attn_implementation
     check_attention(asked)
-    return best_attention(Precision.of(training_args).frozen, training_args.device.type == "cpu", config, asked)
+    dtype, on_cpu = Precision.of(training_args).frozen, training_args.device.type == "cpu"
+    best = best_attention(dtype, on_cpu, config, asked)
+    if not packed or keeps_samples_apart(best):
+        return best
+    if asked is not None:
+        raise LlavaError(
+            f"attn_implementation: found {asked!r}, which lets the samples of a packed row see each other; expected "
+            "varlen or flash_attention_2 with pack_sequences"
+        )
+    return best_attention(dtype, on_cpu, config, "varlen")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from llava.constants import IGNORE_INDEX
+from llava.errors import LlavaError
 
 
 @dataclass(eq=False)
@@ -27,7 +28,7 @@ class HostCopies:
     image_grid_thw: torch.Tensor | None = None
     image_patch_levels: torch.Tensor | None = None
     record_ids: list[str] | None = None  # of the rows
-    packed: list[int] | None = None  # samples that share one row: the lengths of their texts; None: one to a row
+    packed: list[int] | None = None  # of samples that share a row: their lengths (LLaVA's: of their texts)
 
     @classmethod
     def of(cls, **entries) -> "HostCopies":
@@ -48,6 +49,33 @@ def needs_no_mask(attention: str) -> bool:
     host waits each time. The names are those of `attn_implementation`.
     """
     return attention in ("sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3")
+
+
+def keeps_samples_apart(attention: str) -> bool:
+    """Whether an `attn_implementation` has segments, so that the samples of a packed row do not see each other."""
+    return attention == "varlen" or "flash" in attention
+
+
+def segments(host: HostCopies | None, attention: str, device) -> dict:
+    """What tells a language model's attention where the samples of a packed row begin, as keyword arguments.
+
+    Args:
+        attention: the language model's `attn_implementation`.
+
+    Raises:
+        LlavaError: that attention has no segments.
+    """
+    if host is None or host.packed is None:
+        return {}
+    from llavavit.varlen_attention import pack_lengths  # which imports transformers; the data's workers do without
+
+    if not keeps_samples_apart(attention):
+        raise LlavaError(
+            f"attn_implementation: found {attention!r}, which lets the samples of a packed row see each other; "
+            "expected varlen or flash_attention_2"
+        )
+    cu_seqlens, longest = pack_lengths(host.packed, device)
+    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
 
 
 def send(tensors: list, device) -> list:

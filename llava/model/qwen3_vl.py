@@ -5,7 +5,7 @@ import transformers as stock
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextModel, Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from llava.model.host import HostCopies, send
+from llava.model.host import HostCopies, segments, send
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
 from llava.model.stock import SavesStockNames, named_as
@@ -89,13 +89,7 @@ class Model(Qwen3VLModel):
             self.config.image_token_id,
         )
         if position_ids is None and mm_token_type_ids is not None and host_plan.starts_anew(self, past_key_values):
-            found = self.get_rope_index(
-                host.input_ids,
-                host.mm_token_type_ids,
-                image_grid_thw=host.image_grid_thw,
-                attention_mask=host.attention_mask,
-            )
-            position_ids, self.rope_deltas = send([*found], inputs_embeds.device)
+            position_ids = host_plan.positions(self, host, inputs_embeds.device)
         elif position_ids is None:
             position_ids = self.compute_3d_position_ids(
                 input_ids=input_ids,
@@ -115,7 +109,7 @@ class Model(Qwen3VLModel):
             visual_pos_masks=places,
             # of each layer; transformers 5.23 has them image by image
             deepstack_visual_embeds=[x if isinstance(x, torch.Tensor) else torch.cat(x) for x in deep],
-            **kwargs,
+            **kwargs | segments(host, self.language_model.config._attn_implementation, inputs_embeds.device),
         )
 
 

@@ -260,7 +260,7 @@ def test_truncated_samples(processor, records, monkeypatch):
 
 
 def collate(processor, rows):
-    return FAMILY.collate(rows, loaded(processor), None)
+    return FAMILY.collate(rows, loaded(processor), SampleArgs())
 
 
 def test_batch(processor, records):

@@ -62,6 +62,14 @@ class FamilyKit:
         self.checkpoint, self.keys = CHECKPOINTS[name](folder)
         self.records = tiny.records(folder / "records", KINDS)
 
+    def flags(self, **changes) -> list[str]:
+        """The command line of a run; `changes` are keys."""
+        given = {"model_name_or_path": self.checkpoint, "data_path": self.records, "max_steps": 3, **self.keys}
+        given |= {"image_folder": self.folder / "records/images", "mm_tunable_parts": ALL_PARTS}
+        given |= {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", "learning_rate": 1e-3}
+        given |= {"gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
+        return [part for key, value in (given | changes).items() for part in (f"--{key}", str(value))]
+
     def run(self, out: Path, stop_after: int | None = None, full_loss=None, **changes) -> Run:
         """Three steps of two records each.
 
@@ -74,11 +82,7 @@ class FamilyKit:
         from llava.train import train
         from llava.train.llava_trainer import LLaVATrainer
 
-        given = {"model_name_or_path": self.checkpoint, "data_path": self.records, "output_dir": out, **self.keys}
-        given |= {"image_folder": self.folder / "records/images", "mm_tunable_parts": ALL_PARTS, "max_steps": 3}
-        given |= {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential", "learning_rate": 1e-3}
-        given |= {"gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
-        flags = [part for key, value in (given | changes).items() for part in (f"--{key}", str(value))]
+        flags = self.flags(output_dir=out, **changes)
         seen, take, save = Run(out), LLaVATrainer.training_step, train.save
 
         def step(trainer, model, inputs, *rest):

@@ -1,10 +1,12 @@
 """What the Qwen-VL models of transformers read from the device, worked out on the host instead, by the same functions.
 
 Where the grids, tokens and masks are on the host already (`HostCopies`), nothing waits for the device; else they are
-read once each, rather than in every block and for every image. Shapes: B rows, L tokens, N patches, M image tokens, D.
+read once each, rather than in every block and for every image. Shapes: B rows, L tokens, N patches, M image tokens,
+D channels, S samples of a packed row.
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from llava.model.host import HostCopies, needs_no_mask, send
@@ -40,6 +42,30 @@ def rope_index(compute, input_ids, *tensors, **kwargs) -> tuple[torch.Tensor, to
     return tuple(send([*compute(input_ids.cpu(), *tensors, **kwargs)], input_ids.device))
 
 
+def positions(model, host: HostCopies, device, **more) -> torch.Tensor:
+    """Positions [3, B, L] of a batch with images, on `device`; those of a packed row start anew with every sample.
+
+    Args:
+        model: its `get_rope_index` computes them; its `rope_deltas` become the batch's, unless the row is packed.
+        **more: to `get_rope_index`.
+    """
+    if host.packed is None:
+        found = model.get_rope_index(
+            host.input_ids,
+            host.mm_token_type_ids,
+            image_grid_thw=host.image_grid_thw,
+            attention_mask=host.attention_mask,
+            **more,
+        )
+        placed, model.rope_deltas = send([*found], device)
+        return placed
+    # each sample as a row of its own, padded, and what is not padding one behind the other again
+    rows = [pad_sequence(x[0].split(host.packed), batch_first=True) for x in (host.input_ids, host.mm_token_type_ids)]
+    filled_SL = torch.arange(max(host.packed)) < torch.tensor(host.packed)[:, None]
+    placed, _ = model.get_rope_index(*rows, image_grid_thw=host.image_grid_thw, attention_mask=filled_SL.long(), **more)
+    return send([placed[:, filled_SL][:, None]], device)[0]
+
+
 def put_images(embeds_BLD, features_MD, input_ids, image_token_id: int):
     """The features in the places of the image tokens, in order.
 
@@ -63,7 +89,10 @@ def put_images(embeds_BLD, features_MD, input_ids, image_token_id: int):
 
 
 def mask_for(model, attention_mask, host: HostCopies):
-    """The attention mask of a forward pass; None in training where the rows are right-padded and need none."""
+    """The attention mask of a forward pass; None of a packed row, and in training where the rows are right-padded and
+    need none."""
+    if host.packed is not None:
+        return None  # flash-attention would take it for padding and leave the segments out of account
     if attention_mask is None or not model.training or not host.right_padded:
         return attention_mask
     return None if needs_no_mask(model.language_model.config._attn_implementation) else attention_mask

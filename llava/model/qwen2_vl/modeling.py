@@ -32,7 +32,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from llava.errors import LlavaError
-from llava.model.host import HostCopies, send
+from llava.model.host import HostCopies, segments, send
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
 from llava.model.qwen2_vl.layout import MERGE, PatchLayout
@@ -274,7 +274,8 @@ class _AdaptiveModel:
         Args:
             image_patch_levels: [sum of h * w] for images of which some patches are kept.
             host: copies of input_ids, attention_mask, mm_token_type_ids, image_grid_thw and image_patch_levels, as the
-                collator makes them; None: they are read, for which the host waits on a GPU.
+                collator makes them; None: they are read, for which the host waits on a GPU. With `packed` the one row
+                is that many samples, which neither see each other nor count each other's positions.
         """
         if pixel_values is not None and input_ids is not None:
             host = host or HostCopies.of(
@@ -292,17 +293,16 @@ class _AdaptiveModel:
             )
             anew = host_plan.starts_anew(self, past_key_values) and mm_token_type_ids is not None
             if position_ids is None and anew:
-                found = self.get_rope_index(
-                    host.input_ids,
-                    host.mm_token_type_ids,
-                    host.image_grid_thw,
-                    video_grid_thw,
-                    host.attention_mask,
-                    host.image_patch_levels,
-                    kwargs.get("second_per_grid_ts"),
+                position_ids = host_plan.positions(
+                    self,
+                    host,
+                    inputs_embeds.device,
+                    video_grid_thw=video_grid_thw,
+                    image_patch_levels=host.image_patch_levels,
+                    second_per_grid_ts=kwargs.get("second_per_grid_ts"),
                 )
-                position_ids, self.rope_deltas = send([*found], inputs_embeds.device)
             attention_mask, pixel_values = host_plan.mask_for(self, attention_mask, host), None
+            kwargs |= segments(host, self.language_model.config._attn_implementation, inputs_embeds.device)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
