@@ -203,7 +203,7 @@ def test_windows_and_caps_choose_too(monkeypatch, flash_attn):
     module._flash_attn_function.cache_clear()
     assert chosen(None, on_cuda()) == "flash_attn" and chosen(None, on_cuda(), window=8) == "torch_varlen"
     assert chosen(None, on_cuda(), softcap=50.0) == "sdpa"
-    with pytest.raises(ValueError, match="heads of 64 channels and softcap 50.0; expected one of sdpa, reference"):
+    with pytest.raises(ValueError, match=r"heads of 64 channels and softcap 50\.0; expected one of sdpa, reference"):
         chosen("flash_attn", on_cuda(), softcap=50.0)
 
 
