@@ -3,29 +3,37 @@
 Shapes: Nq query tokens and Nk key tokens of all segments together, H query heads, G key/value heads, E channels of a
 head, S segments. `cu_seqlens` [S + 1] holds where each segment begins: 0, n_0, n_0 + n_1, ..., Nq.
 
-Backends:
+Backends (`varlen_backends`):
     flash_attn    the flash-attn package (CUDA, half precision)
-    torch_varlen  `torch.nn.attention.varlen.varlen_attn` (CUDA, half precision)
+    torch_varlen  `torch.nn.attention.varlen.varlen_attn` (CUDA, half precision; neither dropout nor a soft cap)
     sdpa          segments of equal length batched into one `scaled_dot_product_attention` call (any device and dtype)
     reference     softmax(q k / sqrt(E)) v, segment by segment: slow, for comparison
 
-The first of them that a device and dtype allow is used. Importing this module makes "varlen" a value of
-`attn_implementation` for transformers' language models: packed rows with `cu_seq_lens_q`, ordinary batches as in sdpa.
+The first of them that a device, a dtype and the arguments allow is used. Importing this module makes "varlen" a value
+of `attn_implementation` for transformers' language models: packed rows with `cu_seq_lens_q`, ordinary batches as in
+sdpa.
 """
 
-import functools
-import inspect
 import itertools
-import logging
 import math
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-logger = logging.getLogger(__name__)
+from .varlen_backends import BACKENDS, Rule, choose_backend, flash_attn_loads, log_once, usable_backends
+
+__all__ = [
+    "BACKENDS",
+    "autocast_dtype",
+    "flash_attn_loads",
+    "pack_lengths",
+    "usable_backends",
+    "varlen_attention",
+    "varlen_attention_forward",
+    "varlen_mask",
+]
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------
@@ -89,168 +97,6 @@ def _host_copy(cu_seqlens: torch.Tensor, name: str) -> _HostCopy:
     return cu_seqlens._host_copy
 
 
-# --- backends: each (q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p) -> [Nq, H, E] ---------------------
-
-
-def _repeat_heads(x_NGE: torch.Tensor, heads: int) -> torch.Tensor:
-    """[N, G, E] -> [N, H, E], each key/value head once for every query head that shares it."""
-    groups = x_NGE.shape[1]
-    return x_NGE if groups == heads else x_NGE.repeat_interleave(heads // groups, dim=1)
-
-
-def _reference(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
-    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    out = []
-    segments = zip(q.split(host_q.lengths), k.split(host_k.lengths), v.split(host_k.lengths), strict=True)
-    for q_LHE, k_MHE, v_MHE in segments:
-        scores = torch.einsum("lhe,mhe->hlm", q_LHE, k_MHE) * scale
-        if causal:
-            scores = scores.masked_fill(~_causal_mask(len(q_LHE), len(k_MHE), q.device), -math.inf)
-        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-        weights = F.dropout(weights, dropout_p).to(q.dtype)
-        out.append(torch.einsum("hlm,mhe->lhe", weights, v_MHE))
-    return torch.cat(out)
-
-
-def _causal_mask(queries: int, keys: int, device) -> torch.Tensor:
-    """bool [queries, keys]; the last query sees the last key, as in flash-attn."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
-def _group_equal(lengths_q, lengths_k) -> list[list[int]]:
-    """Indices of the segments, those of equal lengths together."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, pair in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        groups.setdefault(pair, []).append(i)
-    return list(groups.values())
-
-
-def _sdpa(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
-    groups = host_q.groups.get(host_k.lengths)
-    if groups is None:
-        groups = host_q.groups[host_k.lengths] = _group_equal(host_q.lengths, host_k.lengths)
-    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    if len(groups) == 1:
-        segments = len(host_q.lengths)
-        o_BLHE = _sdpa_batch(*(x.unflatten(0, (segments, -1)) for x in (q, k, v)), causal, scale, dropout_p)
-        return o_BLHE.flatten(0, 1)
-    # split and cat rather than an index: one pass less each way, and none for a length that occurs once
-    parts = q.split(host_q.lengths), k.split(host_k.lengths), v.split(host_k.lengths)
-    out = [None] * len(host_q.lengths)
-    for group in groups:
-        batch = (part[group[0]][None] if len(group) == 1 else torch.stack([part[i] for i in group]) for part in parts)
-        for i, o_LHE in zip(group, _sdpa_batch(*batch, causal, scale, dropout_p).unbind(0), strict=True):
-            out[i] = o_LHE
-    return torch.cat(out)
-
-
-def _sdpa_batch(q_BLHE, k_BMHE, v_BMHE, causal, scale, dropout_p):
-    queries, keys = q_BLHE.shape[1], k_BMHE.shape[1]
-    # is_causal aligns at the first key where the lengths differ, a mask at the last
-    mask = _causal_mask(queries, keys, q_BLHE.device) if causal and queries != keys else None
-    q_BHLE, k_BHME, v_BHME = (x.transpose(1, 2) for x in (q_BLHE, k_BMHE, v_BMHE))
-    o_BHLE = F.scaled_dot_product_attention(
-        q_BHLE, k_BHME, v_BHME, mask, dropout_p, is_causal=causal and mask is None, scale=scale
-    )
-    return o_BHLE.transpose(1, 2)
-
-
-def _flash_attn(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
-    return _flash_attn_function()(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        max_seqlen_q=host_q.longest,
-        max_seqlen_k=host_k.longest,
-        dropout_p=dropout_p,
-        softmax_scale=scale,
-        causal=causal,
-    )
-
-
-@functools.cache
-def _flash_attn_function():
-    """flash-attn's packed attention, None where the package is not installed or does not load, which is told."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except Exception as error:  # built for another PyTorch or CUDA, its extension fails in several ways
-        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
-            return None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        logger.warning("flash-attn is installed and cannot be imported (%s); going on without it", reason)
-        return None
-    return flash_attn_varlen_func
-
-
-def flash_attn_loads() -> bool:
-    """Whether the flash-attn package is here and can be imported, which its metadata alone do not say."""
-    return _flash_attn_function() is not None
-
-
-def _torch_varlen(q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p):
-    from torch.nn.attention.varlen import varlen_attn
-
-    options = {}
-    if q.shape[1] != k.shape[1]:
-        if _has_parameter(varlen_attn, "enable_gqa"):  # not in torch 2.11
-            options["enable_gqa"] = True
-        else:
-            k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(q, k, v, cu_q, cu_k, host_q.longest, host_k.longest, scale=scale, window_size=window, **options)
-
-
-@functools.cache
-def _has_parameter(function, name: str) -> bool:
-    return name in inspect.signature(function).parameters
-
-
-BACKENDS = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _sdpa, "reference": _reference}
-_HALF = (torch.float16, torch.bfloat16)
-
-
-@functools.cache
-def _runs_flash(device: torch.device) -> bool:
-    """The kernels want an Ampere or later."""
-    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def usable_backends(q: torch.Tensor, dropout_p: float = 0.0) -> list[str]:
-    """Backends that can run on this tensor's device and dtype, the fastest first."""
-    found = ["sdpa", "reference"]
-    if q.is_cuda and q.dtype in _HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and _runs_flash(q.device):
-        if dropout_p == 0.0:
-            found.insert(0, "torch_varlen")
-        if _flash_attn_function() is not None:
-            found.insert(0, "flash_attn")
-    return found
-
-
-@functools.cache
-def _log_once(backend: str, device: str, dtype: torch.dtype) -> None:
-    logger.info("variable-length attention on %s in %s: %s", device, dtype, backend)
-
-
-def _choose(backend: str | None, q: torch.Tensor, dropout_p: float) -> str:
-    usable = usable_backends(q, dropout_p)
-    if backend is None:
-        return usable[0]
-    if backend == "torch":  # the best without another package
-        return next(name for name in usable if name != "flash_attn")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "torch_varlen" and dropout_p:
-        raise ValueError(f"dropout_p: found {dropout_p}, but backend torch_varlen has no dropout; expected 0.0")
-    if backend not in usable:
-        raise ValueError(
-            f"backend {backend!r} cannot run on {q.device.type} in {q.dtype} with heads of {q.shape[-1]} channels; "
-            f"expected one of {', '.join(usable)}"
-        )
-    return backend
-
-
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives matrix products on this tensor's device, None where it is off.
 
@@ -277,6 +123,8 @@ def varlen_attention(
     causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Attention within each segment of a packed sequence, differentiable.
@@ -290,6 +138,8 @@ def varlen_attention(
         causal: a query sees the keys up to its own place; the last query of a segment sees all of the segment's keys.
         scale: factor on q k; None: E ** -0.5.
         dropout_p: dropout on the attention weights; torch_varlen has none.
+        window: with `causal`: a query sees itself and the `window` - 1 keys before it (Mistral's sliding window).
+        softcap: the softmax is of tanh(scores / softcap) softcap (Gemma 2); torch_varlen has none.
         backend: one of `BACKENDS`; "torch" for the best of PyTorch's own; None for the best there is.
 
     Returns:
@@ -298,11 +148,7 @@ def varlen_attention(
     Raises:
         ValueError: shapes or lengths that do not fit together, an empty segment, a backend that cannot run here.
     """
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q, k, v: found shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, expected [Nq, H, E] and "
-            "twice [Nk, G, E] with H a multiple of G"
-        )
+    _check_arguments(q, k, v, causal, window, softcap)
     if autocast_dtype(q) is not None:
         q, k, v = (x.to(autocast_dtype(q)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
@@ -322,11 +168,27 @@ def varlen_attention(
             )
         if causal and any(b < a for a, b in zip(host_q.lengths, host_k.lengths, strict=True)):
             raise ValueError("causal: a segment has fewer keys than queries, so that its first queries see none")
-    chosen = _choose(backend, q, dropout_p)
-    _log_once(chosen, q.device.type, q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if window is not None and window >= host_k.longest:
+        window = None  # it shuts nothing out, and kernels are faster without
+    rule = Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, window, softcap)
+    chosen = choose_backend(backend, q, rule)
+    log_once(chosen, q.device.type, q.dtype)
     cu_q, cu_k = (cu.to(device=q.device, dtype=torch.int32) for cu in (cu_seqlens, cu_seqlens_k))
-    return BACKENDS[chosen](q, k, v, host_q, host_k, cu_q, cu_k, causal, scale, dropout_p)
+    return BACKENDS[chosen](q, k, v, host_q, host_k, cu_q, cu_k, rule)
+
+
+def _check_arguments(q, k, v, causal: bool, window: int | None, softcap: float | None) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q, k, v: found shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, expected [Nq, H, E] and "
+            "twice [Nk, G, E] with H a multiple of G"
+        )
+    if window is not None and not causal:
+        raise ValueError(f"window: found {window} without causal=True; it holds the keys before a query")
+    if window is not None and window < 1:
+        raise ValueError(f"window: found {window}, expected at least 1: a query sees itself")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: found {softcap}, expected a positive number or None")
 
 
 def _check_total(host: _HostCopy, tokens: torch.Tensor, max_seqlen: int | None, cu_name: str, name: str) -> None:
@@ -358,8 +220,9 @@ def varlen_attention_forward(
 ):
     """transformers' attention function for `attn_implementation="varlen"`.
 
-    Rows packed into one, described by `cu_seq_lens_q/k` and `max_length_q/k`, go through `varlen_attention`; every
-    other call is transformers' sdpa.
+    Rows packed into one, described by `cu_seq_lens_q/k` and `max_length_q/k`, go through `varlen_attention`, and so do
+    rows without padding whose scores sdpa cannot make (a soft cap) or makes with a mask alone (a sliding window). Every
+    other call is transformers' sdpa, or its eager attention with a soft cap.
 
     Args:
         query: [B, H, L, E]; key, value: [B, G, M, E]; B is 1 for packed rows.
@@ -368,44 +231,91 @@ def varlen_attention_forward(
         ([B, L, H, E], None).
 
     Raises:
-        ValueError: packed rows in several batch rows, with padding, without `cu_seq_lens_q`, or of a model that changes
-            the scores (a sliding window, soft capping, a bias, sinks).
+        ValueError: packed rows in several batch rows, with padding, without `cu_seq_lens_q`, or of a model that adds to
+            the scores (a bias, sinks).
     """
+    batch, _, length, _ = query.shape
+    mark = attention_mask if _is_mark(attention_mask) else None
+    softcap = kwargs.get("softcap")
     if cu_seq_lens_q is None:
-        if _marks_packing(attention_mask):
-            raise ValueError(
-                "attn_implementation varlen: position_ids start anew within a row, which means packed sequences; "
-                "give cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k too"
-            )
-        # a sliding window is in the mask already
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    if query.shape[0] != 1:
-        raise ValueError(f"cu_seq_lens_q: came with a batch of {query.shape[0]} rows, expected one packed row")
-    if attention_mask is not None and not _marks_packing(attention_mask):
-        raise ValueError("cu_seq_lens_q: came with an attention_mask that masks tokens; packed rows have no padding")
-    for name in ("softcap", "position_bias", "s_aux"):
+        _check_not_packed(mark)
+        whole = attention_mask is None and softcap is not None and length == key.shape[2]
+        if mark is None and not whole:  # a sliding window is in the mask
+            return _with_mask(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        cu_seq_lens_q, max_length_q = pack_lengths([length] * batch, query.device)
+    else:
+        _check_packed(batch, attention_mask, mark)
+    for name in ("position_bias", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: attn_implementation varlen has none for packed rows; expected None")
-    longest = int(max_length_q) if max_length_q is not None else _host_copy(cu_seq_lens_q, "cu_seq_lens_q").longest
-    if sliding_window is not None and sliding_window < longest:
-        raise ValueError(f"sliding_window {sliding_window}: attn_implementation varlen has none; expected sdpa")
-    out = varlen_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+    if max_length_q is None:
+        max_length_q = _host_copy(cu_seq_lens_q, "cu_seq_lens_q").longest
+    if sliding_window is None and mark is not None:  # some models give it to their mask alone
+        sliding_window = _window_of(mark)
+    out_NHE = varlen_attention(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
         cu_seq_lens_q,
-        longest,
+        int(max_length_q),
         cu_seqlens_k=cu_seq_lens_k,
         max_seqlen_k=None if max_length_k is None else int(max_length_k),
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         scale=scaling,
         dropout_p=dropout,
+        window=sliding_window,
+        softcap=softcap,
     )
-    return out[None], None
+    return out_NHE.unflatten(0, (batch, length)), None
 
 
-def _marks_packing(attention_mask) -> bool:
-    return attention_mask is not None and attention_mask.numel() == 0
+def _check_not_packed(mark: torch.Tensor | None) -> None:
+    if mark is not None and _starts_anew(mark):
+        raise ValueError(
+            "attn_implementation varlen: position_ids start anew within a row, which means packed sequences; "
+            "give cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k too"
+        )
+
+
+def _check_packed(batch: int, attention_mask: torch.Tensor | None, mark: torch.Tensor | None) -> None:
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q: came with a batch of {batch} rows, expected one packed row")
+    if attention_mask is not None and mark is None:
+        raise ValueError("cu_seq_lens_q: came with an attention_mask that masks tokens; packed rows have no padding")
+
+
+def _with_mask(module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap=None, **kwargs):
+    """transformers' own attention: sdpa, or eager with a soft cap, which sdpa leaves out or refuses."""
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("s_aux: attn_implementation varlen has none, nor has sdpa; expected None")
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    queries, keys = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and causal and queries > 1:  # no mask means to sdpa: from the first key on
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        shut_out = torch.zeros_like(attention_mask, dtype=query.dtype)
+        attention_mask = shut_out.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+    out, _ = eager_attention_forward(module, query, key, value, attention_mask, dropout, scaling, softcap, **kwargs)
+    return out, None
+
+
+def _mark(window: int | None, starts_anew: bool, device) -> torch.Tensor:
+    """What stands for the mask of rows without padding: an empty tensor whose shape tells what it would hold."""
+    return torch.empty(0, window or 0, int(starts_anew), dtype=torch.bool, device=device)
+
+
+def _is_mark(attention_mask) -> bool:
+    return attention_mask is not None and attention_mask.ndim == 3 and attention_mask.shape[0] == 0
+
+
+def _window_of(mark: torch.Tensor) -> int | None:
+    return mark.shape[1] or None
+
+
+def _starts_anew(mark: torch.Tensor) -> bool:
+    return mark.shape[2] == 1
 
 
 def varlen_mask(
@@ -414,21 +324,28 @@ def varlen_mask(
     kv_length,
     *args,
     attention_mask=None,
+    local_size=None,
     allow_is_causal_skip=True,
     allow_is_bidirectional_skip=None,
     use_vmap=False,
     **kwargs,
 ):
-    """transformers' mask function for `attn_implementation="varlen"`: sdpa's, but an empty tensor for packed rows.
+    """transformers' mask function for `attn_implementation="varlen"`: sdpa's, but an empty tensor for rows without
+    padding that are packed or have a sliding window.
 
     Their mask would be quadratic in their length, and `varlen_attention` does without.
     """
-    # Causal, without padding, cache or a rule of the model's own, and yet the skip is forbidden: transformers found
-    # positions that start anew.
     bidirectional = allow_is_bidirectional_skip is not None
     plain = attention_mask is None and q_length == kv_length > 1 and not use_vmap and not bidirectional
-    if plain and not allow_is_causal_skip:
-        return torch.empty(0, dtype=torch.bool, device=kwargs.get("device"))
+    if local_size is not None and local_size == getattr(kwargs.get("config"), "attention_chunk_size", None):
+        plain = False  # not a window: chunks, of which a query sees its own
+    # Causal, without padding, cache or a rule of the model's own, and yet the skip is forbidden: transformers found
+    # positions that start anew.
+    starts_anew = not allow_is_causal_skip
+    cached = kwargs.get("q_offset", 0)  # of a static cache it is a tensor
+    windowed = local_size is not None and local_size <= kv_length and isinstance(cached, int) and cached == 0
+    if plain and (starts_anew or windowed):
+        return _mark(local_size, starts_anew, kwargs.get("device"))
     if bidirectional:
         kwargs["allow_is_bidirectional_skip"] = allow_is_bidirectional_skip
     return sdpa_mask(
@@ -437,6 +354,7 @@ def varlen_mask(
         kv_length,
         *args,
         attention_mask=attention_mask,
+        local_size=local_size,
         allow_is_causal_skip=allow_is_causal_skip,
         use_vmap=use_vmap,
         **kwargs,

@@ -29,6 +29,8 @@ def attention_cases(small: bool) -> dict[str, dict]:
         "one key head, causal": dict(lengths=lengths, kv_heads=1, causal=True),
         "causal": dict(lengths=lengths, causal=True),
         "causal, more keys": dict(lengths=lengths, keys=more, causal=True),
+        "causal, more keys, window": dict(lengths=lengths, keys=more, causal=True, window=64),
+        "grouped, causal, window, soft cap": dict(lengths=lengths, kv_heads=2, causal=True, window=64, softcap=2.0),
         "probes": dict(lengths=[1] * len(lengths), keys=lengths),
         "one length": dict(lengths=[lengths[2]] * 8),
     }
@@ -42,13 +44,13 @@ def attention_inputs(device: str, lengths, keys=None, heads=8, kv_heads=8, chann
     return [(torch.randn(shape, generator=generator) * 32).round().to(device).double() / 32 for shape in shapes]
 
 
-def run_attention(backend: str, dtype, inputs, lengths, keys=None, causal=False):
-    """(output, gradients of q, k, v)."""
+def run_attention(backend: str, dtype, inputs, lengths, keys=None, **rule):
+    """(output, gradients of q, k, v); `rule` is causal, window and softcap."""
     from llavavit.varlen_attention import pack_lengths, varlen_attention
 
     q, k, v, gradient = (x.to(dtype) for x in inputs)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    options = {"causal": causal, "backend": backend}
+    options = {"backend": backend, **rule}
     if keys is not None:
         options["cu_seqlens_k"], options["max_seqlen_k"] = pack_lengths(keys, q.device)
     out = varlen_attention(q, k, v, *pack_lengths(lengths, q.device), **options)
@@ -61,12 +63,13 @@ def varlen_attention(context: Context, result: Result):
     from llavavit.varlen_attention import usable_backends
 
     for name, case in attention_cases(context.small).items():
-        inputs = attention_inputs(context.device, **{key: case[key] for key in case if key != "causal"})
+        rule = {key: case[key] for key in ("window", "softcap") if key in case}
+        inputs = attention_inputs(context.device, **{key: case[key] for key in case if key not in ("causal", *rule)})
         case = {key: value for key, value in case.items() if key != "kv_heads"}
         for dtype, (output_limit, gradient_limit) in TOLERANCE.items():
             high = torch.float64 if dtype == torch.float32 else torch.float32
             expected, wanted = run_attention("reference", high, inputs, **case)
-            backends = [backend for backend in usable_backends(inputs[0].to(dtype)) if backend != "reference"]
+            backends = [backend for backend in usable_backends(inputs[0].to(dtype), **rule) if backend != "reference"]
             outs = {}
             for backend in backends:
                 outs[backend], gradients = run_attention(backend, dtype, inputs, **case)

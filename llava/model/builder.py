@@ -161,7 +161,7 @@ def _checkpoint_config(path, base, name, config, overwrite):
     return architecture, config
 
 
-CAPPING_ATTENTION = ("eager", "flash_attention_2", "flex_attention")  # sdpa would leave a soft cap out
+CAPPING_ATTENTION = ("eager", "varlen", "flash_attention_2", "flex_attention")  # sdpa would leave a soft cap out
 
 
 def best_attention(dtype: torch.dtype, on_cpu: bool, config=None, asked: str | None = None) -> str:

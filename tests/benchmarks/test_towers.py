@@ -186,7 +186,10 @@ def test_checks_pass(bench, tmp_path):
     status, found = run_suite(tmp_path, *CHECKS)
     assert status == 0 and list(found) == CHECKS
     labels = {name: [test["label"] for test in entry["tests"]] for name, entry in found.items()}
-    assert "causal, more keys, float16, sdpa" in labels["varlen_attention"] and len(labels["varlen_attention"]) == 22
+    assert {"causal, more keys, float16, sdpa", "grouped, causal, window, soft cap, float32, sdpa"} < set(
+        labels["varlen_attention"]
+    )
+    assert len(labels["varlen_attention"]) == 28
     assert "llava_vit_tiny, eager, 10 tensors" in labels["encoder_golden"] and len(labels["encoder_golden"]) == 9
     (speed,) = labels["encoder_speed"]
     assert speed.startswith("demo, 8 images of 56 to 112 px") and speed.endswith("outputs against packed")

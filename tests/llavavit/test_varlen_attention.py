@@ -8,6 +8,8 @@ from tests.llavavit.varlen_formula import CASES, call, formula, make
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative, of a tensor as a whole
 
+RULE = ("causal", "scale", "window", "softcap")
+
 
 def relative(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
@@ -18,7 +20,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("case", CASES)
 def test_backend_is_the_formula(case, backend, dtype):
     values = dict(CASES[case])
-    q, k, v, gradient = make(dtype=dtype, **{n: x for n, x in values.items() if n not in ("causal", "scale")})
+    q, k, v, gradient = make(dtype=dtype, **{n: x for n, x in values.items() if n not in RULE})
     values = {name: value for name, value in values.items() if name not in ("heads", "kv_heads")}
     out = call(q, k, v, backend=backend, **values)
     assert out.shape == q.shape and out.dtype == dtype
@@ -120,6 +122,14 @@ REFUSED = {
     "not on this device": (
         dict(backend="torch_varlen"),
         "backend 'torch_varlen' cannot run on cpu in torch.float32 .* expected one of sdpa, reference",
+    ),
+    "window both ways": (dict(window=3), "window: found 3 without causal=True"),
+    "empty window": (dict(window=0, causal=True), "window: found 0, expected at least 1"),
+    "cap of zero": (dict(softcap=0.0), "softcap: found 0.0, expected a positive number or None"),
+    "not a cap": (dict(softcap=float("nan")), "softcap: found nan, expected a positive number or None"),
+    "a kernel without cap": (
+        dict(backend="torch_varlen", softcap=30.0),
+        "softcap: found 30.0, but backend torch_varlen has no soft cap",
     ),
     "not installed": (dict(backend="flash_attn"), "backend 'flash_attn' cannot run on cpu"),
 }

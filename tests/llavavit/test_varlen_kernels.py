@@ -1,6 +1,5 @@
 """Variable-length attention on the CUDA kernels: what they are given, held by stand-ins, and which one is chosen."""
 
-import importlib
 import logging
 import sys
 from types import SimpleNamespace
@@ -8,20 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llavavit import varlen_backends as module
 from llavavit.varlen_attention import usable_backends, varlen_attention
 from tests.llavavit.varlen_formula import CASES, call, formula, make
 
-# the package's `varlen_attention` is the function
-module = importlib.import_module("llavavit.varlen_attention")
 
-
-def kernel_like(record, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+def kernel_like(record, q, k, v, cu_q, cu_k, max_q, max_k, window_size, scale, softcap=0.0):
     """The formula behind a kernel's checks: int32 starts, host lengths, last dimension contiguous."""
     for starts, longest, tokens in ((cu_q, max_q, q), (cu_k, max_k, k)):
         assert starts.dtype == torch.int32 and type(longest) is int and longest == starts.diff().max()
         assert starts[-1] == len(tokens) and tokens.stride(-1) == 1
-    record.append(dict(kv_heads=k.shape[1], causal=causal, scale=scale))
-    return formula(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), causal, scale).to(q.dtype)
+    before, after = window_size
+    assert after in (-1, 0) and (before == -1 or after == 0)
+    record.append(dict(kv_heads=k.shape[1], causal=after == 0, scale=scale, window_size=window_size, softcap=softcap))
+    window = None if before == -1 else before + 1
+    lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
+    return formula(q, k, v, *lengths, after == 0, scale, window, softcap or None).to(q.dtype)
 
 
 def torch_kernel(record, with_gqa):
@@ -32,9 +33,7 @@ def torch_kernel(record, with_gqa):
             raise ValueError("Expect query and key/value to have the same number of heads")
 
     def run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size):
-        assert window_size in ((-1, -1), (-1, 0))
-        causal = window_size == (-1, 0)
-        return kernel_like(record, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal, scale)
+        return kernel_like(record, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, scale)
 
     def varlen_attn(
         query,
@@ -97,10 +96,9 @@ def flash_kernel(record):
         return_attn_probs=False,
         block_table=None,
     ):
-        assert window_size == (-1, -1)
-        out = kernel_like(
-            record, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale
-        )
+        window = (window_size[0], 0 if causal else window_size[1])
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out = kernel_like(record, q, k, v, *lengths, window, softmax_scale, softcap)
         record[-1]["dropout_p"] = dropout_p
         return out
 
@@ -118,16 +116,22 @@ def flash_attn(monkeypatch):
 
 
 KERNEL_CASES = ("unsorted", "two to a key head", "one key head", "probes", "causal", "causal, more keys", "scale")
+WINDOW_CASES = ("window", "window of one", "window, more keys", "window over all")
+CAP_CASES = ("cap", "cap, causal, scale", "cap, window", "cap, window, more keys")
+KERNELS = ("torch 2.13", "torch 2.11", "flash_attn")
 
 
-@pytest.mark.parametrize("case", KERNEL_CASES)
-@pytest.mark.parametrize("kernel", ["torch 2.13", "torch 2.11", "flash_attn"])
+@pytest.mark.parametrize(
+    "kernel, case",
+    [(kernel, case) for kernel in KERNELS for case in KERNEL_CASES + WINDOW_CASES]
+    + [("flash_attn", case) for case in CAP_CASES],
+)
 def test_what_the_kernels_are_given(case, kernel, monkeypatch, flash_attn):
     record = flash_attn
     backend = "flash_attn" if kernel == "flash_attn" else "torch_varlen"
     if backend == "torch_varlen":
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_kernel(record, kernel == "torch 2.13"))
-    monkeypatch.setattr(module, "usable_backends", lambda q, dropout_p=0.0: [backend])
+    monkeypatch.setattr(module, "usable_backends", lambda q, *args, **kw: [backend])
     values = dict(CASES[case])
     heads = {name: values.pop(name) for name in ("heads", "kv_heads") if name in values}
     q, k, v, gradient = make(values["lengths_q"], values.get("lengths_k"), **heads)
@@ -138,18 +142,22 @@ def test_what_the_kernels_are_given(case, kernel, monkeypatch, flash_attn):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted, strict=True))
     (seen,) = record
     assert seen["scale"] == values.get("scale", 8**-0.5) and seen["causal"] == values.get("causal", False)
+    window = values.get("window")
+    limits = window is not None and case != "window over all"  # else the kernel is spared it
+    assert seen["window_size"] == (window - 1 if limits else -1, 0 if seen["causal"] else -1)
+    assert seen["softcap"] == values.get("softcap", 0.0)
     assert seen["kv_heads"] == (q.shape[1] if kernel == "torch 2.11" else k.shape[1])  # repeated only where it must be
 
 
 def test_kernels_get_int32(monkeypatch, flash_attn):
-    monkeypatch.setattr(module, "usable_backends", lambda q, dropout_p=0.0: ["flash_attn"])
+    monkeypatch.setattr(module, "usable_backends", lambda q, *args, **kw: ["flash_attn"])
     q, k, v, _ = make([4, 6])
     out = varlen_attention(q, k, v, torch.tensor([0, 4, 10]), 6)
     assert torch.allclose(out.double(), formula(q, k, v, [4, 6]), atol=1e-6)
 
 
 def test_dropout_reaches_flash_attn(monkeypatch, flash_attn):
-    monkeypatch.setattr(module, "usable_backends", lambda q, dropout_p=0.0: ["flash_attn"])
+    monkeypatch.setattr(module, "usable_backends", lambda q, *args, **kw: ["flash_attn"])
     q, k, v, _ = make([4])
     call(q, k, v, [4], dropout_p=0.25)
     assert flash_attn[0]["dropout_p"] == 0.25
@@ -160,6 +168,10 @@ def on_cuda(dtype=torch.bfloat16, channels=64):
     return SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(4, 2, channels))
 
 
+def chosen(backend, q, dropout_p=0.0, **rule):
+    return module.choose_backend(backend, q, module.Rule(True, 1.0, dropout_p, **rule))
+
+
 def test_choice_of_backend(monkeypatch, flash_attn):
     everything = ["flash_attn", "torch_varlen", "sdpa", "reference"]
     plain = everything[2:]
@@ -168,14 +180,31 @@ def test_choice_of_backend(monkeypatch, flash_attn):
     assert usable_backends(on_cuda(), dropout_p=0.1) == ["flash_attn", *plain]
     for q in (on_cuda(torch.float32), on_cuda(channels=260), on_cuda(channels=12), torch.empty(4, 2, 64).bfloat16()):
         assert usable_backends(q) == plain
-    assert module._choose(None, on_cuda(), 0.0) == "flash_attn"
-    assert module._choose("torch", on_cuda(), 0.0) == "torch_varlen"
-    assert module._choose("torch", on_cuda(), 0.1) == module._choose("torch", on_cuda(torch.float32), 0.0) == "sdpa"
+    assert chosen(None, on_cuda()) == "flash_attn"
+    assert chosen("torch", on_cuda()) == "torch_varlen"
+    assert chosen("torch", on_cuda(), 0.1) == chosen("torch", on_cuda(torch.float32)) == "sdpa"
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
     module._flash_attn_function.cache_clear()
-    assert usable_backends(on_cuda()) == everything[1:] and module._choose(None, on_cuda(), 0.0) == "torch_varlen"
+    assert usable_backends(on_cuda()) == everything[1:] and chosen(None, on_cuda()) == "torch_varlen"
     with pytest.raises(ValueError, match=r"'flash_attn' cannot run on cuda .* expected one of torch_varlen, sdpa"):
-        module._choose("flash_attn", on_cuda(), 0.0)
+        chosen("flash_attn", on_cuda())
+
+
+def test_windows_and_caps_choose_too(monkeypatch, flash_attn):
+    """PyTorch's kernel has no cap, flash-attn no dropout beside one, and old versions have neither window nor cap."""
+    monkeypatch.setattr(module, "_runs_flash", lambda device: True)
+    assert usable_backends(on_cuda(), window=8) == ["flash_attn", "torch_varlen", "sdpa", "reference"]
+    assert usable_backends(on_cuda(), softcap=50.0) == ["flash_attn", "sdpa", "reference"]
+    assert usable_backends(on_cuda(), 0.1, softcap=50.0) == ["sdpa", "reference"]
+    assert chosen(None, on_cuda(), window=8, softcap=50.0) == "flash_attn"
+    assert chosen("torch", on_cuda(), softcap=50.0) == "sdpa" and chosen("torch", on_cuda(), window=8) == "torch_varlen"
+    old = SimpleNamespace(flash_attn_varlen_func=lambda q, k, v, dropout_p=0.0, causal=False: None)
+    monkeypatch.setitem(sys.modules, "flash_attn", old)
+    module._flash_attn_function.cache_clear()
+    assert chosen(None, on_cuda()) == "flash_attn" and chosen(None, on_cuda(), window=8) == "torch_varlen"
+    assert chosen(None, on_cuda(), softcap=50.0) == "sdpa"
+    with pytest.raises(ValueError, match=r"heads of 64 channels and softcap 50\.0; expected one of sdpa, reference"):
+        chosen("flash_attn", on_cuda(), softcap=50.0)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +220,9 @@ def test_devices_of_the_kernels(monkeypatch, capability, built, expected):
 
 
 def test_backend_is_logged_once(caplog):
-    module._log_once.cache_clear()
+    module.log_once.cache_clear()
     q, k, v, _ = make([4])
-    with caplog.at_level(logging.INFO, logger="llavavit.varlen_attention"):
+    with caplog.at_level(logging.INFO, logger="llavavit.varlen_backends"):
         for _ in range(3):
             call(q, k, v, [4])
     assert [record.message for record in caplog.records] == ["variable-length attention on cpu in torch.float32: sdpa"]

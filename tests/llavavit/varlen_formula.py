@@ -5,8 +5,11 @@ import torch
 from llavavit.varlen_attention import pack_lengths, varlen_attention
 
 
-def formula(q, k, v, lengths_q, lengths_k=None, causal=False, scale=None):
-    """softmax(scale q k) v of every query alone, in float64; the last query of a segment sees its last key."""
+def formula(q, k, v, lengths_q, lengths_k=None, causal=False, scale=None, window=None, softcap=None):
+    """softmax(scale q k) v of every query alone, in float64; the last query of a segment sees its last key.
+
+    With `softcap` the softmax of tanh(scale q k / softcap) softcap, with `window` of the last so many keys alone.
+    """
     q, k, v = q.double(), k.double(), v.double()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     shared = q.shape[1] // k.shape[1]
@@ -16,9 +19,12 @@ def formula(q, k, v, lengths_q, lengths_k=None, causal=False, scale=None):
         for head in range(q.shape[1]):
             own = k[at_k : at_k + keys, head // shared]
             scores = q[at_q : at_q + queries, head] @ own.T * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             if causal:
-                place = torch.arange(queries)[:, None] + keys - queries
-                scores = torch.where(torch.arange(keys)[None] <= place, scores, -torch.inf)
+                back = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)[None]
+                seen = (back >= 0) & (back < (window or keys))
+                scores = torch.where(seen, scores, -torch.inf)
             weights = (scores - scores.amax(1, keepdim=True)).exp()
             heads.append(weights / weights.sum(1, keepdim=True) @ v[at_k : at_k + keys, head // shared])
         out.append(torch.stack(heads, 1))
@@ -58,4 +64,13 @@ CASES = {
     "causal, equal, one key head": dict(lengths_q=[6, 6], heads=4, kv_heads=1, causal=True),
     "causal, more keys": dict(lengths_q=[4, 2, 4, 3], lengths_k=[6, 7, 6, 3], causal=True),
     "scale": dict(lengths_q=[5, 12], scale=0.9),
+    "window": dict(lengths_q=[6, 1, 13, 3, 6], causal=True, window=4, heads=4),
+    "window of one": dict(lengths_q=[6, 2], causal=True, window=1),
+    "window, equal": dict(lengths_q=[9] * 3, causal=True, window=5, heads=4, kv_heads=1),
+    "window, more keys": dict(lengths_q=[4, 2, 4, 3], lengths_k=[6, 7, 6, 3], causal=True, window=3),
+    "window over all": dict(lengths_q=[6, 13], causal=True, window=13),
+    "cap": dict(lengths_q=[6, 1, 13, 6], heads=4, softcap=0.7),
+    "cap, causal, scale": dict(lengths_q=[6, 1, 13, 6], causal=True, softcap=1.5, scale=0.9),
+    "cap, window": dict(lengths_q=[6, 1, 13, 6, 6], causal=True, window=4, softcap=0.7, heads=4),
+    "cap, window, more keys": dict(lengths_q=[4, 2, 4], lengths_k=[6, 9, 6], causal=True, window=5, softcap=0.7),
 }

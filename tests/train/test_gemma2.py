@@ -120,15 +120,26 @@ def test_new_tokens_are_scaled_too(gemma):
     assert model.lm_head.weight is layer.weight
 
 
-@pytest.mark.parametrize("name", ["sdpa", "varlen"])
-def test_attention_that_has_no_cap_is_refused(kit, flags, gemma, tmp_path, capsys, name):
+def test_varlen_has_the_cap(gemma):
+    """Padded on either side, or not at all, of rows longer than the window."""
+    eager, varlen = (load(gemma, attn_implementation=name)[1] for name in ("eager", "varlen"))
+    ids = torch.randint(1, 700, (2, 20), generator=torch.Generator().manual_seed(0))
+    right = torch.arange(20) < torch.tensor([[20], [15]])
+    with torch.no_grad():
+        for mask in (right, right.flip(1), torch.ones_like(right)):
+            expected, found = (model(ids, attention_mask=mask).logits[mask] for model in (eager, varlen))
+            assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(varlen(ids).logits, eager(ids).logits, atol=1e-5)
+
+
+def test_attention_that_has_no_cap_is_refused(kit, flags, gemma, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        kit.run(tmp_path / "out", attn_implementation=name, **flags)
+        kit.run(tmp_path / "out", attn_implementation="sdpa", **flags)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    words = f"attn_implementation: found '{name}', which leaves out attn_logit_softcapping 0.5"
-    assert ended.value.code == 2 and words in error and "expected one of eager, flash_attention_2" in error
+    words = "attn_implementation: found 'sdpa', which leaves out attn_logit_softcapping 0.5"
+    assert ended.value.code == 2 and words in error and "expected one of eager, varlen, flash_attention_2" in error
     with pytest.raises(LlavaError, match=words):
-        load(gemma, attn_implementation=name)
+        load(gemma, attn_implementation="sdpa")
 
 
 def test_attention_without_a_cap_is_as_before():
