@@ -38,7 +38,7 @@ def load_model(model_args, data_args, training_args):
             path,
             config=config,
             dtype=dtype,
-            attn_implementation=attention_for(training_args, config),
+            attn_implementation=attention_for(training_args, config, data_args.pack_sequences),
             cache_dir=training_args.cache_dir,
             quantization_config=quantisation_for(training_args),
             generation_config=generation_settings(path, training_args.cache_dir),

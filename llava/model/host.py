@@ -56,16 +56,17 @@ def keeps_samples_apart(attention: str) -> bool:
     return attention == "varlen" or "flash" in attention
 
 
-def segments(host: HostCopies | None, attention: str, device) -> dict:
+def segments(lengths: list[int] | None, attention: str, device) -> dict:
     """What tells a language model's attention where the samples of a packed row begin, as keyword arguments.
 
     Args:
+        lengths: of the samples, in order; None: the row is not packed.
         attention: the language model's `attn_implementation`.
 
     Raises:
         LlavaError: that attention has no segments.
     """
-    if host is None or host.packed is None:
+    if lengths is None:
         return {}
     from llavavit.varlen_attention import pack_lengths  # which imports transformers; the data's workers do without
 
@@ -74,7 +75,7 @@ def segments(host: HostCopies | None, attention: str, device) -> dict:
             f"attn_implementation: found {attention!r}, which lets the samples of a packed row see each other; "
             "expected varlen or flash_attention_2"
         )
-    cu_seqlens, longest = pack_lengths(host.packed, device)
+    cu_seqlens, longest = pack_lengths([length for length in lengths if length], device)
     return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": longest, "max_length_k": longest}
 
 

@@ -8,16 +8,16 @@ import torch.nn as nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+import llavavit.varlen_attention  # noqa: F401  makes "varlen" an attention of the language model
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
 from llava.model.checkpoint import whole
-from llava.model.host import HostCopies, needs_no_mask, send, supervised_places
+from llava.model.host import HostCopies, needs_no_mask, segments, send, supervised_places
 from llava.model.loss import supervised_loss
 from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
 from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
-from llavavit.varlen_attention import pack_lengths
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
 
@@ -340,7 +340,7 @@ class LlavaMetaForCausalLM:
                 input_ids = None
                 if _packed(host):
                     attention_mask = None
-                    kwargs |= segments(lengths, inputs_embeds.device)
+                    kwargs |= segments(lengths, self.config._attn_implementation, inputs_embeds.device)
                 elif self.training and self._may_drop_mask:
                     attention_mask = None
                     kwargs |= self._as_one_segment(inputs_embeds)
@@ -376,7 +376,7 @@ class LlavaMetaForCausalLM:
         """What spares a single row flash-attention's look, in every layer, whether it is packed of several samples."""
         if len(inputs_embeds) > 1 or "flash" not in self.config._attn_implementation:
             return {}
-        return segments([inputs_embeds.shape[1]], inputs_embeds.device)
+        return segments([inputs_embeds.shape[1]], self.config._attn_implementation, inputs_embeds.device)
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):
@@ -430,12 +430,6 @@ class LlavaMetaForCausalLM:
 def _packed(host: HostCopies | None) -> bool:
     """Whether the rows of a batch are the samples of one."""
     return host is not None and host.packed is not None
-
-
-def segments(lengths, device) -> dict:
-    """What tells a language model's attention that its one row is packed of samples of these lengths."""
-    starts, longest = pack_lengths([length for length in lengths if length], device)
-    return {f"cu_seq_lens_{side}": starts for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
 
 
 def grow_embeddings(model, tokenizer):

@@ -109,7 +109,8 @@ class Model(Qwen3VLModel):
             visual_pos_masks=places,
             # of each layer; transformers 5.23 has them image by image
             deepstack_visual_embeds=[x if isinstance(x, torch.Tensor) else torch.cat(x) for x in deep],
-            **kwargs | segments(host, self.language_model.config._attn_implementation, inputs_embeds.device),
+            **kwargs
+            | segments(host and host.packed, self.language_model.config._attn_implementation, inputs_embeds.device),
         )
 
 

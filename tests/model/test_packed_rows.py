@@ -14,7 +14,6 @@ from tests.model import small
 
 X, SIDE, COUNT = IMAGE_TOKEN_INDEX, 28, 11.0
 COLLATE, PACK = DataCollatorForSupervisedDataset(0), DataCollatorForSupervisedDataset(0, pack=True)
-FAMILIES = [family for family in small.FAMILIES if family != "gemma2"]
 
 
 def sample(images: int, texts: int = 3, seed: int = 0, crops: int = 1, kind: str = "image") -> dict:
@@ -77,7 +76,7 @@ def build(folder):
     return of
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", small.FAMILIES)
 def test_every_family(build, family):
     check_packed(build(family), mixture())
 

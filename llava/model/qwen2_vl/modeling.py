@@ -302,7 +302,9 @@ class _AdaptiveModel:
                     second_per_grid_ts=kwargs.get("second_per_grid_ts"),
                 )
             attention_mask, pixel_values = host_plan.mask_for(self, attention_mask, host), None
-            kwargs |= segments(host, self.language_model.config._attn_implementation, inputs_embeds.device)
+            kwargs |= segments(
+                host and host.packed, self.language_model.config._attn_implementation, inputs_embeds.device
+            )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
