@@ -346,6 +346,10 @@ class Family(ABC):
         """Entries of a batch that must not be cast to the model's dtype."""
         return ()
 
+    def on_prepared(self, model) -> None:
+        """The model is ready to be trained, and DeepSpeed has it, if the run uses DeepSpeed; no step has been taken."""
+        return
+
     def on_save(self, model, processor, folder: str) -> None:
         """Write what a folder without a whole model (an adapter, a projector) needs to be loaded; on one rank."""
         model.config.save_pretrained(folder)

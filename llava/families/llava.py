@@ -305,6 +305,9 @@ class Llava(Family):
         tower = model.get_vision_tower()
         return () if tower is None or tower.patch_chooser is None else ("images",)
 
+    def on_prepared(self, model):
+        model.announce_newline()
+
     def on_save(self, model, processor, folder):
         super().on_save(model, processor, folder)
         if model.get_vision_tower() is not None:

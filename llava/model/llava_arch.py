@@ -366,6 +366,18 @@ class LlavaMetaForCausalLM:
         """Whether ZeRO-3 has split the weights over the ranks, which must all call each module then."""
         return hasattr(next(self.parameters()), "ds_id")
 
+    def announce_newline(self) -> None:
+        """Tell ZeRO-3, once DeepSpeed has the model, of the one weight that this forward takes from another module.
+
+        DeepSpeed finds out by itself when the weight is first used where it lies in parts. That may be long after it
+        has noted in which order a step uses the weights, such as behind a checkpoint, and then it ends the run.
+        """
+        newline = getattr(self.get_model(), "image_newline", None)
+        if newline is not None and self._is_partitioned:
+            from deepspeed import zero
+
+            zero.register_external_parameter(self, newline)
+
     @property
     def _may_drop_mask(self):
         """See `needs_no_mask`; the merge has just made the rows."""

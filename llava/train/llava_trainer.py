@@ -260,7 +260,9 @@ class LLaVATrainer(PhasedTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         with readable_state(self, resume_from_checkpoint) as folder:
-            return super()._prepare_for_training(max_steps, train_dataloader, folder)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, folder)
+        self.family.on_prepared(self.accelerator.unwrap_model(self.model))
+        return prepared
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)

@@ -61,7 +61,8 @@ def launch(folder: Path, processes: int, runs: list[list[str]]) -> None:
     command = [*LAUNCH, str(processes), "-m", "tests.support.runs", str(folder / f"runs{processes}.json")]
     done = subprocess.run(command, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=3000)
     (folder / f"log{processes}").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, done.stderr[-4000:]
+    told = done.stderr[max(done.stderr.find("failed: "), 0) :]  # the first run that failed
+    assert done.returncode == 0, told[:6000]
 
 
 CASES = [(model, name) for model in MODELS for name in (CHANGES if model == "all" else FEWER)]
