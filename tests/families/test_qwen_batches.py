@@ -54,6 +54,9 @@ class Packs:
         args = replace(self.args, pack_sequences=True)
         return self.family.collate([self.samples[number] for number in numbers], self.loaded, args)
 
+    def lengths(self, numbers) -> list[int]:
+        return [len(self.samples[number]["input_ids"]) for number in numbers]
+
     def loss_alone(self, model, numbers, count: int) -> torch.Tensor:
         total = 0
         for number in numbers:
@@ -99,7 +102,7 @@ def check_equal(packs, numbers, model, alone, batch=None):
 
 def test_a_row_is_its_samples(packs):
     batch = packs.row(MIXED)
-    lengths = [len(packs.samples[number]["input_ids"]) for number in MIXED]
+    lengths = packs.lengths(MIXED)
     assert batch["host"].packed == lengths and batch["input_ids"].shape == (1, sum(lengths))
     assert "attention_mask" not in batch and batch["host"].attention_mask is None
     for key in ("input_ids", "labels", "mm_token_type_ids", "image_grid_thw"):
@@ -153,34 +156,52 @@ def test_whatever_is_packed(packs, numbers):
     check_equal(packs, numbers, packs.model, packs.alone)
 
 
-def test_no_sample_reaches_another(packs):
-    """The gradient of one sample's loss, with respect to the embeddings of the others, is 0."""
-    batch, seen = packs.row(MIXED), []
+@pytest.fixture
+def watched(packs):
+    """The keyword arguments that the language model is called with, call by call."""
+    seen = []
 
     def watch(module, args, kwargs):
         kwargs["inputs_embeds"].retain_grad()
-        seen.append(kwargs["inputs_embeds"])
+        seen.append(kwargs)
 
     hook = packs.model.model.language_model.register_forward_pre_hook(watch, with_kwargs=True)
-    lengths = batch["host"].packed
-    for learned in range(len(MIXED)):
-        labels = torch.cat(
-            [
-                part if at == learned else part * 0 + IGNORE_INDEX
-                for at, part in enumerate(batch["labels"][0].split(lengths))
-            ]
-        )[None]
-        packs.model.train()(**batch | {"labels": labels, "host": replace(batch["host"], labels=labels)}).loss.backward()
-        reached = [bool(part.any()) for part in seen[-1].grad[0].split(lengths)]
-        assert reached == [at == learned for at in range(len(MIXED))]
+    yield seen
     hook.remove()
     packs.model.zero_grad()
+
+
+def test_positions_start_anew(packs, watched):
+    """Rotary angles count differences alone, so no loss tells: but positions would grow beyond what a model knows."""
+    packs.model.train()(**packs.row(MIXED))
+    for number, found in zip(MIXED, watched[0]["position_ids"].split(packs.lengths(MIXED), dim=2), strict=True):
+        sample = packs.samples[number]
+        ids = sample["input_ids"][None]
+        expected = torch.arange(ids.shape[1]).expand(3, 1, -1)
+        if "image_grid_thw" in sample:
+            kinds = (ids == packs.family.visual_token(packs.loaded)).long()
+            levels = {key: sample[key] for key in sample if key == "image_patch_levels"}
+            grids = {"image_grid_thw": sample["image_grid_thw"]}
+            expected = packs.alone.model.get_rope_index(ids, kinds, **grids, **levels)[0]
+        assert found.equal(expected)
+
+
+def test_no_sample_reaches_another(packs, watched):
+    """The gradient of one sample's loss, with respect to the embeddings of the others, is 0."""
+    batch, lengths = packs.row(MIXED), packs.lengths(MIXED)
+    for learned in range(len(MIXED)):
+        labels = torch.full_like(batch["labels"], IGNORE_INDEX)
+        own = slice(sum(lengths[:learned]), sum(lengths[: learned + 1]))
+        labels[0, own] = batch["labels"][0, own]
+        packs.model.train()(**batch | {"labels": labels, "host": replace(batch["host"], labels=labels)}).loss.backward()
+        reached = [bool(part.any()) for part in watched[-1]["inputs_embeds"].grad[0].split(lengths)]
+        assert reached == [at == learned for at in range(len(MIXED))]
 
 
 def test_text_alone(packs):
     """An image that nobody sees keeps every process's vision encoder at work: it changes nothing."""
     batch = packs.row(TEXT)
-    assert batch["host"].packed == [len(packs.samples[number]["input_ids"]) for number in TEXT] + [1]
+    assert batch["host"].packed == [*packs.lengths(TEXT), 1]
     assert batch["pixel_values"].shape[0] == 4 and sum(batch["host"].packed) == batch["input_ids"].shape[1]
     found = check_equal(packs, TEXT, packs.model, packs.alone, batch)
     vision = [value for name, value in packs.model.named_parameters() if ".visual." in name]
