@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.model.chunked_loss import count_chunks, summed_loss
 from llava.model.host import send, supervised_places
+from llava.model.liger import fused_loss, fuses_loss
 
 
 def output_logits(model, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -57,7 +58,9 @@ def supervised_loss(
         supervised = send([*supervised_places(labels_BL.cpu())], hidden_BLD.device)
     places, targets = supervised
     hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, places)
-    if (chunks := count_chunks(model, hidden_ND)) == 1:
+    if len(targets) and fuses_loss(model):
+        total = fused_loss(model, hidden_ND, targets)
+    elif (chunks := count_chunks(model, hidden_ND)) == 1:
         total = F.cross_entropy(output_logits(model, hidden_ND).float(), targets, reduction="sum")
     else:
         behind = functools.partial(_behind_output, model.config.get_text_config())
