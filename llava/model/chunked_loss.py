@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llava.model.ranks import most_over_ranks
 
-# No tensor of logits is larger, in float32: 2,097 rows of a vocabulary of 32,000, 441 of one of 152,000. Up to four
-# such tensors are there at a time. Larger chunks make no step faster; smaller ones would read the weights more often.
+# No tensor of logits is larger, in float32: 2,097 rows of a vocabulary of 32,000, 441 of one of 152,000. A few such
+# tensors are there at a time. Smaller chunks would read the layer's weights more often.
 LOGITS_BYTES = 256 * 2**20
 
 
