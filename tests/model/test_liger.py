@@ -21,7 +21,7 @@ LLAVA = {"llama": "llama", "mistral": "mistral", "qwen": "qwen2", "qwen3": "qwen
 @pytest.fixture
 def stub(monkeypatch):
     """What was patched, [(model type, model, options)], and the rows that the fused loss got."""
-    seen = SimpleNamespace(patched=[], rows=[])
+    seen = SimpleNamespace(patched=[], rows=[], norms=[], mlps=[])
 
     def patch(kind):
         def apply(
@@ -40,7 +40,12 @@ def stub(monkeypatch):
     for name in ("monkey_patch", "functional"):
         modules[f"liger_kernel.transformers.{name}"] = ModuleType(name)
     kinds = (*LLAVA.values(), *parts.VISION)
-    modules["liger_kernel.transformers.monkey_patch"].MODEL_TYPE_TO_APPLY_LIGER_FN = {k: patch(k) for k in kinds}
+    monkey_patch = modules["liger_kernel.transformers.monkey_patch"]
+    monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {kind: patch(kind) for kind in kinds}
+    monkey_patch._patch_rms_norm_module = lambda module: seen.norms.append(module)
+    monkey_patch._patch_swiglu_module = lambda module, replacement: seen.mlps.append((module, replacement))
+    monkey_patch.LigerSwiGLUMLP, monkey_patch.liger_rotary_pos_emb = object(), object()
+    modules["liger_kernel.transformers"].monkey_patch = monkey_patch
     modules["liger_kernel.transformers.functional"].liger_fused_linear_cross_entropy = loss
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -70,12 +75,20 @@ def test_a_llava_model_is_patched_as_its_language_model(stub, tower, family):
 
 
 @pytest.mark.parametrize("kind", parts.VISION)
-def test_a_qwen_vl_model_is_patched_as_itself(stub, tmp_path, kind):
+def test_a_qwen_vl_models_language_model_is_patched(stub, tmp_path, monkeypatch, kind):
     model, _ = parts.load(tiny.qwen2_vl(tmp_path / kind, kind))
-    forward = model.forward
-    liger.apply_liger(model)
-    assert [found[:2] for found in stub.patched] == [(kind, model)] and model.forward == forward
-    assert liger.fuses_loss(model)
+    text, liger_parts = model.model.language_model, sys.modules["liger_kernel.transformers.monkey_patch"]
+    transformers_parts = sys.modules[f"transformers.models.{kind}.modeling_{kind}"]
+    rope = transformers_parts.apply_rotary_pos_emb
+    monkeypatch.setattr(transformers_parts, "apply_rotary_pos_emb", rope)  # put back afterwards
+    liger.apply_liger(model, {"rope": False})
+    assert transformers_parts.apply_rotary_pos_emb is rope and not stub.patched
+    assert stub.mlps == [(layer.mlp, liger_parts.LigerSwiGLUMLP) for layer in text.layers]
+    assert {*stub.norms} == {module for module in text.modules() if "RMSNorm" in type(module).__name__}
+    assert len(stub.norms) == len({*stub.norms}) > 4
+    liger.apply_liger(model, {"rms_norm": False, "swiglu": False})
+    assert transformers_parts.apply_rotary_pos_emb is liger_parts.liger_rotary_pos_emb
+    assert len(stub.mlps) == len(text.layers) and liger.fuses_loss(model)
 
 
 def test_the_fused_loss_is_the_loss(stub, tower):
