@@ -5,6 +5,7 @@ text with a single one, so that their chunks of images and of logits differ in n
 """
 
 import copy
+import importlib
 import sys
 
 import deepspeed
@@ -60,7 +61,8 @@ def main(tower: str, adapted: bool) -> None:
 
 
 if __name__ == "__main__":
-    deepspeed.comm.torch.build_shm_op = lambda: None  # gloo's own collectives: nothing is compiled
+    backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute it is PyTorch itself
+    backend.build_shm_op = lambda: None  # gloo's own collectives: nothing is compiled
     deepspeed.init_distributed("gloo")
     for head in (False, True):
         main(sys.argv[1], head)
