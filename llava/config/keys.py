@@ -272,6 +272,13 @@ class TrainKeys(KeyGroup):
 
     optim: str = key("adamw_torch", "optimizer", within=OPTIMIZER)
     gradient_checkpointing: bool = key(True, "recompute activations in the backward pass to save memory")
+    vision_micro_batch: int | None = key(
+        None,
+        "most images (crops, frames) that the vision encoder sees in one call; not given: all of a batch. Same "
+        "numbers, less memory",
+        within=POSITIVE,
+    )
+    torch_compile_tower: bool = key(False, "compile the blocks of the vision encoder; without torch_compile or ZeRO-3")
     remove_unused_columns: bool = key(False, "must stay False: the collator needs the whole record")
     auto_find_batch_size: bool = key(False, "halve the batch size until it fits into memory")
     logging_nan_inf_filter: bool = key(

@@ -13,8 +13,9 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import LlavaError
 from llava.model.checkpoint import whole
 from llava.model.host import HostCopies, needs_no_mask, segments, send, supervised_places
+from llava.model.image_encoding import ImageEncoding
 from llava.model.loss import supervised_loss
-from llava.model.multimodal_projector.builder import MERGERS, ProjectedGrid
+from llava.model.ranks import is_partitioned
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
 from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
@@ -22,7 +23,7 @@ from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visua
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(ImageEncoding):
     """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`.
 
     A subclass names its `model_class`, a `LlavaMetaModel`.
@@ -87,61 +88,6 @@ class LlavaMetaForCausalLM:
         rules, patch = MergeRules.from_config(self.config), self.get_vision_tower().config.patch_size
         return VisualTokenCounter(rules, self._projected_grid, patch, self._chooser)
 
-    @property
-    def _projected_grid(self):
-        kind = getattr(self.config, "mm_projector_type", None) or "linear"
-        return ProjectedGrid(self.get_vision_tower().token_grid, kind)
-
-    @property
-    def _chooser(self):
-        """How the tower chooses patches, None where it keeps all."""
-        return self.get_vision_tower().patch_chooser
-
-    def encode_images(self, images, patch_alphas=None, patch_levels=None):
-        """Tower and projector, in any dtype.
-
-        Args:
-            images: [N, C, H, W]; or a list of [C, H, W], and of clips [T, C, H, W] where the tower sees time.
-            patch_alphas: one for each image, where the tower chooses patches; None: its own.
-            patch_levels: what it would choose, where that is known (`PatchChooser.levels_of`).
-
-        Returns:
-            [N, n, D]; or a list of [n_i, D], a clip's frames one after the other; always a list with adaptive patches.
-        """
-        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
-        kind = getattr(self.config, "mm_projector_type", None) or "linear"
-        if self._chooser is not None:
-            return self._encode_chosen(images, kind, patch_alphas, patch_levels)
-        if patch_alphas is not None:
-            raise LlavaError(f"patch_alphas: found {len(patch_alphas)}, expected none: the tower keeps all patches")
-        if isinstance(images, torch.Tensor):
-            features = tower(images).to(self.dtype)
-            grid = {"grid": tower.token_grid(*images.shape[-2:])[1]} if kind in MERGERS else {}
-            return projector(features, **grid)
-        packed = tower(images, packed=True).to(self.dtype)  # one call for all of them, in the projector too
-        frames = [image.shape[0] if image.ndim == 4 else 1 for image in images]
-        if kind in MERGERS:
-            grids = [tower.token_grid(*image.shape[-2:])[1] for image in images]
-            packed = projector(packed, grids=[grid for grid, n in zip(grids, frames, strict=True) for _ in range(n)])
-        else:
-            packed = projector(packed)
-        count_of = self._projected_grid
-        return list(packed.split([count_of(*i.shape[-2:])[0] * n for i, n in zip(images, frames, strict=True)]))
-
-    def _encode_chosen(self, images, kind, patch_alphas, patch_levels):
-        """`encode_images` on the patches that the tower keeps; tower and projector are called once whatever comes."""
-        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
-        chosen = tower.choose_patches(images, patch_alphas, patch_levels)
-        packed = tower(images, packed=True, chosen=chosen).to(self.dtype)
-        if kind not in MERGERS:
-            return list(projector(packed).split(chosen.lengths))
-        count_of = self._projected_grid
-        for image in images:
-            count_of(*image.shape[-2:])  # refuses an odd side
-        order, tokens = chosen.merged()
-        (order,) = send([order], packed.device)
-        return list(projector(packed, order=order).split(tokens))
-
     def _visual_tokens(self, images, modalities, image_sizes, patch_alphas=None, patch_levels=None):
         """The visual tokens of each image: list of [N_i, D], in order."""
         if isinstance(images, torch.Tensor) and images.ndim == 4:  # a plain batch skips merging
@@ -187,11 +133,7 @@ class LlavaMetaForCausalLM:
         leave weights alone that it moves by its moments, and one process would train otherwise than two.
         """
         newline = self.get_model().image_newline if MergeRules.from_config(self.config).unpad else None
-        side = self.get_vision_tower().image_size
-        levels = None  # any will do: found by the tower, they would be read from the device
-        if self._chooser is not None:
-            levels = [torch.ones(*[side // self._chooser.patch] * 2, dtype=torch.uint8)]
-        zero = self.encode_images(torch.zeros(1, 3, side, side, device=device), patch_levels=levels)[0].sum()
+        zero = self.encode_images(*self._blank(device))[0].sum()
         return (zero if newline is None else zero + newline.sum().to(zero.device)) * 0.0
 
     # --- the merge ---
@@ -276,7 +218,7 @@ class LlavaMetaForCausalLM:
         if len(images):
             visual = self._visual_tokens(images, *of_images)
         elif self.get_vision_tower() is not None and (
-            self.training or (torch.distributed.is_initialized() and self._is_partitioned)
+            self.training or (torch.distributed.is_initialized() and is_partitioned(self))
         ):
             anchor = self._anchor(device)
         plan = plan_merge(
@@ -330,7 +272,7 @@ class LlavaMetaForCausalLM:
             images = []
         loss_alone = labels is not None and (self.training or kwargs.get("num_items_in_batch") is not None)
         if images is None and inputs_embeds is None and self.get_vision_tower() is not None:
-            images = [] if self.training or (loss_alone and self._is_partitioned) else None
+            images = [] if self.training or (loss_alone and is_partitioned(self)) else None
         supervised = None
         if inputs_embeds is None and images is not None:
             text = input_ids, position_ids, attention_mask, past_key_values, labels
@@ -361,11 +303,6 @@ class LlavaMetaForCausalLM:
             out.loss = torch.where(supervised, out.loss, torch.zeros_like(out.loss))
         return out
 
-    @property
-    def _is_partitioned(self) -> bool:
-        """Whether ZeRO-3 has split the weights over the ranks, which must all call each module then."""
-        return hasattr(next(self.parameters()), "ds_id")
-
     def announce_newline(self) -> None:
         """Tell ZeRO-3, once DeepSpeed has the model, of the one weight that this forward takes from another module.
 
@@ -373,7 +310,7 @@ class LlavaMetaForCausalLM:
         has noted in which order a step uses the weights, such as behind a checkpoint, and then it ends the run.
         """
         newline = getattr(self.get_model(), "image_newline", None)
-        if newline is not None and self._is_partitioned:
+        if newline is not None and is_partitioned(self):
             from deepspeed import zero
 
             zero.register_external_parameter(self, newline)

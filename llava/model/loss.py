@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava.model.chunked_loss import count_chunks, summed_loss
 from llava.model.host import send, supervised_places
+from llava.model.liger import fused_loss, fuses_loss
 
 
 def output_logits(model, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -20,8 +22,12 @@ def output_logits(model, hidden_ND: torch.Tensor) -> torch.Tensor:
     Gemma), as the text config says. Not covered: families that give these names another meaning (HyperCLOVA X
     multiplies by `logits_scaling`) or change the hidden states first (MiniCPM3).
     """
-    config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden_ND)
+    return _behind_output(model.config.get_text_config(), logits)
+
+
+def _behind_output(config, logits: torch.Tensor) -> torch.Tensor:
+    """What a family does behind its output layer."""
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits = logits * scale
     if (scale := getattr(config, "logits_scaling", None)) is not None:
@@ -36,6 +42,8 @@ def supervised_loss(
 ) -> torch.Tensor:
     """Cross entropy of each token with a label, from the hidden state before it: summed in float32, over a count.
 
+    Its memory does not grow with the number of labels: see `llava.model.chunked_loss`.
+
     Args:
         hidden_BLD: what the model's output layer is given.
         labels_BL: IGNORE_INDEX where nothing is learned.
@@ -49,8 +57,14 @@ def supervised_loss(
     if supervised is None:
         supervised = send([*supervised_places(labels_BL.cpu())], hidden_BLD.device)
     places, targets = supervised
-    logits = output_logits(model, hidden_BLD.flatten(0, 1).index_select(0, places)).float()
-    total = F.cross_entropy(logits, targets, reduction="sum")
+    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, places)
+    if len(targets) and fuses_loss(model):
+        total = fused_loss(model, hidden_ND, targets)
+    elif (chunks := count_chunks(model, hidden_ND)) == 1:
+        total = F.cross_entropy(output_logits(model, hidden_ND).float(), targets, reduction="sum")
+    else:
+        behind = functools.partial(_behind_output, model.config.get_text_config())
+        total = summed_loss(model, behind, hidden_ND, targets, chunks)
     count = len(targets) if num_items_in_batch is None else num_items_in_batch
     if not isinstance(count, torch.Tensor):  # filled in on the device: a copy from here would wait for it
         count = torch.full((), count, device=total.device)

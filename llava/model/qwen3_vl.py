@@ -8,6 +8,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from llava.model.host import HostCopies, segments, send
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
+from llava.model.qwen2_vl.image_chunks import ChunkedImages
 from llava.model.stock import SavesStockNames, named_as
 
 
@@ -41,7 +42,7 @@ class TextModel(Qwen3VLTextModel):
 
 
 @named_as(Qwen3VLModel)
-class Model(Qwen3VLModel):
+class Model(ChunkedImages, Qwen3VLModel):
     def get_rope_index(self, input_ids, *tensors, **kwargs):
         return host_plan.rope_index(super().get_rope_index, input_ids, *tensors, **kwargs)
 

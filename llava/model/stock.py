@@ -15,6 +15,19 @@ class SavesStockNames:
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
+class FrozenForgets:
+    """In front of a vision encoder of transformers: a frozen one keeps no activations under gradient checkpointing.
+
+    transformers makes the output of each encoder's input embeddings require gradients then; through a frozen encoder
+    they lead nowhere, and all its blocks would be run a second time to compute them.
+    """
+
+    def get_input_embeddings(self):
+        """As transformers'; None, which it passes over, where no block learns."""
+        learns = any(parameter.requires_grad for parameter in self.blocks.parameters())
+        return super().get_input_embeddings() if learns else None
+
+
 def named_as(stock):
     """Class decorator for a subclass of a class of transformers: it goes by that one's name, by which transformers
     finds the names of its weights and its layers, and which saved folders carry."""

@@ -160,6 +160,13 @@ def _fall_back(values: dict[str, Any], run: Run) -> None:
         _prepare_deepspeed(cuda)
     if cuda:
         return
+    if values.get("use_liger_kernel"):
+        raise LlavaError(
+            f"{run.source('use_liger_kernel')}: use_liger_kernel needs a CUDA device, expected one or no such key"
+        )
+    if values.get("torch_compile_tower"):
+        values["torch_compile_tower"] = False
+        notices.append("torch_compile_tower needs a CUDA device; the tower runs uncompiled")
     for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
         lacking = values.get(name) and _lacks_on_cpu(name, run)
         if lacking:

@@ -89,6 +89,7 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     from llava.train.lora import adapt
     from llava.train.parts import set_trainable
     from llava.train.preview import show_samples
+    from llava.train.speed import speed_up
 
     family = family_of(model_args.model_name_or_path)
     settings = training_args.run_config
@@ -111,6 +112,7 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
     data, model = make_data(records, family, loaded, args), loaded.model
     show_samples(data["train_dataset"])
+    speed_up(model, training_args)
     if training_args.lora_enable:
         model = adapt(model, model_args, training_args)
     parts = tunable_parts(model_args, training_args)

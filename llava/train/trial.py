@@ -14,6 +14,7 @@ OF_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch
 OF_TRANSFORMERS = ("every_n_layers", "offload")  # of checkpointing's arguments, those that are not PyTorch's
 NOT_GIVEN = {"function", "args", "kwargs"}
 PACKAGES = {"lora_enable": "peft", "use_liger_kernel": "liger_kernel"}
+EXTRAS = {"peft": "train", "liger_kernel": "liger"}  # package -> the extra of this project that brings it
 
 
 def try_settings(training_args, run) -> None:
@@ -119,7 +120,8 @@ def _deepspeed_has(args, section: str) -> bool:
 
 def _need(package: str, key: str) -> None:
     if not importlib.util.find_spec(package):
-        raise LlavaError(f"{key} needs the package {package}, expected it installed")
+        how = f": pip install -e '.[{EXTRAS[package]}]'" if package in EXTRAS else ""
+        raise LlavaError(f"{key} needs the package {package}, expected it installed{how}")
 
 
 @contextlib.contextmanager

@@ -35,8 +35,9 @@ from llava.errors import LlavaError
 from llava.model.host import HostCopies, segments, send
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
+from llava.model.qwen2_vl.image_chunks import ChunkedImages
 from llava.model.qwen2_vl.layout import MERGE, PatchLayout
-from llava.model.stock import SavesStockNames
+from llava.model.stock import FrozenForgets, SavesStockNames
 from llavavit.varlen_attention import pack_lengths, varlen_attention
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
@@ -70,7 +71,7 @@ class PackedVisionAttention2_5(_PackedAttention, Qwen2_5_VLVisionAttention):
     """Qwen2.5-VL's."""
 
 
-class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
+class AdaptiveQwen2VisionTransformer(FrozenForgets, Qwen2VisionTransformerPretrainedModel):
     """The vision encoder, for kept patches as well."""
 
     def __init__(self, config):
@@ -96,7 +97,7 @@ class AdaptiveQwen2VisionTransformer(Qwen2VisionTransformerPretrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=merged)
 
 
-class AdaptiveQwen2_5_VisionTransformer(Qwen2_5_VisionTransformerPretrainedModel):
+class AdaptiveQwen2_5_VisionTransformer(FrozenForgets, Qwen2_5_VisionTransformerPretrainedModel):
     """Qwen2.5-VL's vision encoder, for kept patches as well: most of its blocks attend within windows."""
 
     def __init__(self, config, *inputs, **kwargs):
@@ -319,13 +320,13 @@ class _AdaptiveModel:
         )
 
 
-class AdaptiveQwen2VLModel(_AdaptiveModel, Qwen2VLModel):
+class AdaptiveQwen2VLModel(ChunkedImages, _AdaptiveModel, Qwen2VLModel):
     """Qwen2-VL without the output layer."""
 
     vision_class, text_class = AdaptiveQwen2VisionTransformer, Qwen2VLTextModel
 
 
-class AdaptiveQwen2_5_VLModel(_AdaptiveModel, Qwen2_5_VLModel):
+class AdaptiveQwen2_5_VLModel(ChunkedImages, _AdaptiveModel, Qwen2_5_VLModel):
     """Qwen2.5-VL without the output layer."""
 
     vision_class, text_class = AdaptiveQwen2_5_VisionTransformer, Qwen2_5_VLTextModel
