@@ -1,6 +1,6 @@
 """The sizes that decide what a model costs to run, read from its config alone; no model is built.
 
-A weight here is one number of a matrix that tokens are multiplied with: norms, biases and look-ups cost next to nothing.
+A weight here is a number of a matrix that tokens are multiplied with; norms, biases and look-ups cost next to nothing.
 """
 
 import re
@@ -115,7 +115,7 @@ def shape_of(config) -> ModelShape:
         return ModelShape(language)
     values = getattr(config, "mm_vision_config", None)
     if not values:
-        raise LlavaError(f"config of {config.mm_vision_tower}: found no mm_vision_config, expected its encoder's config")
+        raise LlavaError(f"{config.mm_vision_tower}: found no mm_vision_config, expected its encoder's config")
     vision = _tower(config, values)
     return ModelShape(language, vision, _projector(config, vision))
 
