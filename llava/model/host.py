@@ -27,6 +27,7 @@ class HostCopies:
     image_grid_thw: torch.Tensor | None = None
     image_patch_levels: torch.Tensor | None = None
     record_ids: list[str] | None = None  # of the rows
+    packed: list[int] | None = None  # lengths of the samples in the one row
 
     @classmethod
     def of(cls, **entries) -> "HostCopies":
