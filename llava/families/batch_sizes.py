@@ -48,13 +48,14 @@ def merged_sizes(batch: dict, model) -> BatchSizes:
             _add_vision(sizes, tower, count, shape, chosen, kind)
     limit, at = getattr(model.config, "tokenizer_model_max_length", None), iter(visual)
     for ids in segments:
-        pictures = int((ids == IMAGE_TOKEN_INDEX).sum()) if visual else 0
-        of_pictures = sum(next(at) for _ in range(pictures))
-        length = len(ids) - pictures + of_pictures
-        cut = max(0, length - limit) if limit else 0  # behind an image that reaches beyond the limit nothing follows
+        grown = 0  # by the pictures so far
+        for place in (ids == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist() if visual else ():
+            begin, count = place + grown, next(at)
+            sizes.visual += count if limit is None else max(0, min(begin + count, limit) - begin)
+            grown += count - 1
+        length = len(ids) + grown if limit is None else min(len(ids) + grown, limit)
         if length > 1:  # a batch of which nothing is left is one token
-            sizes.tokens.append(length - cut)
-            sizes.visual += of_pictures - min(cut, of_pictures)
+            sizes.tokens.append(length)
     sizes.slots = sum(sizes.tokens) if host.packed else len(segments) * max(sizes.tokens, default=0)
     return sizes
 

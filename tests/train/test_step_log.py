@@ -1,6 +1,7 @@
 """The figures of a run's log: by hand for known times and sizes, and in runs against what the model was given."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -61,19 +62,16 @@ def test_figures_by_hand(clock):
     assert 0.05 < memory < 64  # of this process
     assert found == {
         "loss": 1.0,
-        "perf/tokens_per_s": 100 / 6,
-        "perf/samples_per_s": 4 / 6,
-        "perf/pack_efficiency": 100 / 120,
+        "perf/tokens_per_s": pytest.approx(100 / 6, rel=1e-5),
+        "perf/samples_per_s": pytest.approx(4 / 6, rel=1e-5),
+        "perf/pack_efficiency": pytest.approx(100 / 120, rel=1e-5),
         "perf/visual_token_share": 0.2,
         "perf/data_wait_share": 0.25,
         "perf/step_s_min": 2.0,
         "perf/step_s_max": 4.0,
         "data/truncated": 3,
         "data/bad_records": 2,
-    } | {name: pytest.approx(value, rel=1e-5) for name, value in ROUNDED.items()}
-
-
-ROUNDED = {"perf/tokens_per_s": 100 / 6, "perf/samples_per_s": 4 / 6, "perf/pack_efficiency": 100 / 120}
+    }
 
 
 def test_a_line_is_of_the_steps_since_the_last(clock):
@@ -158,7 +156,7 @@ def test_a_run_with_accumulation(kit, tmp_path, plans, spy):
     out = kit.run(tmp_path / "out", "iitmttiiitmi", **flags)
     steps = tiny.history(out, measured=True)
     assert len(steps) == 2 and len(plans) == 6
-    model, patches = spy.trainer.model, 4
+    model = spy.trainer.model
     for step, made in zip(steps, (plans[:3], plans[3:]), strict=True):
         assert step.keys() >= FIGURES | {"perf/mfu"}
         tokens = [n for plan in made for n in plan.mask.sum(1).tolist()]
@@ -173,7 +171,7 @@ def test_a_run_with_accumulation(kit, tmp_path, plans, spy):
         assert seconds == pytest.approx(step["perf/step_s_max"], rel=1e-4)
         supervised = sum(int((plan.labels[:, 1:] != -100).sum()) for plan in made)
         known = step_flops(model.config, tokens, [], spy.trainer.parts, supervised=supervised)
-        crop = step_flops(model.config, [], [patches], spy.trainer.parts)
+        crop = step_flops(model.config, [], [4], spy.trainer.parts)
         crops = (step["perf/mfu"] * seconds * 0.001e12 - known) / crop
         assert crops == pytest.approx(round(crops), abs=0.02) and round(crops) >= 6
 
@@ -186,8 +184,9 @@ def test_figures_over_several_steps_and_a_resumed_run(kit, tmp_path, plans):
     for step, made in ((first, plans[:2]), (second, plans[2:])):
         assert step.keys() >= FIGURES and "perf/mfu" not in step
         tokens = [n for plan in made for n in plan.mask.sum(1).tolist()]
-        assert len(tokens) == 8 and max(tokens) <= 60
-        assert step["perf/tokens_per_s"] / step["perf/samples_per_s"] == pytest.approx(sum(tokens) / 8, rel=1e-4)
+        assert min(tokens) > 1 and max(tokens) <= 60  # some records have no label left, and give no sample
+        mean = sum(tokens) / len(tokens)
+        assert step["perf/tokens_per_s"] / step["perf/samples_per_s"] == pytest.approx(mean, rel=1e-4)
         assert step["perf/step_s_min"] <= step["perf/step_s_max"]
     assert 0 < first["data/truncated"] <= second["data/truncated"]
     assert "perf/tokens_per_s" in json.loads((out / "trainer_state.json").read_text())["log_history"][0]
@@ -195,8 +194,7 @@ def test_figures_over_several_steps_and_a_resumed_run(kit, tmp_path, plans):
 
 def test_records_left_out(kit, tmp_path):
     path = tmp_path / "records.json"
-    records = json.loads(open(kit.records("iitiittiiiti")).read())
-    path.write_text(json.dumps(records))
+    path.write_text(Path(kit.records("iitiittiiiti")).read_text())
     (tmp_path / "images").mkdir()
     for name in ("0_0.png", "1_0.png"):
         (tmp_path / "images" / name).write_bytes(b"no picture")
