@@ -93,7 +93,7 @@ def _model(run, path: str):
 def own_vision(values: dict, least: int, most: int):
     """Of Qwen-VL: pictures keep their aspect, sides are multiples of two patches; all patches are kept."""
     from transformers import AutoConfig
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     config = AutoConfig.for_model(**values)
     patch, merge = config.vision_config.patch_size, config.vision_config.spatial_merge_size
@@ -140,14 +140,8 @@ def fit(recipe: Recipe, hours: float, usable: float) -> dict:
     seconds = step(recipe.config, recipe.usual, recipe.plan)
     samples = recipe.data.samples * recipe.epochs
     needed = samples / seconds["samples_per_s"] / 3600
-    breaks = [
-        name
-        for name, holds in (
-            ("memory", held["total"] <= recipe.plan.gpu.memory * 1e9 * usable),
-            ("time", needed <= hours),
-        )
-        if not holds
-    ]
+    limits = {"memory": held["total"] <= recipe.plan.gpu.memory * 1e9 * usable, "time": needed <= hours}
+    breaks = [name for name, holds in limits.items() if not holds]
     return {"memory": held, "step": seconds, "hours": needed, "samples": samples, "breaks": breaks}
 
 
