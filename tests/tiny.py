@@ -155,6 +155,8 @@ def train_flags(folder: Path, kinds: str = "iitiittiiiti", **changes) -> list[st
     return [part for key, value in flags.items() if value is not None for part in (f"--{key}", str(value))]
 
 
-def history(out: Path) -> list[dict]:
-    """The logged steps of a finished run."""
-    return [entry for entry in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+def history(out: Path, measured: bool = False) -> list[dict]:
+    """The logged steps of a finished run, and what was `measured` in them, which no two runs have in common."""
+    logged = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in logged if "loss" in entry]
+    return [{key: entry[key] for key in entry if measured or not key.startswith("perf/")} for entry in steps]

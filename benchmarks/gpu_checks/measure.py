@@ -10,33 +10,14 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 TFLOP/s without sparsity, from the makers' data sheets; the first name found in the device's name counts.
-PEAK_BF16_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A40": 150.0,
-    "A10": 125.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-}
-
 
 def peak_tflops(device: str, override: float | None = None) -> float | None:
     """bf16 peak of the device in TFLOP/s: `override`, else by its name, else None."""
+    from llava.train import flops
+
     if override is not None or device != "cuda":
         return override
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+    return flops.peak_tflops(torch.cuda.get_device_name())
 
 
 def synchronize(device: str) -> None:

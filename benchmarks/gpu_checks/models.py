@@ -202,27 +202,12 @@ def parameters(module: torch.nn.Module) -> int:
 
 
 def training_flops(model, batch: dict) -> float:
-    """Floating-point operations that one training step must do, all parts trained (recomputation not counted).
+    """Floating-point operations that one training step must do, all parts trained; see `llava.train.flops`."""
+    from llava.constants import TUNABLE_PARTS
+    from llava.train.flops import step_flops
 
-    Six per weight and token that passes it (2 forward, 4 backward), and the two attention products, 12 * D * S^2 per
-    layer and sequence of S tokens with D = heads * head size, half of it where attention is causal. The output layer is
-    counted at supervised positions only: no other logits are needed for the loss.
-    """
-    config, tower = model.config, model.get_vision_tower()
-    lengths = row_lengths(model, batch)
+    model.get_model().describe_vision()
     supervised = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * head_size
-    total = 6 * parameters(model.get_model().layers) * sum(lengths)
-    total += 6 * config.num_hidden_layers * width * sum(s * s for s in lengths)
-    total += 6 * config.vocab_size * config.hidden_size * supervised
-
     crops = sum(len(image) for image in batch["images"])
-    patches = tower.num_patches_per_side**2
-    total += 6 * parameters(model.get_model().mm_projector) * crops * patches
-    used = max(tower.layers())
-    encoder = tower.vision_tower.vision_model
-    total += 6 * sum(parameters(layer) for layer in encoder.encoder.layers[:used]) * crops * (patches + 1)
-    total += 6 * parameters(encoder.embeddings.patch_embedding) * crops * patches
-    total += 12 * used * tower.config.hidden_size * crops * (patches + 1) ** 2
-    return float(total)
+    patches = [(model.get_vision_tower().image_size // model.get_vision_tower().config.patch_size) ** 2] * crops
+    return step_flops(model.config, row_lengths(model, batch), patches, set(TUNABLE_PARTS), supervised=supervised)

@@ -21,9 +21,9 @@ from llava.constants import IGNORE_INDEX
 INPUT_SETS = 3
 SAME_LOSS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}  # relative; by the dtype of the output layer
 FLOPS_FORMULA = (
-    "6 * weights * tokens for the LLM's layers, projector and tower; 6 * L * D * S^2 (LLM, causal) and "
-    "12 * L * D * S^2 (tower) for attention; 6 * V * D * supervised tokens for the output layer; recomputation not "
-    "counted"
+    "llava.train.flops: 6 * weights * tokens for the matrices of the LLM's layers, projector and tower (4 where pixels "
+    "come in); 6 * L * D * S^2 (LLM, causal) and 12 * L * D * S^2 (tower) for attention; 6 * V * D * supervised tokens "
+    "for the output layer; padding and recomputation not counted"
 )
 
 

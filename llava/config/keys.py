@@ -294,6 +294,11 @@ class TrainKeys(KeyGroup):
         "tell of a loss that is more than this times the median of the steps before, with its records; 0: never",
         within=FACTOR,
     )
+    peak_tflops: float | None = key(
+        None,
+        "what one device can do at most, in TFLOP/s of bf16, for perf/mfu in the log; not given: by its name, on CUDA",
+        within=ABOVE_0,
+    )
     report_to: str | list[str] = key(
         "none", "where metrics are reported: none, wandb, tensorboard, ...", within=REPORTS
     )

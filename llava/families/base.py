@@ -225,6 +225,15 @@ class Family(ABC):
         What the forward would have to read from the device (tokens, labels, sizes) is also in `host`, `HostCopies`.
         """
 
+    def batch_sizes(self, batch: dict, model):
+        """The `BatchSizes` of a collated batch, which may lie on the device: what `host` and the shapes say of it.
+
+        Here, of a batch that has a place for each token of its pictures.
+        """
+        from llava.families.batch_sizes import expanded_sizes
+
+        return expanded_sizes(batch)
+
     @abstractmethod
     def length(self, record: dict, sizes: list[tuple[int, int]], loaded: Loaded, args) -> Length:
         """How long a record's sample will be, from its text and the (width, height) of its pictures, none of which is

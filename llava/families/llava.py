@@ -161,6 +161,11 @@ class Llava(Family):
 
         return DataCollatorForSupervisedDataset(loaded.tokenizer.pad_token_id or 0, args.pack_sequences)(samples)
 
+    def batch_sizes(self, batch, model):
+        from llava.families.batch_sizes import merged_sizes
+
+        return merged_sizes(batch, model)
+
     def length(self, record, sizes, loaded, args) -> Length:
         from llava.data.paths import shown_media
         from llava.images.processing import pixel_shape

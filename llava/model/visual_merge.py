@@ -243,6 +243,13 @@ class VisualTokenCounter:
             chosen = self.chooser.count(pixels if pixels.ndim == 3 else pixels[0], merging=self.token_grid.merges)
         return _count(self, tuple(pixels.shape), tuple(image_size), modality, chosen)
 
+    def of_levels(self, pixel_shape, levels, image_size, modality="image") -> int:
+        """What an image really becomes, of whose patches `levels` [h, w] are chosen; None: all that its shape says."""
+        from llava.model.multimodal_encoder.patch_choice import count_tokens
+
+        chosen = None if levels is None else count_tokens(levels[None], merging=self.token_grid.merges)
+        return _count(self, tuple(pixel_shape), tuple(image_size), modality, chosen)
+
     def patches(self, pixel_shape, pixels=None) -> int:
         """Patches of the encoder for a shape as in a call; with the pixels of an image, those that it keeps of it."""
         if pixels is not None and self.chooser is not None:

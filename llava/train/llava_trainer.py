@@ -29,6 +29,7 @@ from llava.train.resume import RUN_NAME
 from llava.train.run_state import RunState
 from llava.train.saving import save_checkpoint
 from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
+from llava.train.step_log import StepLog
 from llava.train.stopping import Preempted, Stopping, in_worker
 from llava.utils import rank0_print
 
@@ -87,6 +88,8 @@ class LLaVATrainer(PhasedTrainer):
         self.numbers = NumberWatch(self)
         self.add_callback(self.numbers)
         self.add_callback(_StopAtStep(self))
+        self.step_log = StepLog(self)
+        self.add_callback(self.step_log)
         self.left_out = LeftOut(len(self.train_dataset))
         self.position = DataPosition(
             settings, len(self.train_dataset), packing is not None and packing.scope == "buffer"
@@ -145,12 +148,17 @@ class LLaVATrainer(PhasedTrainer):
     def _run_epoch(self, **kwargs):
         super()._run_epoch(**self.position.of_epoch(kwargs))
 
+    def get_batch_samples(self, *args, **kwargs):
+        self.step_log.begin()
+        return super().get_batch_samples(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """Supervised tokens of the global batch: over micro-batches and ranks. A first token is never predicted.
 
         What the collator says of records that were left out is taken out of the batches and counted. Of several ranks,
         the numbers of both are gathered together; they are read in the next step, when the host need not wait for them.
         """
+        self.step_log.read(batch_samples)
         counts = [(batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batch_samples]
         left_out = tuple(
             [record for batch in batch_samples for record in batch.pop(kind, ())]
@@ -224,7 +232,7 @@ class LLaVATrainer(PhasedTrainer):
         return norm
 
     def log(self, logs, *args, **kwargs):
-        super().log(self.numbers.corrected(logs), *args, **kwargs)
+        super().log(self.numbers.corrected(self.step_log.added_to(logs)), *args, **kwargs)
 
     # --- evaluation ---
 

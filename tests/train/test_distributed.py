@@ -135,6 +135,11 @@ def two(kit, single, tmp_path_factory):
     return out
 
 
+def tokens_of(step: dict) -> tuple[float, float]:
+    """Tokens of a sample, and the share of pictures in them, over all ranks."""
+    return step["perf/tokens_per_s"] / step["perf/samples_per_s"], step["perf/visual_token_share"]
+
+
 def evaluations(out: Path) -> list[dict]:
     """What was logged of the evaluations in a run, without their seconds."""
     logged = json.loads((out / "trainer_state.json").read_text())["log_history"]
@@ -146,9 +151,10 @@ def evaluations(out: Path) -> list[dict]:
 def test_two_processes_equal_one(kit, single, two, case):
     changes = keys_of(case, kit, single)
     expected, out = single(**changes), two / case
-    ours, theirs = tiny.history(out), tiny.history(expected)
+    ours, theirs = tiny.history(out, measured=True), tiny.history(expected, measured=True)
     assert len(ours) == len(theirs) == 3
     for got, want in zip(ours, theirs, strict=True):
+        assert tokens_of(got) == pytest.approx(tokens_of(want), rel=1e-4)
         assert abs(got["loss"] - want["loss"]) <= 1e-5, (got, want)
         assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5, (got, want)
 

@@ -267,6 +267,10 @@ class VisionTower(nn.Module, ABC):
         """Picklable function (height, width) in pixels -> (tokens, (h, w) or None)."""
         return FixedGrid(self.num_patches_per_side, "cls_patch" in self.select_feature)
 
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(h, w) in patches of each sequence that the encoder makes of pixels of this size."""
+        return [(height // self.config.patch_size, width // self.config.patch_size)]
+
     @property
     def dtype(self):
         return next(self.vision_tower.parameters()).dtype

@@ -69,6 +69,10 @@ class CLIPVisionTowerS2(CLIPVisionTower):
             maps.append(F.adaptive_avg_pool2d(grid.float(), side).to(images.dtype))
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
+    def grids(self, height, width):
+        tiles = sum((scale // self.s2_scales[0]) ** 2 for scale in self.s2_scales)
+        return super().grids(self.s2_scales[0], self.s2_scales[0]) * tiles
+
     @property
     def hidden_size(self):
         return super().hidden_size * len(self.s2_scales)
