@@ -25,7 +25,7 @@ from llava.model.visual_merge import MergeRules, VisualTokenCounter
 from tests.data.common import llava_parts, talk, tokenizer
 
 PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-WORDS = "a temple in China, seen from the river at <|im_start|> 7:30 \n\n ünïcode 中文 !! <image>".split(" ")
+WORDS = ("a", "temple", "in", "China,", "7:30", "<|im_start|>", "\n\n", "ünïcode", "中文", "!!", "<image>", "</s>")
 
 # --- headers ---
 
