@@ -112,7 +112,7 @@ def cpu_seconds() -> float:
 
 
 def measure(count: int, processes: list[int], tokenizer: str | None) -> dict:
-    """{"read": ..., "P processes": {"first", "kept": {"seconds", "cpu_seconds", "records_per_s"}}}; prints as it goes."""
+    """The figures of reading and, by the number of processes, of both ways; prints as it goes."""
     from llava.data.length_cache import places
     from llava.data.lengths import record_lengths
     from llava.data.records import load_records
