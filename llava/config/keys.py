@@ -264,6 +264,11 @@ class TrainKeys(KeyGroup):
     group_by_varlen: bool = key(False, "batches of samples of like length")
     group_by_modality_length: bool = key(False, "batches of one modality and like length")
     group_by_modality_length_auto: bool = key(False, "like group_by_modality_length, with shuffled batch order")
+    group_lengths: Literal["words", "tokens"] = key(
+        "words",
+        "length that the group_by keys go by: words: LLaVA-NeXT's estimate from the text; tokens: those of the sample, "
+        "its pictures' too, read from their headers before training",
+    )
     attn_implementation: str | None = key(
         None, "attention of the language model: eager, sdpa, flash_attention_2; not given: the best available"
     )

@@ -124,7 +124,7 @@ def read_media(record: dict, args: SampleArgs) -> Media:
         return Media(kind, paths, pictures, [picture.size for picture in pictures], conversation)
     video = load_video(paths[0], args.video_fps, args.frames_upbound, args.force_sample)
     if args.add_time_instruction:
-        conversation = _with_time(conversation, time_instruction(video))
+        conversation = with_time(conversation, time_instruction(video))
     return Media(kind, paths, [video.frames], [video.frames[0].size], conversation)
 
 
@@ -230,8 +230,20 @@ class LazySupervisedDataset(Dataset):
     @property
     def modality_lengths(self) -> list[int]:
         """Words per record: positive with an image or video (or if text is mixed in early), else negative."""
-        signs = (1 if self.args.early_mix_text or media_of(record)[0] else -1 for record in self.records)
-        return [sign * _words(record) for sign, record in zip(signs, self.records, strict=True)]
+        return [sign * _words(record) for sign, record in zip(self.modalities, self.records, strict=True)]
+
+    def token_lengths(self, **how) -> list[int]:
+        """Tokens per record in the language model, at most the longest length and at least 1, from the headers of its
+        pictures; `how` is `record_lengths`'."""
+        from llava.data.lengths import record_lengths
+
+        tokens = record_lengths(self.records, self.family, self.loaded, self.args, **how).tokens
+        return tokens.clip(1, self.args.model_max_length).tolist()
+
+    @property
+    def modalities(self) -> list[int]:
+        """Per record 1 with an image or video (or if text is mixed in early), else -1."""
+        return [1 if self.args.early_mix_text or media_of(record)[0] else -1 for record in self.records]
 
     def _count(self, name: str) -> None:
         worker = get_worker_info()
@@ -242,7 +254,7 @@ def _words(record: dict) -> int:
     return sum(len(turn.get("value", turn.get("content", "")).split()) for turn in record["conversations"])
 
 
-def _with_time(source: list, instruction: str) -> list:
+def with_time(source: list, instruction: str) -> list:
     """The conversation with the clip's times in front of its first human turn, and `<image>` before them."""
     first = next((at for at, turn in enumerate(source) if turn.get("from", turn.get("role")) in ("human", "user")), 0)
     key = "value" if "value" in source[first] else "content"

@@ -29,18 +29,17 @@ class Packing:
     config: object
 
     @classmethod
-    def of(cls, dataset, data_args, training_args, config) -> "Packing | None":
-        """As the run's keys say; None where it does not pack.
+    def of(cls, dataset, lengths, data_args, training_args, config) -> "Packing":
+        """As the run's keys say.
+
+        Args:
+            lengths: `llava.data.lengths.record_lengths` of the data set's records, on every rank alike.
 
         Raises:
             LlavaError: a row has no room for the longest sample.
         """
-        if not data_args.pack_sequences:
-            return None
-        from llava.data.lengths import record_lengths
-
         limit, length = training_args.model_max_length, data_args.pack_length
-        tokens, patches, exact = record_lengths(dataset.records, dataset.family, dataset.loaded, dataset.args)
+        tokens, patches, exact = lengths
         tokens = [min(int(number), limit) for number in tokens]
         if length is not None and length < max(tokens):
             at = tokens.index(max(tokens))

@@ -235,9 +235,20 @@ class Family(ABC):
         return expanded_sizes(batch)
 
     @abstractmethod
-    def length(self, record: dict, sizes: list[tuple[int, int]], loaded: Loaded, args) -> Length:
+    def length(
+        self, record: dict, sizes: list[tuple[int, int]], loaded: Loaded, args, frames: int | None = None
+    ) -> Length:
         """How long a record's sample will be, from its text and the (width, height) of its pictures, none of which is
-        read. Not cut to `args.model_max_length`."""
+        read. Not cut to `args.model_max_length`.
+
+        frames: those that are taken of a record's video; None: `args.frames_upbound`, the most that there may be.
+        """
+
+    def text_encoder(self, loaded: Loaded):
+        """The `TextEncoder` that samples and lengths are made with."""
+        from llava.text_encoding import text_encoder
+
+        return text_encoder(loaded.tokenizer)
 
     # --- what a model's files say, without its weights ---
 

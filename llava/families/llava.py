@@ -166,7 +166,7 @@ class Llava(Family):
 
         return merged_sizes(batch, model)
 
-    def length(self, record, sizes, loaded, args) -> Length:
+    def length(self, record, sizes, loaded, args, frames=None) -> Length:
         from llava.data.paths import shown_media
         from llava.images.processing import pixel_shape
 
@@ -175,12 +175,18 @@ class Llava(Family):
         ids, _ = loaded.preprocessor(record["conversations"], has_image=kind is not None)
         count = loaded.count_visual_tokens
         shapes = [pixel_shape(size, loaded.image_processor, args.pixels, len(sizes)) for size in sizes]
-        if kind == "video":  # as many frames as there may be; how many a file has shows when it is read
-            shapes = [(max(args.frames_upbound, 1), *shape[-3:]) for shape in shapes]
+        if kind == "video":
+            taken = max(args.frames_upbound, 1) if frames is None else frames
+            # a clip has no crops: each frame is as a whole picture that is resized
+            shapes = [(taken, *shape[-3:]) for shape in shapes]
         visual = [count(shape, size, kind) for shape, size in zip(shapes, sizes, strict=True)]
         patches = sum(count.patches(shape) for shape in shapes)
-        exact = kind != "video" and count.chooser is None
+        # what is kept of a picture's patches depends on what it shows; a clip keeps all of them
+        exact = not sizes or (frames is not None if kind == "video" else count.chooser is None)
         return Length(len(ids) - len(sizes) + sum(visual), patches, exact)
+
+    def text_encoder(self, loaded):
+        return loaded.preprocessor.encoder
 
     # --- what a model's files say, without its weights ---
 

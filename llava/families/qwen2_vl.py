@@ -244,7 +244,7 @@ class Qwen2VL(QwenChat, QwenBatches, Family):
     def visual_token(self, loaded):
         return loaded.tokenizer.convert_tokens_to_ids(PAD)
 
-    def length(self, record, sizes, loaded, args) -> Length:
+    def length(self, record, sizes, loaded, args, frames=None) -> Length:
         from llava.data.paths import shown_media
 
         kind, names = shown_media(record)
@@ -256,7 +256,8 @@ class Qwen2VL(QwenChat, QwenBatches, Family):
         ids = self.encode(record["conversations"], loaded, kind is not None).ids
         merge = images.merge_size**2
         tokens = len(ids) - len(sizes) + sum(patches // merge + 2 for patches in grids)
-        return Length(tokens, sum(grids), self.patch_choice(loaded) is None and args.patch_choice is None)
+        chosen = self.patch_choice(loaded) is not None or args.patch_choice is not None
+        return Length(tokens, sum(grids), not sizes or not chosen)
 
     # --- what a model's files say, without its weights ---
 

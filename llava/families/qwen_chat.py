@@ -80,15 +80,16 @@ class QwenChat:
         labels: list[int] = []
         answer = None
         turns = turns if system is None else [("system", system), *turns]
-        for turn in self.chat_turns(turns, images, loaded.system_turn):
+        pieces = self.chat_turns(turns, images, loaded.system_turn)
+        if any(PAD in piece.text for piece in pieces):
+            raise LlavaError(f"conversations: found {PAD} in a text, expected <image> for an image")
+        for turn in pieces:
             spans = [] if turn.answer_start is None else [(turn.answer_start, len(turn.text))]
             found = encode_spans(encoder, turn.text, spans, images, answers=turn.answer)
             if answer is None and found.answer is not None:
                 answer = len(ids) + found.answer
             ids += found.ids
             labels += found.labels
-        if loaded.tokenizer.convert_tokens_to_ids(PAD) in ids:
-            raise LlavaError(f"conversations: found {PAD} in a text, expected <image> for an image")
         return Encoded(ids, labels, answer)
 
     def prompt_text(self, turns: Turns, loaded: Loaded, *, answer=None, images=True) -> str:

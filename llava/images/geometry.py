@@ -35,12 +35,16 @@ def select_best_resolution(original_size, possible_resolutions):
     Returns:
         (width, height) of the best candidate; the earliest one on a tie.
     """
+    return _best_resolution(tuple(original_size), tuple(map(tuple, possible_resolutions)))
 
+
+@lru_cache(maxsize=65536)
+def _best_resolution(original_size, candidates):
     def score(candidate):
         effective, wasted = resolution_fit(original_size, candidate)
         return effective, -wasted
 
-    return tuple(max(possible_resolutions, key=score))
+    return max(candidates, key=score)
 
 
 @lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """Reading pictures and videos from disk."""
 
+import contextlib
 import math
 import os
 import re
@@ -31,12 +32,20 @@ def load_image(path: str) -> Image.Image:
         LlavaError: missing, not a picture, cut short, or of a shape that would fill the memory when it is squared or
             scaled up (a side over 25,000 pixels, or one over 200 times the other).
     """
+    with opened_image(path) as image:
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def opened_image(path: str):
+    """A picture of which only the header has been read; what is wrong with it, also while it is decoded, is told as
+    `load_image` says."""
     try:
         with Image.open(path) as image:
             long, short = max(image.size), min(image.size)
             if long > _MAX_SIDE or long > _MAX_RATIO * short:
                 raise LlavaError(f"image {path}: found {image.width}x{image.height} pixels, which is too long a shape")
-            return image.convert("RGB")
+            yield image
     except LlavaError:
         raise
     except FileNotFoundError:
@@ -65,8 +74,11 @@ def load_video(path: str, video_fps=1, frames_upbound: int = 0, force_sample: bo
     return _load_file(path, video_fps, frames_upbound, force_sample)
 
 
-def time_instruction(video: Video) -> str:
-    """What LLaVA-NeXT tells the model about a clip's length and frames (with `add_time_instruction`)."""
+def time_instruction(video) -> str:
+    """What LLaVA-NeXT tells the model about a clip's length and frames (with `add_time_instruction`).
+
+    video: a `Video`, or what else has its seconds and times.
+    """
     times = ",".join(f"{time:.2f}s" for time in video.times)
     count = len(video.times)
     return (
@@ -98,7 +110,12 @@ def _natural(name: str) -> tuple:
     return [int(part) if at % 2 else part for at, part in enumerate(parts)], name
 
 
-def _load_folder(path: str, frames_upbound: int, force_sample: bool) -> Video:
+def folder_frames(path: str, frames_upbound: int, force_sample: bool) -> tuple[list[str], float, list[float]]:
+    """Of a folder of pictures: the paths of the frames that are taken, the clip's seconds, the seconds of each frame.
+
+    Raises:
+        LlavaError: there are none.
+    """
     pictures = (name for name in os.listdir(path) if name.lower().endswith(PICTURE_SUFFIXES))
     names = sorted((name for name in pictures if not name.startswith(".")), key=_natural)
     if not names:
@@ -106,29 +123,67 @@ def _load_folder(path: str, frames_upbound: int, force_sample: bool) -> Video:
     bound = frames_upbound if frames_upbound > 0 else _FOLDER_FRAMES
     spread = len(names) > bound or (force_sample and frames_upbound > 0)
     indices = _spread(len(names), bound) if spread else list(range(len(names)))
-    frames = [load_image(os.path.join(path, names[index])) for index in indices]
-    sizes = {frame.size for frame in frames}
-    if len(sizes) > 1:
-        raise LlavaError(f"video {path}: found frames of sizes {sorted(sizes)}, expected one size")
-    return Video(frames, len(names) / _FOLDER_FPS, [index / _FOLDER_FPS for index in indices])
+    frames = [os.path.join(path, names[index]) for index in indices]
+    return frames, len(names) / _FOLDER_FPS, [index / _FOLDER_FPS for index in indices]
 
 
-def _load_file(path: str, video_fps, frames_upbound: int, force_sample: bool) -> Video:
-    try:
-        import av
-    except ImportError:
-        raise LlavaError(f"video {path}: reading a video file needs PyAV; install it with: pip install av") from None
-    try:
+def check_one_size(path: str, sizes: list[tuple[int, int]]) -> None:
+    """Refuse the frames of a folder if they are not all of one (width, height)."""
+    if len(set(sizes)) > 1:
+        raise LlavaError(f"video {path}: found frames of sizes {sorted(set(sizes))}, expected one size")
+
+
+def _load_folder(path: str, frames_upbound: int, force_sample: bool) -> Video:
+    names, seconds, times = folder_frames(path, frames_upbound, force_sample)
+    frames = [load_image(name) for name in names]
+    check_one_size(path, [frame.size for frame in frames])
+    return Video(frames, seconds, times)
+
+
+class VideoHeader(NamedTuple):
+    """What a video file says of itself: its frames, those of a second, and (width, height)."""
+
+    frames: int
+    fps: float
+    size: tuple[int, int]
+
+
+def read_header(path: str) -> VideoHeader:
+    """The header of a video file; frames are decoded, to be counted, only where it does not say how many there are.
+
+    Raises:
+        LlavaError: broken, without frames, or PyAV is not installed.
+    """
+    with _av(path) as av:
         with av.open(path) as container:
             if not container.streams.video:
                 raise LlavaError(f"video {path}: found no video stream")
             stream = container.streams.video[0]
             fps = float(stream.average_rate or stream.guessed_rate or 0)
-            total = stream.frames
+            total, size = stream.frames, (stream.width, stream.height)
         if not total:
             total = _count_frames(av, path)
         if not fps or not math.isfinite(fps) or not total:
             raise LlavaError(f"video {path}: found {total} frames at {fps} a second")
+        return VideoHeader(total, fps, size)
+
+
+@contextlib.contextmanager
+def _av(path: str):
+    """PyAV; what is wrong with a file is a `LlavaError`."""
+    try:
+        import av
+    except ImportError:
+        raise LlavaError(f"video {path}: reading a video file needs PyAV; install it with: pip install av") from None
+    try:
+        yield av
+    except (av.FFmpegError, OSError) as error:
+        raise LlavaError(f"video {path}: cannot be read ({error})") from None
+
+
+def _load_file(path: str, video_fps, frames_upbound: int, force_sample: bool) -> Video:
+    total, fps, _ = read_header(path)
+    with _av(path) as av:
         indices, times = frame_indices(total, fps, video_fps, frames_upbound, force_sample)
         frames = _decode(av, path, set(indices))
         if len(frames) < len(set(indices)):  # the header promised more frames than there are
@@ -138,8 +193,6 @@ def _load_file(path: str, video_fps, frames_upbound: int, force_sample: bool) ->
         if not indices or len(frames) < len(set(indices)):
             raise LlavaError(f"video {path}: found {len(frames)} frames that decode")
         return Video([frames[index] for index in indices], total / fps, times)
-    except (av.FFmpegError, OSError) as error:
-        raise LlavaError(f"video {path}: cannot be read ({error})") from None
 
 
 def _count_frames(av, path: str) -> int:

@@ -222,12 +222,14 @@ class VisualTokenCounter:
         patch: side of the encoder's patch in pixels.
         chooser: the tower's `PatchChooser`, where an image's tokens depend on what it shows; `token_grid` is then what
             they are at most.
+        scales: sides in pixels of a crop as the encoder sees it, where that is not its own side (S2).
     """
 
     rules: MergeRules
     token_grid: Callable[[int, int], tuple[int, tuple[int, int] | None]]
     patch: int = 14
     chooser: object = field(default=None, compare=False)
+    scales: tuple[int, ...] = ()
 
     def __call__(self, pixel_shape, image_size, modality="image") -> int:
         """Of a shape: what an image becomes, or at most becomes where the tower chooses patches.
@@ -255,7 +257,8 @@ class VisualTokenCounter:
         if pixels is not None and self.chooser is not None:
             return self.chooser.count(pixels if pixels.ndim == 3 else pixels[0], merging=False)
         crops = pixel_shape[0] if len(pixel_shape) == 4 else 1
-        return crops * (pixel_shape[-2] // self.patch) * (pixel_shape[-1] // self.patch)
+        seen = [(side, side) for side in self.scales] or [pixel_shape[-2:]]
+        return crops * sum((height // self.patch) * (width // self.patch) for height, width in seen)
 
 
 @lru_cache(maxsize=65536)

@@ -24,7 +24,7 @@ from llava.train.number_watch import NumberWatch
 from llava.train.phased_trainer import PhasedTrainer
 from llava.train.phases import during, enter
 from llava.train.position import DataPosition
-from llava.train.ranks import gather
+from llava.train.ranks import gather, of_rank0
 from llava.train.resume import RUN_NAME
 from llava.train.run_state import RunState
 from llava.train.saving import save_checkpoint
@@ -121,16 +121,27 @@ class LLaVATrainer(PhasedTrainer):
     def _order(self, dataset):
         """The sampler that the run's settings name."""
         args = self.args
-        if args.group_by_modality_length or args.group_by_modality_length_auto:
-            lengths = dataset.modality_lengths
+        by_modality = args.group_by_modality_length or args.group_by_modality_length_auto
+        if by_modality:
             group_by = "modality_length" if args.group_by_modality_length else "modality_length_auto"
         elif args.group_by_varlen:
-            lengths, group_by = dataset.lengths, "varlen"
+            group_by = "varlen"
         elif getattr(args, "train_sampling_strategy", None) == "group_by_length":
-            lengths, group_by = dataset.lengths, "length"
+            group_by = "length"
         else:
             return super()._get_train_sampler(dataset)
+        lengths = self._lengths(dataset, by_modality)
         return LengthGroupedSampler(lengths, *self.position.order, group_by, args.seed)
+
+    def _lengths(self, dataset, by_modality: bool) -> list[int]:
+        """What records are grouped by, with the sign of their modality if that counts."""
+        if self.args.group_lengths == "words":
+            return dataset.modality_lengths if by_modality else dataset.lengths
+        enter("reading of lengths")
+        lengths = of_rank0(dataset.token_lengths(worker_init_fn=in_worker()))
+        enter("preparation of the training")
+        signs = dataset.modalities if by_modality else [1] * len(lengths)
+        return [sign * length for sign, length in zip(signs, lengths, strict=True)]
 
     # transformers goes on at a step as it counts them; with other batches the position says where
 

@@ -27,6 +27,17 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def of_rank0(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. All must call it."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def together(do: Callable[[], None]) -> None:
     """Do something on every rank.
 

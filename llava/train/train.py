@@ -14,7 +14,7 @@ from llava.train.checkpoints import STATE_NAME
 from llava.train.launcher import under_launcher
 from llava.train.phases import enter
 from llava.train.process_groups import leave_process_group, limit_groups
-from llava.train.ranks import check_seen_by_all, from_rank0
+from llava.train.ranks import check_seen_by_all, from_rank0, of_rank0
 from llava.train.resume import (
     check_own,
     checkpoint_to_begin_at,
@@ -27,7 +27,7 @@ from llava.train.resume import (
 )
 from llava.train.run_state import RunState, one_run
 from llava.train.saving import final_model
-from llava.train.stopping import Preempted, Stopping
+from llava.train.stopping import Preempted, Stopping, in_worker
 from llava.train.warned_once import warned_once
 from llava.train.watch import watched
 from llava.utils import is_rank0, rank0_print
@@ -80,7 +80,6 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     from transformers import set_seed
 
     from llava.data import make_data
-    from llava.data.packed_loading import Packing
     from llava.families import family_of
     from llava.families.precision import Precision
     from llava.families.training import tunable_parts
@@ -120,7 +119,7 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     for part, origin in origins.items():
         rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)
-    packing = Packing.of(data["train_dataset"], data_args, training_args, model.config)
+    packing = _packing(data["train_dataset"], data_args, training_args, model.config)
     padded = replace(args, pack_sequences=False)
     evaluation = held_out and make_evaluation(*held_out, family, loaded, padded, training_args.eval_image_folder)
     trainer = LLaVATrainer(
@@ -130,6 +129,17 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     )
     enter("preparation of the training")
     _take_steps(trainer, checkpoint)
+
+
+def _packing(dataset, data_args, training_args, config):
+    """How the run's samples share rows; None: one to a row."""
+    if not data_args.pack_sequences:
+        return None
+    from llava.data.packed_loading import Packing
+
+    enter("reading of lengths")
+    lengths = of_rank0(dataset.token_lengths(worker_init_fn=in_worker()))
+    return Packing.of(dataset, lengths, data_args, training_args, config)
 
 
 def _count_records(data_args, training_args) -> int:

@@ -19,6 +19,7 @@ ALL = {"mm_vision_tower", "mm_mlp_adapter", "mm_language_model"}
         dict(group_by_modality_length=True),
         dict(group_by_modality_length_auto=True),
         dict(group_by_varlen=True),
+        dict(group_by_modality_length=True, group_lengths="tokens"),
         dict(group_by_length=True, train_sampling_strategy=None),
     ],
 )
