@@ -135,10 +135,12 @@ def _packing(dataset, data_args, training_args, config):
     """How the run's samples share rows; None: one to a row."""
     if not data_args.pack_sequences:
         return None
+    from llava.data.lengths import record_lengths
     from llava.data.packed_loading import Packing
 
     enter("reading of lengths")
-    lengths = of_rank0(dataset.token_lengths(worker_init_fn=in_worker()))
+    of_data = dataset.records, dataset.family, dataset.loaded, dataset.args
+    lengths = of_rank0(record_lengths(*of_data, worker_init_fn=in_worker()))
     return Packing.of(dataset, lengths, data_args, training_args, config)
 
 
