@@ -97,11 +97,14 @@ def expanded_sizes(batch: dict, image_token_type: int = 1) -> BatchSizes:
 
 
 def _segments(host) -> tuple[list, object]:
-    """The token ids of each sample, and bool [B, L] of where any are; rows are padded, or one is packed of samples."""
+    """The token ids of each sample, and bool [B, L] of where any are; rows are padded, or one is packed of samples.
+
+    LLaVA's samples are packed by the merge, in its model; until then they are rows, with a mask.
+    """
     import torch
 
     ids = host.input_ids
-    if host.packed:
+    if host.packed and host.attention_mask is None:
         keep = torch.arange(ids.shape[1])[None] < sum(host.packed)
         return list(ids[0, : sum(host.packed)].split(host.packed)), keep
     keep = torch.ones_like(ids, dtype=torch.bool) if host.attention_mask is None else host.attention_mask.bool()
