@@ -234,6 +234,18 @@ def test_killed_at_any_moment_of_a_save_it_goes_on(kit, tmp_path):
             shutil.rmtree(out)
 
 
+def test_a_run_killed_behind_its_last_save_keeps_to_its_limit(kit, whole, tmp_path):
+    """All steps are taken and saved, what is too many is not removed yet, and the final model not written."""
+    out = shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("trainer_state.json"))
+    shutil.copy(whole / "checkpoint-3/trainer_state.json", out / "checkpoint-3")
+    shutil.copy(whole / "checkpoint-2/trainer_state.json", out / "checkpoint-2")
+    shutil.rmtree(out / "checkpoint-1")
+    (out / "model.safetensors").unlink()
+    (out / "run_state.json").unlink()
+    kit.run(out, "iiii", max_steps=3, **STEPS, save_total_limit=1)
+    assert [folder.name for folder in checkpoints_of(out)] == ["checkpoint-3"] and not weights_differ(out, whole)
+
+
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
