@@ -43,8 +43,10 @@ def final_model(trainer) -> Iterator[Path]:
         trainer.accelerator.wait_for_everyone()
         if args.should_save:
             checkpoints.move_into(folder, Path(args.output_dir))
-            last = Path(args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-            if last.is_dir():  # a run that was killed behind its last save has yet to remove those before
+            step = trainer.state.global_step
+            last = Path(args.output_dir) / f"checkpoint-{step}"
+            # a run that was killed behind its last save takes no step, and that checkpoint has just been verified
+            if step == trainer.position.start.step and last.is_dir():
                 _rotate(trainer, last)
     trainer.accelerator.wait_for_everyone()
 
