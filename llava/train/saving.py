@@ -29,8 +29,7 @@ def save_checkpoint(trainer, write: Callable[[Path], None]) -> Path:
             stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
             about = {"step": step, "world_size": args.world_size, "deepspeed": stage, "finite": True}
             checkpoints.publish(folder, args.output_dir, about, files)
-            best = trainer.state.best_model_checkpoint
-            checkpoints.rotate(args.output_dir, args.save_total_limit, {str(final), *([best] if best else [])})
+            _rotate(trainer, final)
     trainer.accelerator.wait_for_everyone()
     return final
 
@@ -44,7 +43,18 @@ def final_model(trainer) -> Iterator[Path]:
         trainer.accelerator.wait_for_everyone()
         if args.should_save:
             checkpoints.move_into(folder, Path(args.output_dir))
+            step = trainer.state.global_step
+            last = Path(args.output_dir) / f"checkpoint-{step}"
+            # a run that was killed behind its last save takes no step, and that checkpoint has just been verified
+            if step == trainer.position.start.step and last.is_dir():
+                _rotate(trainer, last)
     trainer.accelerator.wait_for_everyone()
+
+
+def _rotate(trainer, newest: Path) -> None:
+    """Keep to `save_total_limit`: what stays is the newest checkpoint and the best."""
+    best = trainer.state.best_model_checkpoint
+    checkpoints.rotate(trainer.args.output_dir, trainer.args.save_total_limit, {str(newest), *([best] if best else [])})
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def hear_all() -> None:
-    """In a new process, before its program begins: what was ignored where this began (`nohup`, `&`) stays ignored, a
-    shell script could not even hear it."""
+    """In a new process, before its program begins: let it hear the signals that were ignored where the tests were
+    started (`nohup`, `&`), as it would at a terminal. A shell script could not do so itself."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 

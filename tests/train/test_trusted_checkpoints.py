@@ -224,14 +224,28 @@ def test_killed_at_any_moment_of_a_save_it_goes_on(kit, tmp_path):
             visible = checkpoints_of(out)
             assert [fault(folder) for folder in visible] == [None] * len(visible), moment
             before = visible[-1].name if visible else None
+            state = out / "run_state.json"
+            ended = state.exists() and json.loads(state.read_text())["state"] == "finished"
             assert run(out.name) == 0, (moment, (tmp_path / f"{out.name}.log").read_text()[-3000:])
             said = (tmp_path / f"{out.name}.log").read_text()
-            assert before is None or f"resuming from {out}/checkpoint-" in said
+            assert before is None or ended or f"resuming from {out}/checkpoint-" in said
             assert len(tiny.history(out)) == 3 and not weights_differ(out, tmp_path / "through"), moment
             assert json.loads((out / "run_state.json").read_text())["state"] == "finished"
             assert [folder.name for folder in checkpoints_of(out)] == ["checkpoint-3"], moment
             assert not list(out.glob(".*")), list(out.glob(".*"))
             shutil.rmtree(out)
+
+
+def test_a_run_killed_behind_its_last_save_keeps_to_its_limit(kit, whole, tmp_path):
+    """All steps are taken and saved, what is too many is not removed yet, and the final model not written."""
+    out = shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("trainer_state.json"))
+    shutil.copy(whole / "checkpoint-3/trainer_state.json", out / "checkpoint-3")
+    shutil.copy(whole / "checkpoint-2/trainer_state.json", out / "checkpoint-2")
+    shutil.rmtree(out / "checkpoint-1")
+    (out / "model.safetensors").unlink()
+    (out / "run_state.json").unlink()
+    kit.run(out, "iiii", max_steps=3, **STEPS, save_total_limit=1)
+    assert [folder.name for folder in checkpoints_of(out)] == ["checkpoint-3"] and not weights_differ(out, whole)
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ class LlavaTowers(lmms):
         return target if isinstance(target, str) else str(target(self._doc(request)))
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
-        raise NotImplementedError("llava_towers: tasks of several rounds are not supported")
+        raise LlavaError("llava_towers: found a task of several rounds, expected one question and one answer")
 
 
 class LlavaTowersChat(LlavaTowers):
@@ -259,4 +259,4 @@ class LlavaTowersChat(LlavaTowers):
         raise LlavaError(f"messages: found {item['type']}, expected text, image or video")
 
     def loglikelihood(self, requests: list):
-        raise NotImplementedError("llava_towers: lmms-eval scores given answers with --force_simple only")
+        raise LlavaError("llava_towers: found answers to score, expected --force_simple, with which lmms-eval has them")
