@@ -234,7 +234,8 @@ class DataKeys(KeyGroup):
     )
     pack_length: int | None = key(
         None,
-        "most tokens of a packed row; not given: model_max_length, with pack_scope step as much for each of a batch",
+        "most tokens of a packed row; not given: model_max_length, with pack_scope step as much for each sample of "
+        "per_device_train_batch_size",
         within=POSITIVE,
     )
     pack_scope: Literal["step", "buffer"] = key(

@@ -14,14 +14,14 @@ class Packing:
 
     Attributes:
         scope: "step" or "buffer".
-        length: most tokens of a row; None: what the samples of a step come to.
+        length: most tokens of a row.
         buffer, seed: of pack_scope buffer.
         tokens, patches: of each record's sample, as long as it can be.
         config: the model's, for the cost of a sample.
     """
 
     scope: str
-    length: int | None
+    length: int
     buffer: int
     seed: int
     tokens: list[int]
@@ -47,12 +47,20 @@ class Packing:
                 f"{dataset.records.describe(at)}: its sample has {tokens[at]} tokens, which is more than pack_length "
                 f"{length}; expected a pack_length of at least {max(tokens)}, or a shorter model_max_length"
             )
-        if length is None and data_args.pack_scope == "buffer":
-            length = limit
+        mean, batch = sum(tokens) / len(tokens), 1
+        if data_args.pack_scope == "step":
+            batch = training_args.train_batch_size
+        if length is None:
+            length = limit * batch  # into which the samples of any step fit
+        elif length < mean * batch:
+            raise LlavaError(
+                f"pack_length: found {length}, but with pack_scope step a row has {batch} samples on average "
+                f"(per_device_train_batch_size), and they have {mean * batch:.0f} tokens; expected a longer "
+                "pack_length, a smaller batch with more gradient_accumulation_steps, or pack_scope buffer"
+            )
         seed = data_args.pack_seed
         if seed is None:
             seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-        mean = sum(tokens) / len(tokens)
         rank0_print(
             f"packing: {len(tokens):,} samples of {mean:,.0f} tokens on average and {max(tokens):,} at most"
             + ("" if all(exact) else "; where the media decide, the most that there can be")

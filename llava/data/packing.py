@@ -16,7 +16,7 @@ from itertools import chain
 
 from torch.utils.data import Sampler
 
-from llava.errors import LlavaError
+from llava.utils import rank0_print
 
 
 def cost(tokens: int, patches: int, config) -> float:
@@ -49,17 +49,28 @@ def divide(tokens: Sequence[int], costs: Sequence[float], rows: int, pack_length
     """Samples divided over a number of rows so that the most expensive row is cheap: the dearest sample first, each to
     the cheapest row that has room (LPT; Graham 1969: at most 4/3 of the best).
 
+    Where that leaves no room for one, lengths alone decide.
+
     Args:
         tokens, costs: of each sample.
         rows: how many there are.
-        pack_length: most tokens of a row; None: no limit.
+        pack_length: most tokens of a row; None: no limit. Where the samples do not fit into so many rows it is
+            exceeded, by as little as LPT finds.
 
     Returns:
         The places of the samples in each row, in order; a row may be empty.
-
-    Raises:
-        LlavaError: the samples do not fit into so many rows.
     """
+    made = _longest_first(tokens, costs, rows, pack_length)
+    if made is None:
+        made = first_fit_decreasing(tokens, pack_length)
+        made += [[] for _ in range(rows - len(made))]
+        if len(made) > rows:
+            made = _longest_first(tokens, tokens, rows, None)
+    return [sorted(row) for row in made]
+
+
+def _longest_first(tokens, costs, rows: int, pack_length: int | None) -> list[list[int]] | None:
+    """LPT; None where a sample finds no row with room."""
     made: list[list[int]] = [[] for _ in range(rows)]
     filled, cheapest = [0] * rows, [(0.0, row) for row in range(rows)]
     for at in sorted(range(len(tokens)), key=lambda at: (-costs[at], -tokens[at], at)):
@@ -67,27 +78,14 @@ def divide(tokens: Sequence[int], costs: Sequence[float], rows: int, pack_length
         while cheapest and pack_length is not None and filled[cheapest[0][1]] + tokens[at] > pack_length:
             passed.append(heapq.heappop(cheapest))
         if not cheapest:
-            return _fitting(tokens, rows, pack_length)
+            return None
         spent, row = cheapest[0]
         heapq.heapreplace(cheapest, (spent + costs[at], row))
         made[row].append(at)
         filled[row] += tokens[at]
         for entry in passed:
             heapq.heappush(cheapest, entry)
-    return [sorted(row) for row in made]
-
-
-def _fitting(tokens: Sequence[int], rows: int, pack_length: int) -> list[list[int]]:
-    """`divide` where going by cost leaves no room: by length alone."""
-    made = first_fit_decreasing(tokens, pack_length)
-    if len(made) > rows:
-        raise LlavaError(
-            f"pack_length: found {pack_length}, but the {len(tokens)} samples of a step have {sum(tokens)} tokens and "
-            f"need {len(made)} rows of that length, expected {rows} (per_device_train_batch_size samples a row on "
-            "average): make pack_length longer, the batch smaller with more gradient_accumulation_steps, or take "
-            "pack_scope buffer"
-        )
-    return [sorted(row) for row in made] + [[] for _ in range(rows - len(made))]
+    return made
 
 
 def first_fit_decreasing(tokens: Sequence[int], pack_length: int) -> list[list[int]]:
@@ -182,6 +180,7 @@ class StepPacking(Sampler):
     ):
         self.sampler, self.tokens, self.costs = sampler, tokens, costs
         self.samples, self.rows, self.pack_length, self.drop_last = samples, rows, pack_length, drop_last
+        self._told = False  # of a row that is too long
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.sampler), self.samples)
@@ -200,7 +199,15 @@ class StepPacking(Sampler):
     def _divided(self, step: list) -> Iterator[list]:
         numbers = [item[1] if isinstance(item, tuple) else item for item in step]
         tokens, costs = [self.tokens[number] for number in numbers], [self.costs(number) for number in numbers]
-        return ([step[at] for at in row] for row in divide(tokens, costs, self.rows, self.pack_length))
+        rows = divide(tokens, costs, self.rows, self.pack_length)
+        longest = max(sum(tokens[at] for at in row) for row in rows)
+        if self.pack_length is not None and longest > self.pack_length and not self._told:
+            self._told = True
+            rank0_print(
+                f"packing: the {len(step)} samples of a step have {sum(tokens)} tokens and do not fit into {self.rows} "
+                f"rows of pack_length {self.pack_length}: its longest row has {longest}. Other steps may do so too"
+            )
+        return ([step[at] for at in row] for row in rows)
 
 
 class BufferPacking(Sampler):

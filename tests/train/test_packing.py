@@ -114,7 +114,7 @@ def test_what_is_refused(kit, tmp_path, capsys):
     line = refused(kit, capsys, tmp_path / "a", KINDS, **PACKED, pack_length=20)
     assert "its sample has" in line and "more than pack_length 20; expected a pack_length of at least" in line
     line = refused(kit, capsys, tmp_path / "b", KINDS, **PACKED, pack_length=100)
-    assert "pack_length: found 100, but the 4 samples of a step have" in line
+    assert "pack_length: found 100, but with pack_scope step a row has 4 samples on average" in line
     line = refused(kit, capsys, tmp_path / "c", KINDS, pack_sequences=True, attn_implementation="eager")
     assert "attn_implementation" in line and "varlen" in line
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
