@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-use_environment test torch transformers deepspeed sklearn matplotlib wandb av pytest xdist hypothesis ruff
+use_environment test torch transformers deepspeed sklearn matplotlib wandb pyarrow av pytest xdist hypothesis ruff
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

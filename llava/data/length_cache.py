@@ -1,13 +1,15 @@
 """Lengths kept beside the data file that they are of, so that a second run with the same settings need not ask again.
 
-The file is `FILE.llava-lengths-v1.safetensors`, or in the user's cache folder where there is no writing beside FILE.
-It holds the lengths of a few settings, the newest first, each under its fingerprint, and the SHA-256 of FILE: lengths
-of other content are not used. Pictures are not looked at again; whoever replaces them removes the file.
+The file is `FILE.llava-lengths-v1.arrow`, or in the user's cache folder where there is no writing beside FILE. It holds
+the lengths of a few settings, a record batch for each, the newest first; its metadata name their fingerprints and the
+SHA-256 of FILE: lengths of other content are not used. Pictures are not looked at again; whoever replaces them removes
+the file. Without pyarrow (it comes with the extra `train`) nothing is kept.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import os
 import tempfile
 from typing import NamedTuple
@@ -16,7 +18,8 @@ import numpy as np
 
 from llava.utils import rank0_print
 
-ENDING = ".llava-lengths-v1.safetensors"
+ENDING = ".llava-lengths-v1.arrow"
+_COLUMNS = {"row": np.int64, "tokens": np.int32, "patches": np.int32, "exact": np.bool_}  # see `Lengths`
 _SETTINGS = 8  # of so many settings a file keeps the lengths: towers are compared on the same data
 
 
@@ -69,6 +72,9 @@ class LengthCache:
 
     def write(self, settings: str, rows: np.ndarray, lengths: Lengths) -> None:
         """Keep the lengths of some rows, and what was kept of others; a disk that is full or closed is told of."""
+        if not importlib.util.find_spec("pyarrow"):
+            rank0_print("lengths: not kept for the next run, which takes pyarrow: pip install -e '.[train]'")
+            return
         for path in self.paths:
             kept = self._read(path)
             before = kept.pop(settings, (np.zeros(0, np.int64), Lengths.empty(0)))
@@ -85,37 +91,42 @@ class LengthCache:
 
     def _read(self, path: str, settings: str | None = None) -> dict[str, tuple[np.ndarray, Lengths]]:
         """Fingerprint -> (rows, their lengths) of a file, one or all; nothing of a file of other content."""
-        from safetensors import SafetensorError, safe_open
+        if not os.path.isfile(path) or not importlib.util.find_spec("pyarrow"):
+            return {}
+        import pyarrow as pa
 
-        if not os.path.isfile(path):
-            return {}
         try:
-            with safe_open(path, "np") as file:
-                said = file.metadata() or {}
-                if said.get("content") != self.content:
+            with pa.OSFile(path) as source, pa.ipc.open_file(source) as file:
+                said = file.schema.metadata or {}
+                if said.get(b"content") != self.content.encode():
                     return {}
-                names = [name for name in said.get("settings", "").split() if settings in (None, name)]
-                parts = {
-                    name: [file.get_tensor(f"{name}.{part}") for part in ("rows", *Lengths._fields)] for name in names
+                names = said[b"settings"].decode().split()
+                batches = {
+                    name: file.get_batch(at) for at, name in enumerate(names) if settings is None or name == settings
                 }
-        except (SafetensorError, OSError) as error:
-            rank0_print(f"{path}: cannot be read ({error}); the lengths are asked for again")
+        except (pa.ArrowException, OSError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            rank0_print(f"{path}: cannot be read ({reason}); the lengths are asked for again")
             return {}
-        return {name: (rows, Lengths(*values)) for name, (rows, *values) in parts.items()}
+        columns = {
+            name: [batch[key].to_numpy(zero_copy_only=False) for key in _COLUMNS] for name, batch in batches.items()
+        }
+        return {name: (rows, Lengths(*values)) for name, (rows, *values) in columns.items()}
 
     def _write(self, path: str, kept: dict[str, tuple[np.ndarray, Lengths]]) -> None:
         """Under another name first: a run that is killed leaves no half of a file."""
-        from safetensors.numpy import save
+        import pyarrow as pa
 
         names = list(kept)[:_SETTINGS]
-        tensors = {f"{name}.rows": kept[name][0] for name in names}
-        tensors |= {f"{name}.{part}": values for name in names for part, values in kept[name][1]._asdict().items()}
-        data = save(tensors, {"content": self.content, "settings": " ".join(names)})
+        types = {name: pa.from_numpy_dtype(kind) for name, kind in _COLUMNS.items()}
+        schema = pa.schema(types.items(), {"content": self.content, "settings": " ".join(names)})
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=os.path.dirname(path))
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                with pa.ipc.new_file(file, schema) as writer:
+                    for rows, lengths in (kept[name] for name in names):
+                        writer.write_batch(pa.record_batch([rows, *lengths], schema=schema))
                 os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:

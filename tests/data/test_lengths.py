@@ -1,16 +1,17 @@
 """Lengths of records: headers of pictures and videos, texts in batches, several processes, what is kept."""
 
+import importlib.util
 import json
 import os
 import random
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors import safe_open
 from transformers import CLIPImageProcessorPil
 
 from llava.data import lengths as module
@@ -225,9 +226,19 @@ def test_only_the_newest_settings_are_kept(parts):
     cache, rows = LengthCache(str(parts.folder / "a.json")), np.arange(3)
     for number in range(11):
         cache.write(f"s{number}", rows, Lengths.empty(3)._replace(tokens=np.full(3, number, np.int32)))
-    with safe_open(places(str(parts.folder / "a.json"))[0], "np") as file:
-        assert file.metadata()["settings"].split() == [f"s{number}" for number in range(10, 2, -1)]
+    with pyarrow.ipc.open_file(places(str(parts.folder / "a.json"))[0]) as file:
+        assert file.schema.names == ["row", "tokens", "patches", "exact"]
+        assert file.schema.metadata[b"settings"].decode().split() == [f"s{number}" for number in range(10, 2, -1)]
     assert cache.read("s5", rows)[0].tokens.tolist() == [5] * 3 and not cache.read("s2", rows)[1].any()
+
+
+def test_without_pyarrow_nothing_is_kept(parts, asked, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find(name))
+    records = load_records(str(parts.folder / "a.json"))
+    assert same(record_lengths(records, *parts()), record_lengths(records, *parts())) and asked == [30, 30]
+    assert "not kept for the next run, which takes pyarrow" in capsys.readouterr().out
+    assert not (parts.folder / f"a.json{ENDING}").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a cache", None])
