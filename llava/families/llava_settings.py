@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from llava.errors import LlavaError, OutOfReach
 from llava.families.llava_geometry import run_config
 from llava.families.llava_layout import VisionLayout, check_layout, vision_layout
-from llava.families.settings import arguments, check_common, check_parts, trained_parts
+from llava.families.settings import arguments, check_common, check_packs, check_parts, trained_parts
 from llava.model.vision_change import Origin, VisionChange
 
 # part that may be random -> its name, and the key that names weights for it
@@ -38,6 +38,7 @@ def check_fit(run) -> dict[str, str]:
     args, checkpoint = arguments(run), None
     with _later(lacking):
         checkpoint = read_config(model)
+        check_packs(run, checkpoint)
         architecture_for(args, checkpoint)
         rope_overrides(args, checkpoint)
     if run["vision_tower"] is None:

@@ -57,10 +57,12 @@ class Qwen2VL(QwenChat, QwenBatches, Family):
             raise LlavaError(f"mm_tunable_parts: names mm_token_compressor, which {self.title} does not have")
 
     def check_fit(self, run):
-        from llava.families.settings import check_parts, trained_parts
+        from llava.families.settings import check_packs, check_parts, trained_parts
+        from llava.model.builder import read_config
 
         origins = super().check_fit(run)
         self._check_type(run["model_name_or_path"])
+        check_packs(run, read_config(run["model_name_or_path"]))
         check_parts(trained_parts(run), set(self.parts))
         processor = self.load_processor(run["model_name_or_path"], cache_dir=run["cache_dir"])
         self.set_run_images(processor.image_processor, run, run["model_name_or_path"])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
-from llava.families.training import check_attention, check_no_adapter, tunable_parts
+from llava.families.training import check_attention, check_no_adapter, check_segments, tunable_parts
 
 
 def check_common(run) -> None:
@@ -15,11 +15,28 @@ def check_common(run) -> None:
         LlavaError: as it says.
     """
     check_attention(run["attn_implementation"])
+    if run["pack_sequences"]:
+        check_segments(run["attn_implementation"])
     check_no_adapter(run["model_name_or_path"])
     check_lora(run["lora_enable"], trained_parts(run))
     path = run["lora_weight_path"]
     if run["lora_enable"] and path and not os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise LlavaError(f"{run.source('lora_weight_path')}: lora_weight_path {path}: found no adapter_config.json")
+
+
+def check_packs(run, config: dict) -> None:
+    """Refuse to pack rows for a language model that would carry something over from one sample of a row to the next.
+
+    Args:
+        config: the model's, as its file has it.
+    """
+    text = config.get("text_config") or config
+    others = set(text.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if run["pack_sequences"] and others:
+        raise LlavaError(
+            f"{run.source('pack_sequences')}: pack_sequences is on, but {run['model_name_or_path']} has layers of "
+            f"{', '.join(sorted(others))}, which do not tell a packed row's samples apart; expected it off"
+        )
 
 
 def trained_parts(run) -> set[str]:

@@ -38,12 +38,17 @@ def attention_for(training_args, config=None, packed: bool = False) -> str:
     best = best_attention(dtype, on_cpu, config, asked)
     if not packed or keeps_samples_apart(best):
         return best
-    if asked is not None:
+    check_segments(asked)
+    return best_attention(dtype, on_cpu, config, "varlen")
+
+
+def check_segments(asked: str | None) -> None:
+    """Refuse an `attn_implementation` that a run asks for and that has no segments, as packed rows need."""
+    if asked is not None and not keeps_samples_apart(asked):
         raise LlavaError(
             f"attn_implementation: found {asked!r}, which lets the samples of a packed row see each other; expected "
-            "varlen or flash_attention_2 with pack_sequences"
+            "varlen or flash_attention_2 with pack_sequences, or neither"
         )
-    return best_attention(dtype, on_cpu, config, "varlen")
 
 
 @contextlib.contextmanager

@@ -30,12 +30,12 @@ def try_settings(training_args, run) -> None:
     for name, package in PACKAGES.items():
         if getattr(training_args, name):
             _need(package, name)
-    _check_words(training_args)
+    _check_words(training_args, run)
     _try_optimizer(training_args)
     _try_schedule(training_args)
 
 
-def _check_words(args) -> None:
+def _check_words(args, run) -> None:
     """What transformers finds wrong only when it trains."""
     import torch
 
@@ -45,6 +45,12 @@ def _check_words(args) -> None:
         raise LlavaError("save_strategy is best without metric_for_best_model, expected both")
     if args.fsdp and args.parallel_mode.value != "distributed":
         raise LlavaError(f"fsdp is {args.fsdp} in a run of one process, expected several (torchrun)")
+    dealt = args.accelerator_config
+    if run["pack_sequences"] and (dealt.split_batches or dealt.dispatch_batches):
+        raise LlavaError(
+            f"accelerator_config: found split_batches {dealt.split_batches} and dispatch_batches "
+            f"{dealt.dispatch_batches}, expected neither with pack_sequences: a row goes to one rank as it is"
+        )
     taken = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, *OF_TRANSFORMERS} - NOT_GIVEN
     for key in args.gradient_checkpointing_kwargs or {}:
         if key not in taken:

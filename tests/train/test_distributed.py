@@ -61,6 +61,8 @@ EVALUATED = {  # five batches of two for two ranks, some without an image; after
     **{"load_best_model_at_end": True, "metric_for_best_model": "eval_exact_match", "save_total_limit": 1},
     **{"save_strategy": "steps", "save_steps": 1},
 }
+ROWS = {"pack_sequences": True}  # the samples of a step share its four rows; one process has them padded
+SHORT = ROWS | {"kinds": "iittimti" + "miittiti" + "it"}  # the last step has a sample for each of two rows, of four
 PROJECTOR_ALONE = {"mm_tunable_parts": "mm_mlp_adapter", "gradient_checkpointing": True}
 
 
@@ -77,10 +79,10 @@ def single(kit, tmp_path_factory):
     """A function: the folder of one process's run, made at its first use."""
     folder, made = tmp_path_factory.mktemp("single"), {}
 
-    def of(**changes):
-        key = "_".join(changes) or "all"
+    def of(kinds=KINDS, pack_sequences=False, **changes):
+        key = "_".join([f"{len(kinds)}", *changes])
         if key not in made:
-            made[key] = kit.run(folder / key, KINDS, gradient_accumulation_steps=2, **RATES, **changes)
+            made[key] = kit.run(folder / key, kinds, gradient_accumulation_steps=2, **RATES, **changes)
         return made[key]
 
     return of
@@ -97,6 +99,11 @@ CASES = {  # name -> ZeRO stage, keys
     "zero3-packed-adaptive": (3, ADAPTIVE),
     "zero3-lora": (3, LORA),
     "zero3-compressor": (3, COMPRESSED),
+    "ddp-rows": (None, ROWS),
+    "zero2-rows-left-empty": (2, SHORT),
+    "zero3-rows-left-empty": (3, SHORT),
+    "zero3-adaptive-in-rows": (3, ADAPTIVE | ROWS),
+    "zero3-lora-in-rows": (3, LORA | ROWS),
 }
 
 
@@ -129,7 +136,8 @@ def two(kit, single, tmp_path_factory):
             deepspeed = out / "zero3_all.json"
             deepspeed.write_text(json.dumps(settings))
         halved = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, deepspeed=deepspeed, use_cpu=True)
-        runs.append(kit.flags(out / case, KINDS, **halved, **RATES, **keys_of(case, kit, single)))
+        keys = {"kinds": KINDS, **halved, **RATES, **keys_of(case, kit, single)}
+        runs.append(kit.flags(out / case, **keys))
     (out / "runs.json").write_text(json.dumps(runs))
     run_two([str(out / "runs.json")], ["-m", "tests.support.runs"])
     return out

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.support.families import FamilyKit
 from tests.train.test_loss import assert_equal
 from tests.train.test_trusted_checkpoints import weights_differ
 
@@ -117,6 +118,9 @@ def test_what_is_refused(kit, tmp_path, capsys):
     assert "pack_length: found 100, but with pack_scope step a row has 4 samples on average" in line
     line = refused(kit, capsys, tmp_path / "c", KINDS, pack_sequences=True, attn_implementation="eager")
     assert "attn_implementation" in line and "varlen" in line
+    dealt = '{"dispatch_batches": true}'
+    line = refused(kit, capsys, tmp_path / "c", KINDS, **PACKED, accelerator_config=dealt)
+    assert line.startswith("error: accelerator_config: found split_batches False and dispatch_batches True, expected")
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     kit.run(tmp_path / "d", KINDS, **BUFFER, **saving)
     shutil.rmtree(tmp_path / "d/checkpoint-4")
@@ -124,3 +128,20 @@ def test_what_is_refused(kit, tmp_path, capsys):
     (tmp_path / "d/run_state.json").unlink()
     line = refused(kit, capsys, tmp_path / "d", KINDS, **BUFFER, **saving, gradient_accumulation_steps=2)
     assert "pack_scope: found buffer" in line and "expected the same number of processes" in line
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_layers_with_a_state_are_refused_before_weights_are_read(family, tmp_path, capsys):
+    """Qwen3-Next's and others' linear attention runs on from one sample into the next."""
+    kit = FamilyKit(family, tmp_path)
+    path = Path(kit.checkpoint) / "config.json"
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    text["layer_types"] = ["linear_attention", "full_attention"][: text["num_hidden_layers"]]
+    path.write_text(json.dumps(config))
+    for weights in path.parent.glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(SystemExit):
+        kit.run(tmp_path / "out", pack_sequences=True)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "pack_sequences is on, but" in error and "has layers of linear_attention, which do not tell" in error

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from llava.data.dataset import SampleArgs
 from tests import tiny
 from tests.support.families import FamilyKit
 
@@ -21,23 +20,7 @@ ZERO3 = ("qwen2_vl", "qwen3_vl")  # Qwen2.5-VL's language model is Qwen2-VL's
 STEPS = {"per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 1e-2, "model_max_length": 512}
 ADAPTIVE = {"adaptive_patches": '{"method": "budget", "alpha": 0.5}'}
 KINDS = "iimt" + "tttt" + "mtit"  # the second step has no image
-PACKED = """
-import sys
-from tests.support import runs
-from tests.train import test_qwen_packing
-test_qwen_packing.pack(setattr)
-sys.exit(runs.main(sys.argv[1]))
-"""
-
-
-def pack(setattr):
-    """Let the runs of this process pack their batches; `setattr` is the function, or that of a `monkeypatch`."""
-    own = SampleArgs.from_args.__func__
-
-    def from_args(cls, data_args, **changes):
-        return own(cls, data_args, **changes, pack_sequences=True)
-
-    setattr(SampleArgs, "from_args", classmethod(from_args))
+PACKED = {"pack_sequences": True}
 
 
 class Kit(FamilyKit):
@@ -67,11 +50,11 @@ def under_zero3(kits, tmp_path_factory):
     """The folder that holds a folder for each family's run, in one process."""
     out, runs = tmp_path_factory.mktemp("zero3"), []
     for name in ZERO3:
-        keys = {"deepspeed": ROOT / "scripts/zero3.json", "use_cpu": True, "output_dir": out / name}
+        keys = PACKED | {"deepspeed": ROOT / "scripts/zero3.json", "use_cpu": True, "output_dir": out / name}
         runs.append(kits[name].flags(**keys))
     (out / "runs.json").write_text(json.dumps(runs))
     env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", PACKED, str(out / "runs.json")]
+    command = [sys.executable, "-m", "tests.support.runs", str(out / "runs.json")]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return out
@@ -91,9 +74,8 @@ def check_equal(out: Path, padded):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_packed_run_is_the_padded_one(kits, padded, name, monkeypatch, tmp_path):
-    pack(monkeypatch.setattr)
-    run = kits[name].run(tmp_path / "packed", full_loss=lambda model, batch: batch["input_ids"].shape[0])
+def test_a_packed_run_is_the_padded_one(kits, padded, name, tmp_path):
+    run = kits[name].run(tmp_path / "packed", **PACKED, full_loss=lambda model, batch: batch["input_ids"].shape[0])
     assert run.full_losses == [1, 1, 1]  # rows of each step's batch
     assert run.trainer.model.model.language_model.config._attn_implementation == "varlen"
     assert padded[name].trainer.model.model.language_model.config._attn_implementation == "sdpa"
@@ -106,12 +88,11 @@ def test_under_zero3(padded, under_zero3, name):
     check_equal(under_zero3 / name, padded[name])
 
 
-def test_attention_without_segments_is_refused(kits, monkeypatch, tmp_path, capsys):
-    pack(monkeypatch.setattr)
+def test_attention_without_segments_is_refused(kits, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        kits["qwen2_vl"].run(tmp_path / "out", attn_implementation="sdpa")
+        kits["qwen2_vl"].run(tmp_path / "out", **PACKED, attn_implementation="sdpa")
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == (
         "error: attn_implementation: found 'sdpa', which lets the samples of a packed row see each other; expected "
-        "varlen or flash_attention_2 with pack_sequences"
+        "varlen or flash_attention_2 with pack_sequences, or neither"
     )
