@@ -29,7 +29,7 @@ from llava.train.resume import RUN_NAME
 from llava.train.run_state import RunState
 from llava.train.saving import save_checkpoint
 from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
-from llava.train.step_log import StepLog
+from llava.train.step_log import StepLog, print_briefly
 from llava.train.stopping import Preempted, Stopping, in_worker
 from llava.utils import rank0_print
 
@@ -90,6 +90,7 @@ class LLaVATrainer(PhasedTrainer):
         self.add_callback(_StopAtStep(self))
         self.step_log = StepLog(self)
         self.add_callback(self.step_log)
+        print_briefly(self)
         self.left_out = LeftOut(len(self.train_dataset))
         self.position = DataPosition(
             settings, len(self.train_dataset), packing is not None and packing.scope == "buffer"

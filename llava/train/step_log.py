@@ -19,10 +19,37 @@ the times. The numbers are known on the host: nothing waits for the device, and 
 import time
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llava.families.batch_sizes import BatchSizes
 from llava.train.flops import peak_tflops, step_flops
+
+SHOWN = ("perf/tokens_per_s", "perf/pack_efficiency", "perf/mfu")  # in the terminal, where all would take three lines
+
+
+class _Brief:
+    """In front of a callback of transformers that prints a line of the log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        left_out = [name for name in logs if name.startswith("perf/") and name not in SHOWN]
+        left_out += [name for name in logs if name.startswith("data/") and not logs[name]]
+        brief = {name: value for name, value in logs.items() if name not in left_out}
+        return super().on_log(args, state, control, logs=brief, **kwargs)
+
+
+class BriefProgress(_Brief, ProgressCallback):
+    """Beside a bar."""
+
+
+class BriefPrinter(_Brief, PrinterCallback):
+    """With `disable_tqdm`."""
+
+
+def print_briefly(trainer) -> None:
+    """Let the trainer's terminal have a few of the figures; its log has all."""
+    for theirs, brief in ((ProgressCallback, BriefProgress), (PrinterCallback, BriefPrinter)):
+        if trainer.pop_callback(theirs) is not None:
+            trainer.add_callback(brief)
 
 
 class StepLog(TrainerCallback):

@@ -1,5 +1,6 @@
 """The figures of a run's log: by hand for known times and sizes, and in runs against what the model was given."""
 
+import ast
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,20 +143,24 @@ def plans(monkeypatch):
     """The merge plans of a run's forward passes: what the language model was really given."""
     made, plan_merge = [], llava_arch.plan_merge
 
-    def plan(*args):
-        made.append(plan_merge(*args))
+    def plan(*args, **kwargs):
+        made.append(plan_merge(*args, **kwargs))
         return made[-1]
 
     monkeypatch.setattr(llava_arch, "plan_merge", plan)
     return made
 
 
-def test_a_run_with_accumulation(kit, tmp_path, plans, spy):
-    """Two steps of three micro-batches, the second a line of its own; the log says what the merge did."""
+def test_a_run_with_accumulation(kit, tmp_path, plans, spy, capsys):
+    """Two steps of three micro-batches, the second a line of its own; the log says what the merge did, and the terminal
+    the most of it that fits into a line."""
     flags = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2, peak_tflops=0.001)
     out = kit.run(tmp_path / "out", "iitmttiiitmi", **flags)
     steps = tiny.history(out, measured=True)
     assert len(steps) == 2 and len(plans) == 6
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
+    shown = {"loss", "grad_norm", "learning_rate", "epoch", *step_log.SHOWN}
+    assert [ast.literal_eval(line).keys() for line in printed] == [shown, shown]
     model = spy.trainer.model
     for step, made in zip(steps, (plans[:3], plans[3:]), strict=True):
         assert step.keys() >= FIGURES | {"perf/mfu"}
