@@ -18,6 +18,7 @@ _KEYS = {
     *("model_name_or_path", "mm_tunable_parts", "freeze_backbone", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
     *("unfreeze_language_model", "delay_load", "data_path", "image_folder", "allow_absolute_paths", "lazy_preprocess"),
     *("is_multimodal", "early_mix_text", "min_pixels", "max_pixels", "supervise", "system_turn"),
+    *("pack_sequences", "pack_length", "pack_scope", "pack_buffer", "pack_seed"),
 }
 _SIZES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # pixels, whatever the names say
 

@@ -50,8 +50,8 @@ def entered(model, batch, monkeypatch):
     plans, sequences, made = [], [], []
     plan_merge = llava_arch.plan_merge
 
-    def plan(*args):
-        plans.append(plan_merge(*args))
+    def plan(*args, **kwargs):
+        plans.append(plan_merge(*args, **kwargs))
         return plans[-1]
 
     def see(_, args, kwargs):

@@ -143,7 +143,7 @@ def test_lengths_are_those_of_the_real_merge(case, merge):
 @pytest.mark.parametrize("projector", ["mlp2x_gelu", "spatial_merge"])
 def test_with_adaptive_patches_it_is_the_most(tmp_path, projector):
     case = Case(tmp_path, "hevc_vit_packing, native" + (" and merged" if projector == "spatial_merge" else ""))
-    merge = {"mm_patch_merge_type": "spatial_unpad", "adaptive_patches": {"method": "budget", "alpha": 0.4}}
+    merge = {"mm_patch_merge_type": "spatial_unpad", "adaptive_patches": {"method": "budget", "alpha": 0.3}}
     fewer = 0
     for what in ([(120, 90)], [(80, 200), (60, 60)], ((60, 40), 5, 3, False)):
         record, _, changes = case.record(what)
@@ -192,7 +192,7 @@ def test_a_fingerprint_follows_what_lengths_follow(tmp_path):
     changes = [{"frames_upbound": 8}, {"video_fps": 2}, {"force_sample": True}, {"add_time_instruction": True}]
     for change in changes:
         seen[str(change)] = fingerprint(case.family, *case.parts(MERGES["max"], **change))
-    chosen = MERGES["square"] | {"adaptive_patches": {"method": "budget", "alpha": 0.4}}
+    chosen = MERGES["square"] | {"adaptive_patches": {"method": "budget", "alpha": 0.3}}
     seen["chosen"] = fingerprint(case.family, *case.parts(chosen))
     case.model.config.adaptive_patches = None
     for template in ("qwen_2_5", "v1"):

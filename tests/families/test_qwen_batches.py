@@ -251,6 +251,7 @@ def test_flash_attention_gets_the_segments(packs, monkeypatch):
 
 
 def test_a_step_does_not_wait_for_the_device(packs):
+    packs.model.zero_grad()
     batch = packs.row(MIXED)
     with Waits() as waits:
         model, batch = waits.to_device(packs.model.train()), waits.to_device(batch)
