@@ -84,10 +84,6 @@ def _check_numbers(run) -> None:
         raise LlavaError(
             together(run, "bits", "lora_enable", "lora_enable too: adapters are trained over a quantised model")
         )
-    if run["torch_compile"] and run["torch_compile_tower"]:
-        raise LlavaError(
-            together(run, "torch_compile_tower", "torch_compile", "one of them: it compiles the tower too")
-        )
     if run["use_token_compression"] and run["compression_output_size"] > run["compression_input_size"]:
         raise LlavaError(
             together(run, "compression_output_size", "compression_input_size", "the output not above the input")

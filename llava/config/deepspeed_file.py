@@ -38,11 +38,6 @@ def check_deepspeed(run) -> None:
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or not 0 <= zero.get("stage", 0) <= 3:
         raise LlavaError(f"{where}: zero_optimization is {zero!r}, expected a mapping with a stage of 0 to 3")
-    if zero.get("stage") == 3 and run["torch_compile_tower"]:
-        raise LlavaError(
-            f"{run.source('torch_compile_tower')}: torch_compile_tower is on with ZeRO-3 ({where}), which fetches "
-            "weights in the midst of the blocks; expected one of them"
-        )
     for name, keys in _REPEATED.items():
         found, values = _entry(content, name), [run[key] for key in keys]
         expected = values if len(keys) > 1 else values[0]

@@ -284,7 +284,9 @@ class TrainKeys(KeyGroup):
         "numbers, less memory",
         within=POSITIVE,
     )
-    torch_compile_tower: bool = key(False, "compile the blocks of the vision encoder; without torch_compile or ZeRO-3")
+    torch_compile_tower: bool = key(
+        False, "compile the blocks of the vision encoder; torch_compile: those of the language model too"
+    )
     remove_unused_columns: bool = key(False, "must stay False: the collator needs the whole record")
     auto_find_batch_size: bool = key(False, "halve the batch size until it fits into memory")
     logging_nan_inf_filter: bool = key(

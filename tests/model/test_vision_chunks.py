@@ -1,6 +1,5 @@
-"""`vision_micro_batch`, frozen encoders, `torch_compile_tower`: the numbers of one plain call, with less memory."""
+"""`vision_micro_batch` and frozen encoders: the numbers of one plain call, with less memory."""
 
-import copy
 import gc
 import weakref
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from llava.errors import LlavaError
-from llava.model.compiled_tower import compile_tower, vision_blocks
+from llava.model.compiled_blocks import model_blocks
 from llava.model.vision_chunks import chunk_ends, set_micro_batch
 from tests import tiny
 from tests.model import small
@@ -115,8 +114,6 @@ def test_a_model_without_vision_is_refused():
     with pytest.raises(LlavaError, match="vision_micro_batch is 2, but Linear has no vision encoder"):
         set_micro_batch(torch.nn.Linear(2, 2), 2)
     set_micro_batch(torch.nn.Linear(2, 2), None)
-    with pytest.raises(LlavaError, match="torch_compile_tower: Linear has no vision encoder"):
-        compile_tower(torch.nn.Linear(2, 2))
 
 
 # --- a frozen encoder ---
@@ -165,44 +162,10 @@ def test_a_frozen_encoder_keeps_nothing(towers, tmp_path, case, checkpointing):
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     set_micro_batch(model, 1 if checkpointing else None)
-    calls = calls_of(vision_blocks(model)[0])
+    calls = calls_of(model_blocks(model, tower_alone=True)[0])
     kept, loss = kept_of(encoder, lambda: model(**inputs).loss)
     count = len(calls)
     loss.backward()
     assert kept == 0 and len(calls) == count > 0
     learns = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
     assert any("embed_tokens" in name for name in learns)
-
-
-# --- compiled blocks ---
-
-
-@pytest.mark.parametrize("case", ["clip", "packed", "qwen2_5_vl"])
-def test_few_graphs_for_all_batch_sizes(towers, tmp_path, case):
-    from torch._dynamo.utils import counters
-
-    if case in LLAVA:
-        model = llava(towers, case)
-        side = 28 if case == "clip" else 56
-        shapes = [(3, side, side)] if case == "clip" else [(3, 56, 84), (3, 28, 56), (3, 84, 28)]
-        batches = [[small.pixels(*shapes[i % len(shapes)], seed=i) for i in range(n)] for n in range(10, 0, -1)]
-        run = (lambda m, b: m.encode_images(torch.stack(b))) if case == "clip" else (lambda m, b: m.encode_images(b))
-    else:
-        model, inputs = qwen_vl(case, tmp_path)
-        pixels, grid = inputs["pixel_values"][: 8 * 10], torch.tensor([[1, 8, 10]])
-        batches = [(pixels.repeat(n, 1), grid.repeat(n, 1)) for n in range(10, 0, -1)]
-        run = lambda m, b: m.model.get_image_features(*b).pooler_output  # noqa: E731
-    plain = copy.deepcopy(model)
-    torch._dynamo.reset()
-    counters.clear()
-    names = model.state_dict().keys()
-    assert compile_tower(model, "eager") == len(vision_blocks(plain)) > 1 and model.state_dict().keys() == names
-    for inputs in batches:
-        for found, expected in zip(run(model, inputs), run(plain, inputs), strict=True):
-            assert (found - expected).abs().max() < 1e-5
-    graphs = counters["stats"]["unique_graphs"]
-    assert 0 < graphs <= 6, dict(counters["graph_break"])
-    for inputs in batches:
-        run(model, inputs)
-    assert counters["stats"]["unique_graphs"] == graphs
-    torch._dynamo.reset()

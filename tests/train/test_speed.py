@@ -35,19 +35,6 @@ def test_a_compiled_tower_on_a_cpu(tmp_path):
     assert "torch_compile_tower needs a CUDA device; the tower runs uncompiled" in args.run_config.notices
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--deepspeed", "scripts/zero3.json"), "torch_compile_tower is on with ZeRO-3 (scripts/zero3.json)"),
-        (("--torch_compile", "true"), "torch_compile_tower is True with torch_compile True"),
-    ],
-)
-def test_a_compiled_tower_that_cannot_be(tmp_path, words, message):
-    with pytest.raises(LlavaError) as error:
-        parsed(tmp_path, "--torch_compile_tower", "true", *words)
-    assert message in str(error.value) and "expected one of them" in str(error.value)
-
-
 def test_a_micro_batch_of_none(tmp_path):
     with pytest.raises(LlavaError, match="vision_micro_batch is 0, expected"):
         parsed(tmp_path, "--vision_micro_batch", "0")
@@ -57,13 +44,18 @@ def test_a_micro_batch_of_none(tmp_path):
 def test_what_is_set_up(monkeypatch):
     """transformers must not patch the model once more."""
     model, seen = torch.nn.Linear(1, 1), []
-    for name in ("set_micro_batch", "compile_tower", "apply_liger"):
-        monkeypatch.setattr(speed, name, lambda model, *given, name=name: seen.append((name, *given)))
+    for name in ("set_micro_batch", "compile_blocks", "apply_liger"):
+        monkeypatch.setattr(speed, name, lambda model, *given, name=name, **how: seen.append((name, *given, how)))
     args = dict(vision_micro_batch=3, torch_compile_tower=True, liger_kernel_config={"rope": False})
-    args = SimpleNamespace(**args, use_liger_kernel=True)
+    args = SimpleNamespace(**args, use_liger_kernel=True, torch_compile=False)
     speed.speed_up(model, args)
-    assert seen == [("set_micro_batch", 3), ("compile_tower",), ("apply_liger", {"rope": False})]
+    tower = ("compile_blocks", {"tower_alone": True})
+    assert seen == [("set_micro_batch", 3, {}), tower, ("apply_liger", {"rope": False}, {})]
     assert args.use_liger_kernel is False
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = True, "eager", "default"
+    speed.speed_up(model, args)
+    assert seen[3:] == [("set_micro_batch", 3, {}), ("compile_blocks", {"backend": "eager", "mode": "default"})]
+    assert (args.torch_compile, args.torch_compile_backend, args.torch_compile_mode) == (False, None, None)
 
 
 def test_a_run_in_chunks_takes_the_same_steps(kit, tmp_path, monkeypatch):
