@@ -271,7 +271,7 @@ class TrainKeys(KeyGroup):
         "its pictures' too, read from their headers before training",
     )
     attn_implementation: str | None = key(
-        None, "attention of the language model: eager, sdpa, flash_attention_2; not given: the best available"
+        None, "attention of the language model: eager, sdpa, varlen, flash_attention_2; not given: the best available"
     )
     cache_dir: str | None = key(None, "where models from the hub are kept")
     verbose_logging: bool = key(False, "print every argument before training")

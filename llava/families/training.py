@@ -47,7 +47,7 @@ def check_segments(asked: str | None) -> None:
     if asked is not None and not keeps_samples_apart(asked):
         raise LlavaError(
             f"attn_implementation: found {asked!r}, which lets the samples of a packed row see each other; expected "
-            "varlen or flash_attention_2 with pack_sequences, or neither"
+            "varlen or flash_attention_2, or pack_sequences false"
         )
 
 

@@ -94,5 +94,5 @@ def test_attention_without_segments_is_refused(kits, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == (
         "error: attn_implementation: found 'sdpa', which lets the samples of a packed row see each other; expected "
-        "varlen or flash_attention_2 with pack_sequences, or neither"
+        "varlen or flash_attention_2, or pack_sequences false"
     )
