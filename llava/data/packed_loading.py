@@ -72,7 +72,15 @@ class Packing:
         rows = args.gradient_accumulation_steps * args.world_size
         if self.scope == "buffer":
             options = {"pack_length": self.length, "buffer": self.buffer, "seed": self.seed}
-            return BufferPacking(sampler, self.tokens, rows=rows, **options)
+            batches = BufferPacking(sampler, self.tokens, rows=rows, **options)
+            steps = len(batches) // rows
+            rank0_print(
+                f"packing: {len(batches):,} rows of at most {self.length:,} tokens, "
+                f"{sum(self.tokens) / (len(batches) * self.length):.1%} filled; a step has "
+                f"{len(self.tokens) / steps:.1f} samples on average, where padded ones would have "
+                f"{args.train_batch_size * rows}"
+            )
+            return batches
         options = {"samples": rows * args.train_batch_size, "drop_last": args.dataloader_drop_last}
         return StepPacking(sampler, self.tokens, self.cost, rows=rows, pack_length=self.length, **options)
 
