@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from gpu_checks import sides
-from gpu_checks.measure import ceilings
+from gpu_checks.measure import ceilings, waits_of
 from gpu_checks.numerics import relative
 from gpu_checks.registry import Context, Result, check
 
@@ -172,15 +172,8 @@ def runs_without_waiting(model, images) -> tuple[bool, str]:
     """Whether a forward and backward pass, its grid on the host, runs without the host ever waiting."""
     images = [image.to(model.dtype) for image in images]
     step = sides.make_step(sides.packed, model, [images], backward=True)
-    step(0)  # a first call may set up what waits
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(0)
-    except RuntimeError as error:
-        return False, " ".join(str(error).split())[:200]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return True, "forward and backward of the packed model"
+    waited = waits_of(lambda: step(0))
+    return not waited, waited or "forward and backward of the packed model"
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,22 @@ def step_seconds(step: Callable[[int], object], device: str, warmup: int, repeat
     return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
+def waits_of(step: Callable[[], object]) -> str:
+    """Where the host waits for the CUDA device in a step, which runs twice before: a first call may set up what waits.
+    "" where it never does."""
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
 def spread(seconds: list[float], name: str = "") -> dict[str, float]:
     """Median, least and most of the times in milliseconds, as figures."""
     return {

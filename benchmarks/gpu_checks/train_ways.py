@@ -66,11 +66,8 @@ class Project:
         self.model, self.attention = model, "varlen" if pack else "sdpa"
         self.collate = DataCollatorForSupervisedDataset(0, pack=pack)
 
-    def lengths(self, samples: list[dict]) -> list[int]:
-        """Merged tokens of each sample."""
-        return [sum(len(part) for part in self._merged(sample)) for sample in samples]
-
-    def loss(self, samples: list[dict]) -> torch.Tensor:
+    def batch(self, samples: list[dict]) -> dict:
+        """What the collator makes of the samples, on the model's device."""
         from llava.images.processing import process_pictures
         from llava.model.visual_merge import pixel_options
 
@@ -83,14 +80,17 @@ class Project:
                 one["image_sizes"] = [picture.size for picture in sample["pictures"]]
                 one["modalities"] = ["image"] * len(sample["pictures"])
             made.append(one)
-        self.model.config._attn_implementation = self.attention
         batch, device = self.collate(made), self.model.device
-        moved = {
-            name: [item.to(device) for item in value] if name == "images" else value for name, value in batch.items()
-        }
-        for name in ("input_ids", "labels", "attention_mask"):
-            moved[name] = batch[name].to(device)
-        return self.model(**moved).loss
+        if "images" in batch:
+            batch["images"] = [image.to(device) for image in batch["images"]]
+        return batch | {name: batch[name].to(device) for name in ("input_ids", "labels", "attention_mask")}
+
+    def loss_of(self, batch: dict) -> torch.Tensor:
+        self.model.config._attn_implementation = self.attention
+        return self.model(**batch).loss
+
+    def loss(self, samples: list[dict]) -> torch.Tensor:
+        return self.loss_of(self.batch(samples))
 
 
 class LlavaNext:
@@ -156,12 +156,10 @@ class LlavaNext:
             square.paste(picture, tuple((max(picture.size) - length) // 2 for length in picture.size))
             return [square], None
         width, height = select_best_resolution(picture.size, self.model.config.image_grid_pinpoints)
-        scale = min(width / picture.width, height / picture.height)
         if width / picture.width < height / picture.height:
             inside = (width, min(-int(-(picture.height * width / picture.width) // 1), height))
         else:
             inside = (min(-int(-(picture.width * height / picture.height) // 1), width), height)
-        del scale
         canvas = Image.new("RGB", (width, height))
         canvas.paste(picture.resize(inside), ((width - inside[0]) // 2, (height - inside[1]) // 2))
         crops = [

@@ -35,7 +35,7 @@ def run(module, folder, *names, flags=()):
 
 def test_light_checks_pass(suite, tmp_path, capsys):
     module, _ = suite
-    names = ["golden", "attention", "precision", "batched_generation"]
+    names = ["golden", "attention", "precision", "batched_generation", "packing"]
     status, report = run(module, tmp_path, *names)
     printed = capsys.readouterr().out
     assert status == 0 and report["passed"] is True
@@ -144,6 +144,8 @@ def test_script_lists_the_checks():
         "attention",
         "precision",
         "batched_generation",
+        "packing",
+        "packing_speed",
         "demo",
         "generation_speed",
         "training_speed",
