@@ -34,6 +34,7 @@ SIZES = {
     },
 }
 AIMS = {"packed/unpacked": 1.4, "packed/llava_next": 3.1, "packed/stock": 2.0}
+EFFICIENCY_AIM = 0.95  # tokens over places of `pack_scope: buffer`
 MEMORY_AIM = 0.30  # of LLaVA-NeXT's way
 
 
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     mixture = train_ways.read_mixture(size["tower"]["image_size"] / 336)[: args.steps * args.batch]
     samples = train_ways.make_samples(mixture, config.vocab_size - 1)
     batches = [samples[at : at + args.batch] for at in range(0, len(samples), args.batch)]
-    lengths = [merged_length(model, sample) for sample in samples]
+    lengths = [merged_length(model, sample) for sample in mixture]
     rows = [lengths[at : at + args.batch] for at in range(0, len(lengths), args.batch)]
     slots = sum(max(row) * len(row) for row in rows)
     report["shapes"] = {
@@ -171,7 +172,10 @@ def main(argv: list[str] | None = None) -> int:
         "padding_share": round(1 - sum(lengths) / slots, 4),
         "step_tokens": [sum(row) for row in rows],
     }
+    drawn = train_ways.make_mixture(train_ways.SEED, 4000)
+    report["buffer"] = buffer_efficiency([merged_length(model, sample) for sample in drawn])
     print(f"     {report['shapes']}", flush=True)
+    print(f"     buffer: {report['buffer']} (aim {EFFICIENCY_AIM})", flush=True)
     found = measure(make_ways(model, args.ways), batches, args.repeats, device)
     report |= report_of(found, len(batches), args.batch, args.repeats)
     report["host"] = report["hardware"]
@@ -196,15 +200,25 @@ def tower_changes(tower: dict) -> dict:
 
 
 def merged_length(model, sample: dict) -> int:
-    from llava.constants import IMAGE_TOKEN_INDEX
+    """Tokens of a sample of the mixture: its text, and its pictures by their sizes."""
     from llava.images.processing import pixel_shape
     from llava.model.visual_merge import pixel_options
 
     processor, count = model.get_vision_tower().image_processor, model.visual_token_counter()
-    sizes = [picture.size for picture in sample["pictures"]]
+    sizes = [tuple(size) for size in sample["images"]]
     shapes = [pixel_shape(size, processor, pixel_options(model.config), len(sizes)) for size in sizes]
-    text = sum(token != IMAGE_TOKEN_INDEX for token in sample["ids"])
-    return text + sum(count(shape, size, "image") for shape, size in zip(shapes, sizes, strict=True))
+    visual = sum(count(shape, size, "image") for shape, size in zip(shapes, sizes, strict=True))
+    return sample["prompt"] + sample["answer"] + visual
+
+
+def buffer_efficiency(lengths: list[int]) -> dict:
+    """How full `pack_scope: buffer` makes its rows."""
+    from llava.data.packing import plan
+
+    length = 8192
+    rows = [row for rank in plan(lengths, length, world=8, seed=0, buffer=1024) for row in rank]
+    filled = round(sum(lengths) / (len(rows) * length), 4)
+    return {"samples": len(lengths), "pack_length": length, "pack_buffer": 1024, "ranks": 8, "efficiency": filled}
 
 
 def differing(ways: dict) -> str:
