@@ -8,7 +8,10 @@ from tests import tiny
 PAD, EOS, VOCAB = 0, 2, 120
 FAMILIES = {row.module.removeprefix("llava_"): row for row in LANGUAGE_MODELS.values()}
 # so that a window shorter than the rows, and caps that bend what is computed, are in every test of the family
-CHANGES = {"gemma2": {"sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}}
+CHANGES = {
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+}
 # what a run of LLaVA-NeXT writes into config.json; single tests change single values
 VISION = {
     "mm_vision_select_layer": -2,
