@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
@@ -58,6 +58,12 @@ def make_samples(mixture: list[dict], vocabulary: int, seed: int = 0) -> list[di
     return made
 
 
+def checkpointing_as(model, other) -> None:
+    """Gradient checkpointing of another model, if a model has it."""
+    if model.is_gradient_checkpointing:
+        other.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 class Project:
     """This project: crops processed together, one tower call, loss at supervised positions; padded or packed."""
 
@@ -103,6 +109,7 @@ class LlavaNext:
 
         self.model = model
         self.encoder = CLIPVisionModel(model.get_vision_tower().vision_tower.config).train()  # its weights go unused
+        checkpointing_as(model, self.encoder)
 
     def loss(self, samples: list[dict]) -> torch.Tensor:
         model, inner = self.model, self.model.get_model()
@@ -194,8 +201,8 @@ class LlavaNext:
 class Stock:
     """transformers' `LlavaNextForConditionalGeneration` with its own image processor, rows padded on the right.
 
-    It cuts each of several pictures into crops, where LLaVA-NeXT gives each one alone, so that samples with several are
-    longer here.
+    It cuts each of several pictures into crops, where LLaVA-NeXT squares each into one. To have the least that it can
+    make of them, two crops and the overview, they are given to it no larger than a crop.
     """
 
     def __init__(self, model):
@@ -204,6 +211,7 @@ class Stock:
 
         ours, tower = model.config, model.get_vision_tower()
         text = Qwen2Config(**{name: getattr(ours, name) for name in _TEXT_SIZES})
+        side = tower.image_size
         grid = [[height, width] for width, height in ours.image_grid_pinpoints]
         self.config = LlavaNextConfig(
             vision_config=tower.vision_tower.config.to_dict(),
@@ -215,13 +223,13 @@ class Stock:
         self.model = LlavaNextForConditionalGeneration._from_config(self.config, attn_implementation="sdpa")
         self.model.load_state_dict(_as_stock(model.state_dict(), self.model.state_dict().keys()))
         self.model.train()
-        side = tower.image_size
+        checkpointing_as(model, self.model)
         self.process = LlavaNextImageProcessorPil(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=grid
         )
 
     def loss(self, samples: list[dict]) -> torch.Tensor:
-        pictures = [picture for sample in samples for picture in sample["pictures"]]
+        pictures = [picture for sample in samples for picture in self._pictures(sample)]
         media, counts = {}, iter(())
         if pictures:
             media = dict(self.process(pictures, return_tensors="pt"))
@@ -241,6 +249,12 @@ class Stock:
             "labels": torch.stack([F.pad(mark, (0, longest - len(mark)), value=IGNORE_INDEX) for _, mark in rows]),
         }
         return self.model(**batch, **media).loss
+
+    def _pictures(self, sample: dict) -> list[Image.Image]:
+        if len(sample["pictures"]) < 2:
+            return sample["pictures"]
+        side = self.process.crop_size["height"]
+        return [ImageOps.contain(picture, (side, side)) for picture in sample["pictures"]]
 
     def _tokens(self, height: int, width: int) -> int:
         from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
