@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -151,7 +152,36 @@ def test_script_lists_the_checks():
     assert [name for name in names if name in expected] == expected
 
 
-def test_smoke(suite, tmp_path, capsys):
+PROGRAMS = {
+    "llava/train/train_mem.py": "llava.train.train:train",
+    "playground/make_demo_model.py": "tests.benchmarks.test_gpu_suite:make_models",
+}
+
+
+def make_models(words: list[str]) -> None:
+    from playground.make_demo_model import main
+
+    sys.argv[1:] = words
+    main()
+
+
+@pytest.fixture
+def smoke(suite, forks, monkeypatch):
+    """The module gpu_checks.smoke. Its runs start at once, but for scripts/test_long.sh, where they are as on a GPU."""
+    module = importlib.import_module("gpu_checks.smoke")
+
+    def run(runner, title, program, *words):
+        log = runner.folder / f"{title}.log"
+        if forks.run(words, log, program=PROGRAMS[program]) != 0:
+            raise RuntimeError(f"{title}: {log.read_text()[-300:]}")
+        return 1.0
+
+    if not os.environ.get("LLAVA_LONG_TESTS"):
+        monkeypatch.setattr(module.Runner, "run", run)
+    return module
+
+
+def test_smoke(suite, smoke, tmp_path, capsys):
     """A shipped config in the precision and under the ZeRO stage that it names."""
     module, _ = suite
     status, report = run(module, tmp_path, "smoke", flags=["--smoke-configs", "finetune_lora"])
@@ -165,9 +195,8 @@ def test_smoke(suite, tmp_path, capsys):
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
 
 
-def test_smoke_tells_what_broke(suite, tmp_path, monkeypatch):
+def test_smoke_tells_what_broke(suite, smoke, tmp_path, monkeypatch):
     module, _ = suite
-    smoke = importlib.import_module("gpu_checks.smoke")
     monkeypatch.setitem(smoke.SHRUNK, "learning_rate", "fast")
     status, report = run(module, tmp_path, "smoke", flags=["--smoke-configs", "demo_pretrain"])
     (test,) = report["checks"][0]["tests"]
