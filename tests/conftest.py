@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 
@@ -7,6 +8,8 @@ from tests.support.garbage import leave_imported_alone
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# as scripts/common.sh has it: DeepSpeed compiles with the ninja beside this Python, and anew where another one did last
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 
 FIRST = (  # those that take longest, so that the processes that share the files end together
