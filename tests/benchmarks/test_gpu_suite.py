@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.forks import SCRIPT
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
 
@@ -152,27 +154,14 @@ def test_script_lists_the_checks():
     assert [name for name in names if name in expected] == expected
 
 
-PROGRAMS = {
-    "llava/train/train_mem.py": "llava.train.train:train",
-    "playground/make_demo_model.py": "tests.benchmarks.test_gpu_suite:make_models",
-}
-
-
-def make_models(words: list[str]) -> None:
-    from playground.make_demo_model import main
-
-    sys.argv[1:] = words
-    main()
-
-
 @pytest.fixture
 def smoke(suite, forks, monkeypatch):
     """The module gpu_checks.smoke. Its runs start at once, but for scripts/test_long.sh, where they are as on a GPU."""
     module = importlib.import_module("gpu_checks.smoke")
 
-    def run(runner, title, program, *words):
+    def run(runner, title, *command):
         log = runner.folder / f"{title}.log"
-        if forks.run(words, log, program=PROGRAMS[program]) != 0:
+        if forks.run(command, log, program=SCRIPT) != 0:
             raise RuntimeError(f"{title}: {log.read_text()[-300:]}")
         return 1.0
 

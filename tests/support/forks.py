@@ -18,6 +18,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -29,6 +30,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = "tests.support.forks:script"
 
 
 def hear_all() -> None:
@@ -74,7 +76,7 @@ class Forks:
             log: what it prints.
             change: "module:function" or "module:function:argument", called before it trains.
             env: variables of its environment.
-            program: "module:function", which takes the command line and may return an exit status.
+            program: "module:function", which takes the command line and may return an exit status; see `SCRIPT`.
         """
         request = {"flags": list(map(str, flags)), "log": str(log), "change": change, "env": env or {}}
         request["program"] = program
@@ -162,6 +164,12 @@ class Forks:
             if key is None or key in told:
                 return told.get(key)
         raise RuntimeError("the forking process has gone")
+
+
+def script(words: list[str]) -> None:
+    """A program for `start`: a file of Python code, and its arguments."""
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _tell(**words) -> None:
