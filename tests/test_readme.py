@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+LONG = bool(os.environ.get("LLAVA_LONG_TESTS"))
 README = (ROOT / "README.md").read_text()
 
 
@@ -35,6 +36,8 @@ def test_the_demo_cut_short(tmp_path):
     again = run(*command)
     assert again.returncode == 0 and "--overwrite" in again.stdout and len(again.stdout.strip().splitlines()) == 1
 
+    if not LONG:  # test_supervise.py has the rest with programs that do nothing
+        return
     # the evaluation went missing: the trained stages are not trained again
     (tmp_path / "finetune" / "eval.json").unlink()
     third = run(*command, EVAL_LIMIT="40")
@@ -42,6 +45,7 @@ def test_the_demo_cut_short(tmp_path):
     assert third.stdout.rstrip().splitlines()[-1] == last
 
 
+@pytest.mark.skipif(not LONG, reason="a minute more: scripts/test_long.sh runs it (LLAVA_LONG_TESTS)")
 def test_the_qwen2_vl_demo_cut_short(tmp_path):
     """`bash scripts/finetune_qwen2_vl.sh` likewise, with two choices of patches."""
     command = ["bash", "scripts/finetune_qwen2_vl.sh", "--output_dir", str(tmp_path), "--max_steps", "2"]

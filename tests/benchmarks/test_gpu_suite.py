@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.support.forks import SCRIPT
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -153,7 +156,23 @@ def test_script_lists_the_checks():
     assert [name for name in names if name in expected] == expected
 
 
-def test_smoke(suite, tmp_path, capsys):
+@pytest.fixture
+def smoke(suite, forks, monkeypatch):
+    """The module gpu_checks.smoke. Its runs start at once, but for scripts/test_long.sh, where they are as on a GPU."""
+    module = importlib.import_module("gpu_checks.smoke")
+
+    def run(runner, title, *command):
+        log = runner.folder / f"{title}.log"
+        if forks.run(command, log, program=SCRIPT) != 0:
+            raise RuntimeError(f"{title}: {log.read_text()[-300:]}")
+        return 1.0
+
+    if not os.environ.get("LLAVA_LONG_TESTS"):
+        monkeypatch.setattr(module.Runner, "run", run)
+    return module
+
+
+def test_smoke(suite, smoke, tmp_path, capsys):
     """A shipped config in the precision and under the ZeRO stage that it names."""
     module, _ = suite
     status, report = run(module, tmp_path, "smoke", flags=["--smoke-configs", "finetune_lora"])
@@ -167,9 +186,8 @@ def test_smoke(suite, tmp_path, capsys):
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
 
 
-def test_smoke_tells_what_broke(suite, tmp_path, monkeypatch):
+def test_smoke_tells_what_broke(suite, smoke, tmp_path, monkeypatch):
     module, _ = suite
-    smoke = importlib.import_module("gpu_checks.smoke")
     monkeypatch.setitem(smoke.SHRUNK, "learning_rate", "fast")
     status, report = run(module, tmp_path, "smoke", flags=["--smoke-configs", "demo_pretrain"])
     (test,) = report["checks"][0]["tests"]

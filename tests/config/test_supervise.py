@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,3 +225,35 @@ def test_a_stage_that_is_stopped_before_it_says_anything(tmp_path):
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "the same command goes on" in said and "not reached" not in said
+
+
+def test_qwen2_vls_demo(tmp_path):
+    """`scripts/finetune_qwen2_vl.sh` with a Python that does nothing: what is made, trained and asked, and in what."""
+    for name in ("scripts", "playground"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    (tmp_path / "python").write_text(
+        f"""#!{sys.executable}
+import pathlib, sys
+if sys.argv[1] not in ("-c", "-"):
+    with open("{tmp_path}/asked", "a") as file:
+        print(*sys.argv[1:], file=file)
+for flag in ("--output", "--output_dir"):
+    if flag in sys.argv:
+        out = pathlib.Path(sys.argv[sys.argv.index(flag) + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "run_state.json").write_text('{{"state": "finished"}}')
+"""
+    )
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", tmp_path / "scripts/finetune_qwen2_vl.sh", "--output_dir", tmp_path / "out", "--max_steps", "2"]
+    env = {**os.environ, "PYTHON": str(tmp_path / "python"), "NUM_PROCS": "1", "SELECTIONS": "none budget:0.5"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *made, first, second, asked, _ = (tmp_path / "asked").read_text().splitlines()
+    assert [line.split()[0] for line in made] == [f"playground/make_demo_{what}.py" for what in ("data", "model")]
+    train, out = f"{tmp_path}/llava/train/train_mem.py", f"{tmp_path}/out/qwen2_vl"
+    stage = "configs/train/demo_qwen2_vl"
+    assert first == f"{train} {stage}_pretrain.yaml --max_steps 2 --output_dir {out}_pretrain"
+    assert second == f"{train} {stage}.yaml --max_steps 2 --model_name_or_path {out}_pretrain --output_dir {out}"
+    assert asked.startswith(f"-m llava.eval.exact_match --model-path {out} ")
+    assert asked.endswith(" --blank-images --selections none budget:0.5")

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forks import SCRIPT
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(forks, tmp_path_factory):
     """Models made from a handful of texts, by the program itself."""
     folder = tmp_path_factory.mktemp("demo")
     digits = ", ".join("0123456789")
@@ -19,8 +21,8 @@ def demo(tmp_path_factory):
     records = [{"id": str(i), "conversations": [{"from": "gpt", "value": text}]} for i, text in enumerate(texts * 30)]
     for name in ("pretrain.json", "train.json"):
         (folder / name).write_text(json.dumps(records))
-    program = [sys.executable, str(ROOT / "playground" / "make_demo_model.py"), "--output", str(folder), "--seed", "0"]
-    subprocess.run(program, check=True, capture_output=True)
+    words = [ROOT / "playground" / "make_demo_model.py", "--output", folder, "--seed", "0"]
+    assert forks.run(words, folder / "log", program=SCRIPT) == 0, (folder / "log").read_text()
     return folder
 
 

@@ -1,17 +1,16 @@
 """The example prints the walk that the tower's docstring describes."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.forks import SCRIPT
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_walk():
-    program = [sys.executable, str(ROOT / "playground" / "packing_tower_example.py")]
-    done = subprocess.run(program, check=True, capture_output=True, text=True, cwd=ROOT)
-    batch, mixed = done.stdout.split("-- a list")
+def test_walk(forks, tmp_path):
+    assert forks.run([ROOT / "playground" / "packing_tower_example.py"], tmp_path / "log", program=SCRIPT) == 0
+    batch, mixed = (tmp_path / "log").read_text().split("-- a list")
     lines = [re.split(r"\s{2,}", line, maxsplit=1) for line in batch.splitlines() if re.match(r"[a-z].*\[", line)]
     assert lines == [
         ["images", "[4, 3, 224, 224]"],

@@ -2,11 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 
-import psutil
 import pytest
 
 from llava.errors import LlavaError
@@ -246,39 +244,27 @@ def test_answer_files_are_read_whole(tmp_path):
         answer_file.read_rows(path)
 
 
-def torchrun(words: list[str]) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llava.eval.model_vqa"]
-    command = [sys.executable, *launcher, *words]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+PROGRAM = "llava.eval.model_vqa:main"
 
 
-def kill(process: subprocess.Popen) -> None:
-    """The launcher and its workers, which would otherwise go on without it."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.communicate()
-
-
-def test_two_processes_killed_and_resumed_answer_as_one(kit, tmp_path):
+def test_two_processes_killed_and_resumed_answer_as_one(kit, forks, tmp_path):
     jsonl(kit / "many.jsonl", question_rows(rounds=30))
     words = {"question-file": kit / "many.jsonl", "batch-size": 2}
     path = tmp_path / "a.jsonl"
     parts = [path, tmp_path / "a.jsonl.rank1"]
-    process = torchrun(flags(kit, path, **words))
+    ranks = forks.start_ranks(2, flags(kit, path, **words), kit / "log", PROGRAM)
     deadline = time.monotonic() + 120
     while not all(part.exists() and part.read_text().count("\n") >= 6 for part in parts):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    kill(process)
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
+    assert [forks.end(rank) for rank in ranks] == [-signal.SIGKILL] * 2, "it ended before it could be killed"
     before = sum(part.read_text().count("\n") for part in parts)
     with open(parts[1], "a") as file:
         file.write('{"question_id": 5, "prom')
-    process = torchrun(flags(kit, path, **words))
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
+    status, output = forks.ranks(2, flags(kit, path, **words), kit / "log", PROGRAM)
+    assert status == 0, output
     assert f"{before} of 210 questions were answered before" in output and 12 <= before < 210
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
     main(flags(kit, tmp_path / "one.jsonl", **words | {"batch-size": 32}))

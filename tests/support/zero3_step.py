@@ -1,12 +1,11 @@
 """Two ranks under ZeRO-3 with unlike batches: the gradients are those of one process with both.
 
-`torchrun --nproc_per_node 2 -m tests.support.zero3_step TOWER`. One rank has eight images and many labels, the other a
-text with a single one, so that their chunks of images and of logits differ in number.
+`main([TOWER])` on each of two ranks. One has eight images and many labels, the other a text with a single one, so that
+their chunks of images and of logits differ in number.
 """
 
 import copy
 import importlib
-import sys
 
 import deepspeed
 import torch
@@ -31,7 +30,7 @@ def batches() -> list[dict]:
     return [pictures, TEXT | {"attention_mask": torch.ones(1, 4, dtype=torch.bool)}]
 
 
-def main(tower: str, adapted: bool) -> None:
+def compare(tower: str, adapted: bool) -> None:
     model = small.model(tower, image_grid_pinpoints="(1x1),...,(2x2)").train().requires_grad_(True)
     if adapted:
         model.lm_head = Adapted(model.lm_head)
@@ -60,10 +59,10 @@ def main(tower: str, adapted: bool) -> None:
         engine.optimizer.zero_grad()
 
 
-if __name__ == "__main__":
+def main(words: list[str]) -> None:
     backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute it is PyTorch itself
     backend.build_shm_op = lambda: None  # gloo's own collectives: nothing is compiled
     deepspeed.init_distributed("gloo")
     for head in (False, True):
-        main(sys.argv[1], head)
+        compare(words[0], head)
     torch.distributed.destroy_process_group()

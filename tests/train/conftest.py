@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import tiny
+from tests.support.garbage import leave_imported_alone
 
 
 class Kit:
@@ -37,6 +38,7 @@ class Kit:
     def run(self, out: Path, kinds: str = "iitiittiiiti", **changes) -> Path:
         from llava.train.train import train
 
+        leave_imported_alone()
         train(self.flags(out, kinds, **changes))
         return out
 

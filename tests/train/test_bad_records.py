@@ -24,7 +24,7 @@ def data_with_broken(folder: Path, kinds: str, broken) -> Path:
 
 
 def run_two(flags):
-    """A run of two processes."""
+    """A run of two processes, by torchrun."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, str(ROOT / "llava/train/train_mem.py"), *flags]
@@ -137,16 +137,16 @@ def test_a_sample_without_a_label_left_is_dropped(kit, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("steps", [12, 11] if os.environ.get("LLAVA_LONG_TESTS") else [11])
-def test_bad_pictures_on_one_rank_stop_both(kit, tmp_path, steps):
+def test_bad_pictures_on_one_rank_stop_both(kit, forks, tmp_path, steps):
     """Rank 1 gets every second record: only those are bad. The eleventh is found in step 11, be it the last."""
     data = data_with_broken(tmp_path / "data", "i" * 24, range(1, 24, 2))
     flags = kit.flags(tmp_path / "out", None, data_path=data, per_device_train_batch_size=1, max_steps=steps)
-    done = run_two(flags)
-    assert done.returncode != 0
-    assert done.stderr.count("error: 11 bad records") >= 1, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    status, said = forks.ranks(2, flags, tmp_path / "log", "llava.train.train:train")
+    assert status != 0
+    assert said.count("error: 11 bad records") >= 1, said[-3000:]
+    lines = [line for line in said.splitlines() if line.startswith("left out: ")]
     assert [line.split(": ")[1] for line in lines] == [f"r{number}" for number in range(1, 22, 2)]
-    assert "saved to" not in done.stdout
+    assert "saved to" not in said
 
 
 def test_what_the_last_step_left_out_is_told(kit, tmp_path):

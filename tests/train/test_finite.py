@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.support.bad_numbers import install
+from tests.support.runs import WITH_FLOAT16
 from tests.train.test_distributed import DEEPSPEED
-from tests.train.test_precision import WITH_FLOAT16
 
 ROOT = Path(__file__).parents[2]
 KINDS = "iittimti" + "miittiti" + "ttiittim"  # as in test_distributed: 2 micro-batches of 4, or of 2 on two ranks
@@ -236,7 +234,7 @@ needs_time = pytest.mark.skipif(not LONG, reason="half a minute more: scripts/te
 
 
 @pytest.fixture(scope="module")
-def two(kit, tmp_path_factory):
+def two(kit, forks, tmp_path_factory):
     """The folder of the runs of `TWO` on two processes, and what both said."""
     folder, runs = tmp_path_factory.mktemp("two"), []
     for setup, kind in TWO:
@@ -250,27 +248,22 @@ def two(kit, tmp_path_factory):
             fault["micro"], changes = 1, changes | SAVING
         changes["deepspeed"] = None if setup == "ddp" else ROOT / f"scripts/{setup}.json"
         runs.append({"flags": kit.flags(folder / f"{setup}-{kind}", KINDS, **changes), "fault": fault})
-    (folder / "runs.json").write_text(json.dumps(runs))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "tests.support.runs", str(folder / "runs.json")]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    return folder, done.stdout, done.stderr
+    return folder, forks.runs(2, runs, folder)[1]
 
 
 @DEEPSPEED
 @pytest.mark.parametrize("case", [case for case in TWO if TWO[case]], ids="-".join)
 def test_one_rank_of_two(without, two, case):
     out = two[0] / "-".join(case)
-    assert out.exists(), two[2][-4000:]
-    assert [(row["rank"], row["kind"], row["ids"]) for row in rows(out)] == TWO[case], two[2][-4000:]
+    assert out.exists(), two[1][-4000:]
+    assert [(row["rank"], row["kind"], row["ids"]) for row in rows(out)] == TWO[case], two[1][-4000:]
     assert {row["step"] for row in rows(out)} == {BAD} and {row["value"] for row in rows(out)} <= {"nan", "inf"}
     same_but_for_the_step(out, without, atol=1e-5)
 
 
 @DEEPSPEED
 def test_runs_that_end_end_on_both_ranks(two):
-    folder, _, said = two
+    folder, said = two
     for setup in ("ddp", "zero3"):
         out = folder / f"{setup}-row"
         assert [row["step"] for row in rows(out)] == [2, 3] and not (out / "model.safetensors").exists()
@@ -280,7 +273,7 @@ def test_runs_that_end_end_on_both_ranks(two):
 @DEEPSPEED
 @needs_time
 def test_moments_that_overflow_end_both_ranks(two):
-    folder, _, said = two
+    folder, said = two
     out = folder / "zero3-moments"
     (row,) = rows(out)
     assert row["kind"] == "weight" and row["step"] == BAD
@@ -308,7 +301,7 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def ways(kit, tmp_path_factory):
+def ways(kit, forks, tmp_path_factory):
     """The folder of the runs of `WAYS`, and what they said, in one process that believes in float16."""
     folder, runs = tmp_path_factory.mktemp("ways"), []
     for name, (changes, keys, fault) in WAYS.items():
@@ -318,11 +311,7 @@ def ways(kit, tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(settings))
         flags = STEPS | {"use_cpu": True, "deepspeed": folder / f"{name}.json"} | keys
         runs.append({"flags": kit.flags(folder / name, KINDS, **flags), "fault": fault})
-    (folder / "runs.json").write_text(json.dumps(runs))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", WITH_FLOAT16, str(folder / "runs.json")]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    return folder, done.stderr
+    return folder, forks.runs(1, runs, folder, change=WITH_FLOAT16)[1]
 
 
 @DEEPSPEED

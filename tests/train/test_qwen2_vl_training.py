@@ -1,10 +1,7 @@
 """Fine-tuning Qwen2-VL with adaptive patches: whole, with LoRA, resumed, on two processes; results and refusals."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -221,18 +218,15 @@ KINDS = (
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles an extension at first use")
-def test_two_processes_under_zero3_equal_one(kit, tmp_path):
+def test_two_processes_under_zero3_equal_one(kit, forks, tmp_path):
     rates = {"mm_projector_lr": 2e-3, "mm_vision_tower_lr": 5e-4, "gradient_checkpointing": True}
     rates |= {"gradient_accumulation_steps": 2}
     single = kit.run(tmp_path / "single", KINDS, **rates)
     flags = kit.flags(
         tmp_path / "two", KINDS, **rates, per_device_train_batch_size=2, deepspeed=ROOT / "scripts/zero3.json"
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, str(ROOT / "llava/train/train_qwen2_vl.py"), *flags]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    status, said = forks.ranks(2, flags, tmp_path / "log", "llava.train.train_qwen2_vl:train")
+    assert status == 0, said[-9000:]
     ours, theirs = tiny.history(tmp_path / "two"), tiny.history(single)
     assert len(ours) == len(theirs) == 3
     for got, want in zip(ours, theirs, strict=True):

@@ -1,10 +1,6 @@
 """Training Qwen-VL models on packed rows: the run is that of padded rows, alone or under ZeRO-3."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,17 +42,14 @@ def padded(kits):
 
 
 @pytest.fixture(scope="module")
-def under_zero3(kits, tmp_path_factory):
+def under_zero3(kits, forks, tmp_path_factory):
     """The folder that holds a folder for each family's run, in one process."""
     out, runs = tmp_path_factory.mktemp("zero3"), []
     for name in ZERO3:
         keys = PACKED | {"deepspeed": ROOT / "scripts/zero3.json", "use_cpu": True, "output_dir": out / name}
         runs.append(kits[name].flags(**keys))
-    (out / "runs.json").write_text(json.dumps(runs))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.support.runs", str(out / "runs.json")]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    status, said = forks.runs(1, runs, out)
+    assert status == 0, said[-9000:]
     return out
 
 

@@ -12,17 +12,10 @@ import pytest
 from llava.train.checkpoints import checkpoints_of, fault
 from llava.train.run_state import LOCK_FILE, Lock, RunState, _boot, _start, read_state
 from tests import tiny
-from tests.support.forks import Forks
 from tests.train.test_trusted_checkpoints import weights_differ
 
 FLAGS = dict(save_strategy="steps", save_steps=1000, lr_scheduler_type="constant", logging_steps=1)
 SLOW = "tests.train.faults:slow_steps:0.3"
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks() as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Stand-alone training of the token compressor on a folder of images."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -340,15 +338,15 @@ def test_trained_compressor_tells_digits_better_than_average_pooling(tmp_path):
     assert evals[-1] < 0.9 * evals[0]
 
 
-def test_two_processes_give_the_losses_of_one(flags, tmp_path):
+def test_two_processes_give_the_losses_of_one(flags, forks, tmp_path):
     # the cosine loss alone: a mean over images, while the root in the transport is taken once per process
     changes = {"sinkhorn_weight": 0.0, "probe_images": 0, "learning_rate": 1e-4}
     main(flags(output_dir=tmp_path / "one", **changes))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    command = [*launcher, "-m", "llava.train.train_toconv", *flags(output_dir=tmp_path / "two", **changes)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = flags(output_dir=tmp_path / "two", **changes)
+    status, said = forks.ranks(
+        2, words, tmp_path / "log", "llava.train.train_toconv:main", env={"ACCELERATE_USE_CPU": "true"}
+    )
+    assert status == 0, said[-4000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 

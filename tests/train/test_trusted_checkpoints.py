@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from llava.train.checkpoints import checkpoints_of, fault, newest_whole, rotate, tidy
 from tests import tiny
-from tests.support.forks import Forks
 
 STEPS = dict(save_strategy="steps", save_steps=1, lr_scheduler_type="constant")
 
@@ -205,35 +204,34 @@ MOMENTS = 5  # at which a run is killed, of those that there are; all of them in
 KILLED = dict(max_steps=3, save_total_limit=1, **STEPS)
 
 
-def test_killed_at_any_moment_of_a_save_it_goes_on(kit, tmp_path):
+def test_killed_at_any_moment_of_a_save_it_goes_on(kit, forks, tmp_path):
     """Two checkpoints that are written, one that is removed, the final model: no half of them is ever visible."""
     flags = {"data_path": kit.records("iiii"), **KILLED}
     long = bool(os.environ.get("LLAVA_LONG_TESTS"))
-    with Forks() as forks:
 
-        def run(name, change=None):
-            return forks.run(kit.flags(tmp_path / name, **flags), tmp_path / f"{name}.log", change=change)
+    def run(name, change=None):
+        return forks.run(kit.flags(tmp_path / name, **flags), tmp_path / f"{name}.log", change=change)
 
-        assert run("through", f"tests.train.faults:count_moments:{tmp_path}/moments") == 0
-        moments = range(int((tmp_path / "moments").read_text()))
-        assert len(moments) > 60
-        moments = moments if long else sorted(random.Random(0).sample(moments, MOMENTS))
-        for moment in moments:
-            out = tmp_path / f"at_{moment}"
-            assert run(out.name, f"tests.train.faults:kill_at:{moment}") == -9
-            visible = checkpoints_of(out)
-            assert [fault(folder) for folder in visible] == [None] * len(visible), moment
-            before = visible[-1].name if visible else None
-            state = out / "run_state.json"
-            ended = state.exists() and json.loads(state.read_text())["state"] == "finished"
-            assert run(out.name) == 0, (moment, (tmp_path / f"{out.name}.log").read_text()[-3000:])
-            said = (tmp_path / f"{out.name}.log").read_text()
-            assert before is None or ended or f"resuming from {out}/checkpoint-" in said
-            assert len(tiny.history(out)) == 3 and not weights_differ(out, tmp_path / "through"), moment
-            assert json.loads((out / "run_state.json").read_text())["state"] == "finished"
-            assert [folder.name for folder in checkpoints_of(out)] == ["checkpoint-3"], moment
-            assert not list(out.glob(".*")), list(out.glob(".*"))
-            shutil.rmtree(out)
+    assert run("through", f"tests.train.faults:count_moments:{tmp_path}/moments") == 0
+    moments = range(int((tmp_path / "moments").read_text()))
+    assert len(moments) > 60
+    moments = moments if long else sorted(random.Random(0).sample(moments, MOMENTS))
+    for moment in moments:
+        out = tmp_path / f"at_{moment}"
+        assert run(out.name, f"tests.train.faults:kill_at:{moment}") == -9
+        visible = checkpoints_of(out)
+        assert [fault(folder) for folder in visible] == [None] * len(visible), moment
+        before = visible[-1].name if visible else None
+        state = out / "run_state.json"
+        ended = state.exists() and json.loads(state.read_text())["state"] == "finished"
+        assert run(out.name) == 0, (moment, (tmp_path / f"{out.name}.log").read_text()[-3000:])
+        said = (tmp_path / f"{out.name}.log").read_text()
+        assert before is None or ended or f"resuming from {out}/checkpoint-" in said
+        assert len(tiny.history(out)) == 3 and not weights_differ(out, tmp_path / "through"), moment
+        assert json.loads((out / "run_state.json").read_text())["state"] == "finished"
+        assert [folder.name for folder in checkpoints_of(out)] == ["checkpoint-3"], moment
+        assert not list(out.glob(".*")), list(out.glob(".*"))
+        shutil.rmtree(out)
 
 
 def test_a_run_killed_behind_its_last_save_keeps_to_its_limit(kit, whole, tmp_path):
