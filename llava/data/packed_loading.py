@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from llava.data.packing import BufferPacking, StepPacking, cost
 from llava.errors import LlavaError
 from llava.utils import rank0_print
@@ -16,7 +18,7 @@ class Packing:
         scope: "step" or "buffer".
         length: most tokens of a row.
         buffer, seed: of pack_scope buffer.
-        tokens, patches: of each record's sample, as long as it can be.
+        tokens, patches: int32 [records], of each record's sample, as long as it can be.
         config: the model's, for the cost of a sample.
     """
 
@@ -24,8 +26,8 @@ class Packing:
     length: int
     buffer: int
     seed: int
-    tokens: list[int]
-    patches: list[int]
+    tokens: np.ndarray
+    patches: np.ndarray
     config: object
 
     @classmethod
@@ -40,14 +42,14 @@ class Packing:
         """
         limit, length = training_args.model_max_length, data_args.pack_length
         tokens, patches, exact = lengths
-        tokens = [min(int(number), limit) for number in tokens]
-        if length is not None and length < max(tokens):
-            at = tokens.index(max(tokens))
+        tokens = np.minimum(tokens, limit).astype(np.int32)
+        at, mean, batch = int(tokens.argmax()), tokens.mean(), 1
+        longest = tokens[at]
+        if length is not None and length < longest:
             raise LlavaError(
-                f"{dataset.records.describe(at)}: its sample has {tokens[at]} tokens, which is more than pack_length "
-                f"{length}; expected a pack_length of at least {max(tokens)}, or a shorter model_max_length"
+                f"{dataset.records.describe(at)}: its sample has {longest} tokens, which is more than pack_length "
+                f"{length}; expected a pack_length of at least {longest}, or a shorter model_max_length"
             )
-        mean, batch = sum(tokens) / len(tokens), 1
         if data_args.pack_scope == "step":
             batch = training_args.train_batch_size
         if length is None:
@@ -62,10 +64,10 @@ class Packing:
         if seed is None:
             seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         rank0_print(
-            f"packing: {len(tokens):,} samples of {mean:,.0f} tokens on average and {max(tokens):,} at most"
-            + ("" if all(exact) else "; where the media decide, the most that there can be")
+            f"packing: {len(tokens):,} samples of {mean:,.0f} tokens on average and {longest:,} at most"
+            + ("" if exact.all() else "; where the media decide, the most that there can be")
         )
-        return cls(data_args.pack_scope, length, data_args.pack_buffer, seed, tokens, list(map(int, patches)), config)
+        return cls(data_args.pack_scope, length, data_args.pack_buffer, seed, tokens, patches, config)
 
     def batches(self, sampler, args) -> StepPacking | BufferPacking:
         """A data loader's batches, in the order that a sampler gives; `args` are the run's `TrainingArguments`."""
@@ -76,7 +78,7 @@ class Packing:
             steps = len(batches) // rows
             rank0_print(
                 f"packing: {len(batches):,} rows of at most {self.length:,} tokens, "
-                f"{sum(self.tokens) / (len(batches) * self.length):.1%} filled; a step has "
+                f"{self.tokens.sum() / (len(batches) * self.length):.1%} filled; a step has "
                 f"{len(self.tokens) / steps:.1f} samples on average, where padded ones would have "
                 f"{args.train_batch_size * rows}"
             )
@@ -85,7 +87,7 @@ class Packing:
         return StepPacking(sampler, self.tokens, self.cost, rows=rows, pack_length=self.length, **options)
 
     def cost(self, number: int) -> float:
-        return cost(self.tokens[number], self.patches[number], self.config)
+        return cost(int(self.tokens[number]), int(self.patches[number]), self.config)
 
     def loader(self, dataset, sampler, collate, args):
         """The data loader, before accelerate deals its batches out to the ranks."""

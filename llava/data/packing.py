@@ -198,7 +198,7 @@ class StepPacking(Sampler):
 
     def _divided(self, step: list) -> Iterator[list]:
         numbers = [item[1] if isinstance(item, tuple) else item for item in step]
-        tokens, costs = [self.tokens[number] for number in numbers], [self.costs(number) for number in numbers]
+        tokens, costs = [int(self.tokens[number]) for number in numbers], [self.costs(number) for number in numbers]
         rows = divide(tokens, costs, self.rows, self.pack_length)
         longest = max(sum(tokens[at] for at in row) for row in rows)
         if self.pack_length is not None and longest > self.pack_length and not self._told:
@@ -228,7 +228,7 @@ class BufferPacking(Sampler):
     def __init__(self, sampler: Sampler, tokens: Sequence[int], *, pack_length: int, rows: int, buffer: int, seed: int):
         self.sampler, self.seed, self.epoch = sampler, seed, 0
         order = [item[1] if isinstance(item, tuple) else item for item in sampler]
-        self._rows = _fill(order, tokens, pack_length, buffer)
+        self._rows = _fill(order, list(map(int, tokens)), pack_length, buffer)
         self._rows += [[] for _ in range(-len(self._rows) % rows)]
         self._with_epoch = isinstance(next(iter(sampler), None), tuple)
 
