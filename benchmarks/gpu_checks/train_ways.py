@@ -108,7 +108,10 @@ class LlavaNext:
         from transformers import CLIPVisionModel
 
         self.model = model
-        self.encoder = CLIPVisionModel(model.get_vision_tower().vision_tower.config).train()  # its weights go unused
+        tower = model.get_vision_tower().vision_tower
+        self.encoder = CLIPVisionModel(tower.config).train()
+        weights = {name.removeprefix("vision_model."): p for name, p in tower.named_parameters()}
+        self.encoder.load_state_dict(weights, assign=True)  # not copies: they learn here
         checkpointing_as(model, self.encoder)
 
     def loss(self, samples: list[dict]) -> torch.Tensor:
@@ -125,8 +128,7 @@ class LlavaNext:
         if not crops:  # a picture of zeros for a batch of text
             crops, shapes = [torch.zeros(1, 3, tower.image_size, tower.image_size)], []
         pixels = torch.cat(crops).to(device)
-        weights = {name.removeprefix("vision_model."): p for name, p in tower.vision_tower.named_parameters()}
-        out = torch.func.functional_call(self.encoder, weights, (pixels,), {"output_hidden_states": True})
+        out = self.encoder(pixels, output_hidden_states=True)
         states = out.hidden_states[-2][:, 1:]
         features = inner.mm_projector(states).split([len(part) for part in crops])
         merged = [self._merged(feature, size, shape) for feature, (size, shape) in zip(features, shapes, strict=False)]
