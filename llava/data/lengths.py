@@ -155,7 +155,8 @@ class _Asker:
             generator=torch.Generator(),  # else it takes one of the run's random numbers
         )
         found, done = Lengths.empty(len(numbers)), 0
-        bar = tqdm(total=len(numbers), desc=f"lengths of {self.name}", disable=len(numbers) < _TOLD, unit=" records")
+        what = {"desc": f"lengths of {self.name}", "unit": " records", "mininterval": 1.0}
+        bar = tqdm(total=len(numbers), disable=len(numbers) < _TOLD, **what)
         with bar:
             for lengths in loader:
                 end = done + len(lengths.tokens)
