@@ -82,6 +82,21 @@ def test_resumed_within_an_epoch(kit, tmp_path, rows, keys):
     assert not weights_differ(out, whole)
 
 
+def test_resumed_with_other_batches_it_goes_on_at_the_next_sample(kit, tmp_path, rows):
+    """Three steps of four samples, then steps of eight over the rest of the epoch."""
+    flags = {**EPOCHS, **PACKED, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
+    whole = kit.run(tmp_path / "whole", KINDS, **flags)
+    seen = {name for step in (1, 2, 3) for row in rows[step] for name in row}
+    rows.clear()
+    out = tmp_path / "out"
+    shutil.copytree(whole / "checkpoint-3", out / "checkpoint-3")
+    kit.run(out, KINDS, **flags | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
+    rest = [name for row in rows[4] for name in row]
+    assert len(rows[4]) == 2 and len(rest) == 8 and len(seen) == 12 and not seen & set(rest)
+    later = [name for step in sorted(rows) if step > 4 for row in rows[step] for name in row]
+    assert sorted(later) == sorted(f"r{number}" for number in range(len(KINDS)))
+
+
 def test_every_sample_once_an_epoch_from_a_buffer(kit, tmp_path, rows):
     out = kit.run(tmp_path / "out", KINDS, **EPOCHS, **BUFFER, train_sampling_strategy="random")
     state = json.loads((out / "trainer_state.json").read_text())
