@@ -5,6 +5,7 @@ A way takes PIL pictures and token ids and gives the loss; preparing the pixels 
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -133,19 +134,8 @@ class LlavaNext:
         features = inner.mm_projector(states).split([len(part) for part in crops])
         merged = [self._merged(feature, size, shape) for feature, (size, shape) in zip(features, shapes, strict=False)]
         dummy = features[0].sum() * 0 if not shapes else 0
-        rows, labels, at = [], [], 0
-        for sample in samples:
-            pieces, marks = [], []
-            for token, label in zip(sample["ids"], sample["labels"], strict=True):
-                if token == IMAGE_TOKEN_INDEX:
-                    pieces.append(merged[at])
-                    marks += [IGNORE_INDEX] * len(merged[at])
-                    at += 1
-                else:
-                    pieces.append(inner.embed_tokens(torch.tensor([token], device=device)))
-                    marks.append(label)
-            rows.append(torch.cat(pieces))
-            labels.append(torch.tensor(marks, device=device))
+        images = iter(merged)
+        rows, labels = zip(*(self._row(sample, images) for sample in samples), strict=True)
         longest = max(map(len, rows))
         embeds = torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows]) + dummy
         targets = torch.stack([F.pad(row, (0, longest - len(row)), value=IGNORE_INDEX) for row in labels])
@@ -154,6 +144,22 @@ class LlavaNext:
         hidden = inner(inputs_embeds=embeds, attention_mask=mask, use_cache=False)[0]
         logits = model.lm_head(hidden).float()
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+
+    def _row(self, sample: dict, images) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and labels of a sample: its text is embedded at once, cut at its pictures, and laid out anew."""
+        device = self.model.device
+        ids, marks = (torch.tensor(sample[name], device=device) for name in ("ids", "labels"))
+        text = ids != IMAGE_TOKEN_INDEX
+        cuts = (~text).nonzero()[:, 0].tolist()
+        lengths = [end - begin - 1 for begin, end in pairwise([-1, *cuts, len(ids)])]
+        texts = self.model.get_model().embed_tokens(ids[text]).split(lengths)
+        targets = marks[text].split(lengths)
+        row, labels = [texts[0]], [targets[0]]
+        for part, target in zip(texts[1:], targets[1:], strict=True):
+            image = next(images)
+            row += [image, part]
+            labels += [target.new_full((len(image),), IGNORE_INDEX), target]
+        return torch.cat(row), torch.cat(labels)
 
     def _pieces(self, picture: Image.Image, several: bool) -> tuple[list[Image.Image], tuple[int, int] | None]:
         """The overview and the crops of one picture, and its grid in crops; of several each is squared."""
