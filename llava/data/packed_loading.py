@@ -18,8 +18,7 @@ class Packing:
         scope: "step" or "buffer".
         length: most tokens of a row.
         buffer, seed: of pack_scope buffer.
-        tokens, patches: int32 [records], of each record's sample, as long as it can be.
-        config: the model's, for the cost of a sample.
+        tokens, costs: int32 and float [records], of each record's sample, as long as it can be.
     """
 
     scope: str
@@ -27,8 +26,7 @@ class Packing:
     buffer: int
     seed: int
     tokens: np.ndarray
-    patches: np.ndarray
-    config: object
+    costs: np.ndarray
 
     @classmethod
     def of(cls, dataset, lengths, data_args, training_args, config) -> "Packing":
@@ -67,7 +65,8 @@ class Packing:
             f"packing: {len(tokens):,} samples of {mean:,.0f} tokens on average and {longest:,} at most"
             + ("" if exact.all() else "; where the media decide, the most that there can be")
         )
-        return cls(data_args.pack_scope, length, data_args.pack_buffer, seed, tokens, patches, config)
+        costs = cost(tokens.astype(float), patches.astype(float), config)
+        return cls(data_args.pack_scope, length, data_args.pack_buffer, seed, tokens, costs)
 
     def batches(self, sampler, args) -> StepPacking | BufferPacking:
         """A data loader's batches, in the order that a sampler gives; `args` are the run's `TrainingArguments`."""
@@ -84,10 +83,7 @@ class Packing:
             )
             return batches
         options = {"samples": rows * args.train_batch_size, "drop_last": args.dataloader_drop_last}
-        return StepPacking(sampler, self.tokens, self.cost, rows=rows, pack_length=self.length, **options)
-
-    def cost(self, number: int) -> float:
-        return cost(int(self.tokens[number]), int(self.patches[number]), self.config)
+        return StepPacking(sampler, self.tokens, self.costs, rows=rows, pack_length=self.length, **options)
 
     def loader(self, dataset, sampler, collate, args):
         """The data loader, before accelerate deals its batches out to the ranks."""

@@ -11,7 +11,7 @@ All is decided by lengths and a seed, so every rank finds the same rows, and a r
 
 import heapq
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from torch.utils.data import Sampler
@@ -28,21 +28,21 @@ def cost(tokens: int, patches: int, config) -> float:
     is counted by `llava.train.flops`.
 
     Args:
-        tokens: N, merged, of the language model.
-        patches: P, of the vision encoder.
+        tokens: N, merged, of the language model; or float [samples].
+        patches: P, of the vision encoder; or float [samples].
         config: a model's, with the text half in it or beside it.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    total = layers * (2 * tokens * (4 * width**2 + 3 * width * inner) + 2 * tokens**2 * width)
+    total = 1.0 * layers * (2 * tokens * (4 * width**2 + 3 * width * inner) + 2 * tokens**2 * width)
     vision = getattr(config, "vision_config", None) or getattr(config, "mm_vision_config", None)
-    if vision is None or not patches:
-        return float(total)
+    if vision is None:
+        return total
     read = vision.get if isinstance(vision, dict) else lambda name, other=None: getattr(vision, name, other)
     wide = read("embed_dim") or read("hidden_size")
     inner = read("intermediate_size") or int(wide * (read("mlp_ratio") or 4))
     depth = read("depth") or read("num_hidden_layers")
-    return float(total + depth * (2 * patches * (4 * wide**2 + 2 * wide * inner) + 4 * patches**2 * wide))
+    return total + depth * (2 * patches * (4 * wide**2 + 2 * wide * inner) + 4 * patches**2 * wide)
 
 
 def divide(tokens: Sequence[int], costs: Sequence[float], rows: int, pack_length: int | None = None) -> list[list[int]]:
@@ -171,7 +171,7 @@ class StepPacking(Sampler):
         self,
         sampler: Sampler,
         tokens: Sequence[int],
-        costs: Callable[[int], float],
+        costs: Sequence[float],
         *,
         samples: int,
         rows: int,
@@ -198,7 +198,7 @@ class StepPacking(Sampler):
 
     def _divided(self, step: list) -> Iterator[list]:
         numbers = [item[1] if isinstance(item, tuple) else item for item in step]
-        tokens, costs = [int(self.tokens[number]) for number in numbers], [self.costs(number) for number in numbers]
+        tokens, costs = [int(self.tokens[number]) for number in numbers], [self.costs[number] for number in numbers]
         rows = divide(tokens, costs, self.rows, self.pack_length)
         longest = max(sum(tokens[at] for at in row) for row in rows)
         if self.pack_length is not None and longest > self.pack_length and not self._told:

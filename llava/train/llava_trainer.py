@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import TrainerCallback
 
 from llava.constants import IGNORE_INDEX
 from llava.data.packed_loading import Packing
@@ -17,6 +16,7 @@ from llava.families.training import trains_projector_alone
 from llava.model.checkpoint import projector_state, save_projector
 from llava.model.host import ReadLater
 from llava.model.lora import is_adapted, restore_lora, save_lora
+from llava.train.callbacks import CountEpochs, StopAtStep
 from llava.train.carrying import draw_missing_numbers, readable_state
 from llava.train.checkpoints import STATE_NAME
 from llava.train.left_out import LeftOut
@@ -32,22 +32,6 @@ from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
 from llava.train.step_log import StepLog, print_briefly
 from llava.train.stopping import Preempted, Stopping, in_worker
 from llava.utils import rank0_print
-
-
-class _StopAtStep(TrainerCallback):
-    """Saves a checkpoint at the end of a step where the run is to end; see `_save_checkpoint`."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        stopping = self.trainer.stopping
-        if args.world_size == 1:
-            stopping.agree(stopping.asked())
-        else:
-            self.trainer.tell_last_step()  # exchanged when the step began
-        if stopping.agreed:
-            control.should_save, control.should_evaluate = True, False
 
 
 class LLaVATrainer(PhasedTrainer):
@@ -87,7 +71,7 @@ class LLaVATrainer(PhasedTrainer):
         self.model_accepts_loss_kwargs = True  # the model divides the summed loss by num_items_in_batch itself
         self.numbers = NumberWatch(self)
         self.add_callback(self.numbers)
-        self.add_callback(_StopAtStep(self))
+        self.add_callback(StopAtStep(self))
         self.step_log = StepLog(self)
         self.add_callback(self.step_log)
         print_briefly(self)
@@ -95,7 +79,7 @@ class LLaVATrainer(PhasedTrainer):
         self.position = DataPosition(
             settings, len(self.train_dataset), packing is not None and packing.scope == "buffer"
         )
-        self.add_callback(_Epochs(self.position))
+        self.add_callback(CountEpochs(self.position))
         self.run_state, self.stopping = run_state or RunState(settings.output_dir, writes=False), stopping or Stopping()
         self._saved_in: Path | None = None  # while a checkpoint is written
         # of this rank's last step, with what all ranks counted in it: supervised tokens, records left out
@@ -389,14 +373,3 @@ class LLaVATrainer(PhasedTrainer):
         state = projector_state(self.accelerator.unwrap_model(self.model).named_parameters())
         if self.args.should_save:
             save_projector(state, folder)
-
-
-class _Epochs(TrainerCallback):
-    """Passes over the data, as the position counts them."""
-
-    def __init__(self, position: DataPosition):
-        self.position = position
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.position.shifted:
-            state.epoch = self.position.epoch_at(state.global_step)

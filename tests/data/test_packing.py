@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,7 +100,7 @@ def test_a_step_has_the_samples_that_it_has_unpacked(records, batch, accumulated
     sampler = EpochSampler(order) if epochs else order
     size, rows = batch * accumulated * world, accumulated * world
     tokens = [1 + number % 13 for number in range(records)]
-    packing = StepPacking(sampler, tokens, lambda number: tokens[number], samples=size, rows=rows)
+    packing = StepPacking(sampler, tokens, tokens, samples=size, rows=rows)
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         expected, batches = list(sampler), list(packing)
@@ -109,7 +110,7 @@ def test_a_step_has_the_samples_that_it_has_unpacked(records, batch, accumulated
             assert sorted(flat(batches[step : step + rows])) == sorted(expected[at : at + size])
         assert sorted(flat(batches)) == sorted(expected)
         assert batches == list(packing)
-    assert len(StepPacking(sampler, tokens, float, samples=size, rows=rows, drop_last=True)) == records // size * rows
+    assert len(StepPacking(sampler, tokens, tokens, samples=size, rows=rows, drop_last=True)) == records // size * rows
 
 
 @settings(max_examples=50)
@@ -142,10 +143,12 @@ def test_cost():
     text.vision_config = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2}
     assert cost(10, 5, text) == by_hand + 2 * (2 * 5 * (4 * 16 + 2 * 4 * 6) + 4 * 25 * 4)
     assert cost(20, 0, text) > 2 * cost(10, 0, text)
+    several = cost(np.array([10.0, 10.0, 99999.0]), np.array([5.0, 0.0, 0.0]), text)
+    assert several.tolist() == [cost(10, 5, text), by_hand, cost(99999, 0, text)]
 
 
 def test_a_step_without_room_says_so_once(capsys):
-    rows = list(StepPacking(range(6), [8] * 6, lambda number: 1, samples=3, rows=2, pack_length=10))
+    rows = list(StepPacking(range(6), [8] * 6, [1] * 6, samples=3, rows=2, pack_length=10))
     assert [sorted(map(len, rows[at : at + 2])) for at in (0, 2)] == [[1, 2], [1, 2]]
     said = capsys.readouterr().out
     assert said.count("the 3 samples of a step have 24 tokens and do not fit into 2 rows of pack_length 10") == 1
