@@ -1,5 +1,6 @@
 """Packed rows against padded ones on one mixture of samples: the numbers, then speed, memory and utilisation."""
 
+import importlib.util
 import statistics
 from contextlib import nullcontext
 
@@ -46,9 +47,12 @@ def gradients(way, samples: list[dict], precision) -> tuple[float, dict]:
 
 def compare(ways: dict, samples: list[dict], precision) -> tuple[float, float]:
     """How far packed is from padded: the loss, relative; the worst gradient tensor, over its largest value."""
-    (loss, found), (expected_loss, expected) = (
-        gradients(ways[name], samples, precision) for name in ("packed", "padded")
-    )
+    return distance(*(gradients(ways[name], samples, precision) for name in ("packed", "padded")))
+
+
+def distance(measured: tuple[float, dict], reference: tuple[float, dict]) -> tuple[float, float]:
+    """Of one loss with its gradients from another, as `compare` gives it."""
+    (loss, found), (expected_loss, expected) = measured, reference
     assert found.keys() == expected.keys()
     largest = max(value.abs().max().item() for value in expected.values())
     worst = max((found[name] - value).abs().max().item() for name, value in expected.items())
@@ -75,6 +79,21 @@ def packing(context: Context, result: Result):
 
     waited = waits_of(step)
     result.test("no wait for the device", not waited, waited or "forward and backward of a packed row")
+    for name, change in faster_kernels().items():
+        ways = make_ways(context, "demo", "demo")
+        plain = gradients(ways["packed"], samples, nullcontext())
+        change(ways["packed"].model)
+        loss, worst = distance(gradients(ways["packed"], samples, nullcontext()), plain)
+        result.below(f"{name}, float32", loss=(loss, EXACT), gradients=(worst, EXACT))
+
+
+def faster_kernels() -> dict:
+    """What `torch_compile` and `use_liger_kernel` put into a model, in place; Liger's where it is installed."""
+    from llava.model.compiled_blocks import compile_blocks
+    from llava.model.liger import apply_liger
+
+    found = {"compiled blocks": compile_blocks}
+    return found | ({"Liger": apply_liger} if importlib.util.find_spec("liger_kernel") else {})
 
 
 class Steps:
@@ -133,6 +152,13 @@ def measure(way, sets: list[list[dict]], context: Context) -> dict:
     }
 
 
+def set_checkpointing(model, on: bool) -> None:
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
 @check("packing_speed")
 def packing_speed(context: Context, result: Result):
     """Samples/s, memory and FLOP utilisation of a training step on a mixture, packed against padded."""
@@ -146,10 +172,7 @@ def packing_speed(context: Context, result: Result):
     shape = f"{llm} with {tower}, {count} samples a step"
     result.figure(shape, parameters=parameters(model), mixture="train_mixture.json")
     for checkpointing in (True, False):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
+        set_checkpointing(model, checkpointing)
         found, label = {}, f"{shape}, checkpointing {'on' if checkpointing else 'off'}"
         for name, way in ways.items():
             found[name] = measure(way, sets, context)
@@ -159,3 +182,17 @@ def packing_speed(context: Context, result: Result):
             result.test("both ways fit", fits, str({name: figures.get("peak_gib") for name, figures in found.items()}))
         if all("step_ms" in figures for figures in found.values()):
             result.figure(label, packed_is_faster_by=found["padded"]["step_ms"] / found["packed"]["step_ms"])
+    if context.device == "cuda":
+        compare_kernels(ways["packed"], sets, shape, context, result)
+
+
+def compare_kernels(way, sets: list[list[dict]], shape: str, context: Context, result: Result) -> None:
+    """Packed, each of the faster kernels by itself."""
+    for name, change in faster_kernels().items():
+        change(way.model)
+        for checkpointing in (True, False):
+            set_checkpointing(way.model, checkpointing)
+            label = f"{shape}, checkpointing {'on' if checkpointing else 'off'}, packed, {name}"
+            result.figure(label, **measure(way, sets, context))
+        for module in way.model.modules():
+            module._compiled_call_impl = None  # Liger's stay: they are the last
