@@ -3,5 +3,5 @@
 # run in this order, and within a file from top to bottom
 MODULES = (
     *("smoke", "golden", "numerics", "batched", "packing", "encoder", "toconv", "adaptive", "demo", "generation"),
-    "training",
+    *("training", "kernels"),  # Liger's patches stay in the process
 )

@@ -5,10 +5,13 @@ import os
 import platform
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def peak_tflops(device: str, override: float | None = None) -> float | None:
@@ -66,7 +69,10 @@ def waits_of(step: Callable[[], object]) -> str:
     try:
         step()
     except RuntimeError as error:
-        return " ".join(str(error).split())[:200]
+        lines = traceback.extract_tb(error.__traceback__)
+        where = f"{Path(lines[-1].filename).name}:{lines[-1].lineno}"
+        ours = [line for line in lines if Path(line.filename).is_relative_to(ROOT)][-1]
+        return f"{where}, from {Path(ours.filename).name}:{ours.lineno}: " + " ".join(str(error).split())[:200]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return ""

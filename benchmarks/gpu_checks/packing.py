@@ -1,6 +1,5 @@
 """Packed rows against padded ones on one mixture of samples: the numbers, then speed, memory and utilisation."""
 
-import importlib.util
 import statistics
 from contextlib import nullcontext
 
@@ -79,21 +78,6 @@ def packing(context: Context, result: Result):
 
     waited = waits_of(step)
     result.test("no wait for the device", not waited, waited or "forward and backward of a packed row")
-    for name, change in faster_kernels().items():
-        ways = make_ways(context, "demo", "demo")
-        plain = gradients(ways["packed"], samples, nullcontext())
-        change(ways["packed"].model)
-        loss, worst = distance(gradients(ways["packed"], samples, nullcontext()), plain)
-        result.below(f"{name}, float32", loss=(loss, EXACT), gradients=(worst, EXACT))
-
-
-def faster_kernels() -> dict:
-    """What `torch_compile` and `use_liger_kernel` put into a model, in place; Liger's where it is installed."""
-    from llava.model.compiled_blocks import compile_blocks
-    from llava.model.liger import apply_liger
-
-    found = {"compiled blocks": compile_blocks}
-    return found | ({"Liger": apply_liger} if importlib.util.find_spec("liger_kernel") else {})
 
 
 class Steps:
@@ -159,17 +143,22 @@ def set_checkpointing(model, on: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-@check("packing_speed")
-def packing_speed(context: Context, result: Result):
-    """Samples/s, memory and FLOP utilisation of a training step on a mixture, packed against padded."""
+def speed_case(context: Context) -> tuple[dict, list[list[dict]], str]:
+    """The ways, the samples of each step, and what they are called."""
     options = context.options
     llm = options.train_preset or ("small" if context.small else "qwen2-1.5b")
     tower = options.tower_preset or ("demo" if context.small else "clip-l336")
-    ways = make_ways(context, llm, tower)
-    model, count = ways["packed"].model, 2 * options.train_batch
-    samples = samples_of(model, SETS * count)
+    ways, count = make_ways(context, llm, tower), 2 * options.train_batch
+    samples = samples_of(ways["packed"].model, SETS * count)
     sets = [samples[at : at + count] for at in range(0, len(samples), count)]
-    shape = f"{llm} with {tower}, {count} samples a step"
+    return ways, sets, f"{llm} with {tower}, {count} samples a step"
+
+
+@check("packing_speed")
+def packing_speed(context: Context, result: Result):
+    """Samples/s, memory and FLOP utilisation of a training step on a mixture, packed against padded."""
+    ways, sets, shape = speed_case(context)
+    model = ways["packed"].model
     result.figure(shape, parameters=parameters(model), mixture="train_mixture.json")
     for checkpointing in (True, False):
         set_checkpointing(model, checkpointing)
@@ -182,17 +171,3 @@ def packing_speed(context: Context, result: Result):
             result.test("both ways fit", fits, str({name: figures.get("peak_gib") for name, figures in found.items()}))
         if all("step_ms" in figures for figures in found.values()):
             result.figure(label, packed_is_faster_by=found["padded"]["step_ms"] / found["packed"]["step_ms"])
-    if context.device == "cuda":
-        compare_kernels(ways["packed"], sets, shape, context, result)
-
-
-def compare_kernels(way, sets: list[list[dict]], shape: str, context: Context, result: Result) -> None:
-    """Packed, each of the faster kernels by itself."""
-    for name, change in faster_kernels().items():
-        change(way.model)
-        for checkpointing in (True, False):
-            set_checkpointing(way.model, checkpointing)
-            label = f"{shape}, checkpointing {'on' if checkpointing else 'off'}, packed, {name}"
-            result.figure(label, **measure(way, sets, context))
-        for module in way.model.modules():
-            module._compiled_call_impl = None  # Liger's stay: they are the last

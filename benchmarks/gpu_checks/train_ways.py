@@ -110,7 +110,8 @@ class LlavaNext:
 
         self.model = model
         tower = model.get_vision_tower().vision_tower
-        self.encoder = CLIPVisionModel(tower.config).train()
+        with torch.device(model.device):
+            self.encoder = CLIPVisionModel(tower.config).train()
         weights = {name.removeprefix("vision_model."): p for name, p in tower.named_parameters()}
         self.encoder.load_state_dict(weights, assign=True)  # not copies: they learn here
         checkpointing_as(model, self.encoder)
@@ -228,7 +229,8 @@ class Stock:
             image_token_index=ours.vocab_size - 1,
             vision_feature_layer=-2,
         )
-        self.model = LlavaNextForConditionalGeneration._from_config(self.config, attn_implementation="sdpa")
+        with torch.device(model.device):
+            self.model = LlavaNextForConditionalGeneration._from_config(self.config, attn_implementation="sdpa")
         self.model.load_state_dict(_as_stock(model.state_dict(), self.model.state_dict().keys()))
         self.model.train()
         checkpointing_as(model, self.model)
@@ -256,7 +258,8 @@ class Stock:
             "attention_mask": torch.stack([(torch.arange(longest) < len(ids)).long() for ids, _ in rows]),
             "labels": torch.stack([F.pad(mark, (0, longest - len(mark)), value=IGNORE_INDEX) for _, mark in rows]),
         }
-        return self.model(**batch, **media).loss
+        given = {name: value.to(self.model.device) for name, value in (batch | media).items()}
+        return self.model(**given).loss
 
     def _pictures(self, sample: dict) -> list[Image.Image]:
         if len(sample["pictures"]) < 2:

@@ -5,6 +5,7 @@ Shapes: B rows, L text tokens (an image is one of them), S tokens after the merg
 
 import torch
 import torch.nn as nn
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -282,10 +283,10 @@ class LlavaMetaForCausalLM(ImageEncoding):
             if inputs_embeds is not None:
                 input_ids = None
                 if _packed(host):
-                    attention_mask = None
+                    attention_mask = self._masks_of_unpadded(inputs_embeds)
                     kwargs |= segments(lengths, self.config._attn_implementation, inputs_embeds.device)
                 elif self.training and self._may_drop_mask:
-                    attention_mask = None
+                    attention_mask = self._masks_of_unpadded(inputs_embeds)
                     kwargs |= self._as_one_segment(inputs_embeds)
         inputs = dict(
             input_ids=input_ids,
@@ -321,6 +322,15 @@ class LlavaMetaForCausalLM(ImageEncoding):
         """See `needs_no_mask`; the merge has just made the rows."""
         right_padded = getattr(self.config, "tokenizer_padding_side", "right") == "right"
         return right_padded and needs_no_mask(self.config._attn_implementation)
+
+    def _masks_of_unpadded(self, inputs_embeds):
+        """The language model's `attention_mask` where none is needed for padding, made without its positions.
+
+        Given None, transformers looks whether the positions of a row start anew, and the host waits for the answer.
+        Models with a mask for each type of layer take theirs ready-made; the others look (transformers 5.17 to 5.23).
+        """
+        made = create_masks_for_generate(self.config, inputs_embeds, attention_mask=None, past_key_values=None)
+        return made if isinstance(made, dict) else None
 
     def _as_one_segment(self, inputs_embeds):
         """What spares a single row flash-attention's look, in every layer, whether it is packed of several samples."""

@@ -41,21 +41,26 @@ def test_a_micro_batch_of_none(tmp_path):
     assert parsed(tmp_path).vision_micro_batch is None
 
 
-def test_what_is_set_up(monkeypatch):
+def test_what_is_set_up(monkeypatch, capsys):
     """transformers must not patch the model once more."""
     model, seen = torch.nn.Linear(1, 1), []
     for name in ("set_micro_batch", "compile_blocks", "apply_liger"):
         monkeypatch.setattr(speed, name, lambda model, *given, name=name, **how: seen.append((name, *given, how)))
     args = dict(vision_micro_batch=3, torch_compile_tower=True, liger_kernel_config={"rope": False})
+    args |= dict.fromkeys(("torch_compile_backend", "torch_compile_mode"))
     args = SimpleNamespace(**args, use_liger_kernel=True, torch_compile=False)
     speed.speed_up(model, args)
-    tower = ("compile_blocks", {"tower_alone": True})
+    tower = ("compile_blocks", {"tower_alone": True, "backend": "inductor", "mode": None})
     assert seen == [("set_micro_batch", 3, {}), tower, ("apply_liger", {"rope": False}, {})]
     assert args.use_liger_kernel is False
-    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = True, "eager", "default"
-    speed.speed_up(model, args)
-    assert seen[3:] == [("set_micro_batch", 3, {}), ("compile_blocks", {"backend": "eager", "mode": "default"})]
-    assert (args.torch_compile, args.torch_compile_backend, args.torch_compile_mode) == (False, None, None)
+    for liger in (False, True):  # whose kernels cannot be compiled
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = True, "eager", "default"
+        args.use_liger_kernel = liger
+        del seen[1:]
+        speed.speed_up(model, args)
+        assert seen[2] == ("compile_blocks", {"tower_alone": liger, "backend": "eager", "mode": "default"})
+        assert (args.torch_compile, args.torch_compile_backend, args.torch_compile_mode) == (False, None, None)
+        assert ("only the vision encoder's blocks are compiled" in capsys.readouterr().out) == liger
 
 
 def test_a_run_in_chunks_takes_the_same_steps(kit, tmp_path, monkeypatch):
