@@ -93,8 +93,8 @@ class ModelKeys(KeyGroup):
     )
     mm_vision_tower_type: str | None = key(
         None,
-        "the tower's registry id, or a class of your own for the folder in vision_tower; needed only where its config or "
-        "name does not tell",
+        "the tower's registry id, or a class of your own for the folder in vision_tower; needed only where its config "
+        "or name does not tell",
         tower_part=True,
         checkpoint=True,
     )
@@ -103,7 +103,8 @@ class ModelKeys(KeyGroup):
     )
     vision_tower_image: dict[str, Any] | None = key(
         None,
-        "pixels of a plain nn.Module as the tower: {size: 224, mean: [r, g, b], std: [r, g, b], interpolation: bicubic}",
+        "pixels of a plain nn.Module as the tower: {size: 224, mean: [r, g, b], std: [r, g, b], interpolation: "
+        "bicubic}",
         tower_part=True,
         checkpoint=True,
     )

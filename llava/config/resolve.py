@@ -13,8 +13,8 @@ from llava.config.checks import check_run, check_value
 from llava.config.commandline import WHERE, CommandLine, parse_command_line
 from llava.config.files import find_file, read_yaml
 from llava.config.keys import PATCH_KEYS
-from llava.config.own_tower import ClassPath, locate, same_class
 from llava.config.old_names import OLD_NAMES, translate
+from llava.config.own_tower import ClassPath, locate, same_class
 from llava.config.schema import all_keys, convert, convert_type, find_key, own_keys
 from llava.errors import LlavaError
 
