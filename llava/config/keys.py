@@ -85,8 +85,7 @@ class ModelKeys(KeyGroup):
 
     vision_tower: str | None = key(
         None,
-        "vision tower: hub id or folder; or a class of your own: FILE.py:Class, pkg.module:Class, or an entry point of "
-        "llava.towers",
+        "vision tower: hub id or folder; a class of your own as FILE.py:Class, pkg.module:Class or an entry point",
         tower_part=True,
         checkpoint="mm_vision_tower",
         aliases=("mm_vision_tower",),
@@ -103,8 +102,7 @@ class ModelKeys(KeyGroup):
     )
     vision_tower_image: dict[str, Any] | None = key(
         None,
-        "pixels of a plain nn.Module as the tower: {size: 224, mean: [r, g, b], std: [r, g, b], interpolation: "
-        "bicubic}",
+        "pixels of a plain nn.Module as the tower: {size: 224, mean: [...], std: [...], interpolation: bicubic}",
         tower_part=True,
         checkpoint=True,
     )

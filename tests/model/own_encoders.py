@@ -23,7 +23,7 @@ class Plain(nn.Module):
         super().__init__()
         self.wrong = wrong
         self.embed = nn.Conv2d(3, width, 14, 14)
-        self.register_buffer("position", torch.linspace(-1, 1, 9 * width).view(1, 9, width), persistent=False)
+        self.register_buffer("position", torch.arange(9 * width).view(1, 9, width) / width, persistent=False)
         self.scale = torch.linspace(0.5, 1, width)  # no buffer
         self.gamma = nn.Parameter(torch.ones(width))
         self.block = nn.TransformerEncoderLayer(width, 2, 48, batch_first=True)
