@@ -57,6 +57,8 @@ def build_own_tower(path: ClassPath, tower: str, cfg, delay_load: bool = False) 
 
 def _maker(found: type, path: ClassPath, tower: str, cfg, delay_load: bool):
     arguments = getattr(cfg, "tower_args", None) or {}
+    if getattr(cfg, "s2", False):
+        raise LlavaError(f"s2: found true, expected false: {path} is a class of its own, and S2 is of CLIP's towers")
     if not issubclass(found, nn.Module):
         raise LlavaError(
             f"vision tower {path}: {found.__name__} is no nn.Module, expected one, or a VisionTower ({PAGE})"
