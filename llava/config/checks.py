@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from llava.config.keys import PATCH_KEYS
+from llava.config.own_tower import check_image
 from llava.config.patch_choice import MEMBERS, THRESHOLDS, PatchChoice
 from llava.config.reporting import report_names
 from llava.config.schema import Key
@@ -25,6 +26,8 @@ def check_value(key: Key, value: Any, where: str) -> None:
         _check_parts(value, where)
     if key.name == "adaptive_patches":
         PatchChoice.from_mapping(value, f"{where}: adaptive_patches")
+    if key.name == "vision_tower_image":
+        check_image(value, f"{where}: vision_tower_image")
     if key.name == "image_grid_pinpoints" and value is not None:
         _check_pinpoints(value, where)
 

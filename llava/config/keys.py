@@ -85,14 +85,30 @@ class ModelKeys(KeyGroup):
 
     vision_tower: str | None = key(
         None,
-        "vision tower: hub id or folder",
+        "vision tower: hub id or folder; a class of your own as FILE.py:Class, pkg.module:Class or an entry point",
         tower_part=True,
         checkpoint="mm_vision_tower",
         aliases=("mm_vision_tower",),
     )
     mm_vision_tower_type: str | None = key(
         None,
-        "the tower's registry id; needed only where its config or name does not tell",
+        "the tower's registry id, or a class of your own for the folder in vision_tower; needed only where its config "
+        "or name does not tell",
+        tower_part=True,
+        checkpoint=True,
+    )
+    tower_args: dict[str, Any] | None = key(
+        None, "arguments for the constructor of a tower of your own", tower_part=True, checkpoint=True
+    )
+    vision_tower_image: dict[str, Any] | None = key(
+        None,
+        "pixels of a plain nn.Module as the tower: {size: 224, mean: [...], std: [...], interpolation: bicubic}",
+        tower_part=True,
+        checkpoint=True,
+    )
+    vision_tower_weights: str | None = key(
+        None,
+        "weights of a plain nn.Module as the tower: a .safetensors file; not given: those it is made with",
         tower_part=True,
         checkpoint=True,
     )

@@ -14,6 +14,7 @@ from llava.config.commandline import WHERE, CommandLine, parse_command_line
 from llava.config.files import find_file, read_yaml
 from llava.config.keys import PATCH_KEYS
 from llava.config.old_names import OLD_NAMES, translate
+from llava.config.own_tower import ClassPath, locate, same_class
 from llava.config.schema import all_keys, convert, convert_type, find_key, own_keys
 from llava.errors import LlavaError
 
@@ -60,6 +61,7 @@ def resolve(argv: list[str]) -> Run:
     """The run that `argv` (optional CONFIG.yaml, then flags) describes. Raises `LlavaError` for any fault in it."""
     line = parse_command_line(argv)
     run = Run(config=line.config, notices=line.notices)
+    _locate_own_tower(line.values, WHERE, line.config)
     layers = [(WHERE, line.values)]
     train_tower = None
     if line.config is not None:
@@ -132,7 +134,16 @@ def _read_layer(path, content: dict[str, Any], notices: list[str], tower: bool) 
             raise LlavaError(f"{where}: {name} and another name of it are both given, expected one")
         layer[key.name] = convert(key, value, where)
     translate(values, old, where, notices)
+    _locate_own_tower(values, where, where)
     return values
+
+
+def _locate_own_tower(values: dict[str, Any], where: str, config: str | None) -> None:
+    """Put the paths of a user's own encoder, where they are relative to a YAML, into terms of the working directory."""
+    for name in ("vision_tower", "mm_vision_tower_type", "vision_tower_weights"):
+        value = values.get(name)
+        if value is not None and (name == "vision_tower_weights" or ClassPath.parse(value) is not None):
+            values[name] = locate(value, name, where, config)
 
 
 def _find_tower(line: CommandLine, train_tower: str | None) -> Path | None:
@@ -190,7 +201,8 @@ def _keep_matching_tower(values: dict[str, Any], given: dict[str, Any], folder: 
     own = values["vision_tower"]
     inside = folder / own
     other = given.get("vision_tower")
-    if other is not None and os.path.normpath(other) not in (os.path.normpath(own), os.path.normpath(inside)):
+    known = (os.path.normpath(own), os.path.normpath(inside))
+    if other is not None and os.path.normpath(other) not in known and not same_class(other, own):
         return {name: value for name, value in values.items() if not own_keys()[name].tower_part}
     if not Path(own).is_absolute() and inside.is_dir():
         values["vision_tower"] = str(inside)

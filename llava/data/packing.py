@@ -40,8 +40,10 @@ def cost(tokens: int, patches: int, config) -> float:
         return total
     read = vision.get if isinstance(vision, dict) else lambda name, other=None: getattr(vision, name, other)
     wide = read("embed_dim") or read("hidden_size")
-    inner = read("intermediate_size") or int(wide * (read("mlp_ratio") or 4))
     depth = read("depth") or read("num_hidden_layers")
+    if not depth:  # an encoder of the user's own, which need not say how it is made
+        return total
+    inner = read("intermediate_size") or int(wide * (read("mlp_ratio") or 4))
     return total + depth * (2 * patches * (4 * wide**2 + 2 * wide * inner) + 4 * patches**2 * wide)
 
 

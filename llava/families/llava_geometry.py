@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from llava.config.own_tower import same_class
 from llava.errors import LlavaError
 from llava.families.geometry import Geometry, View
 from llava.families.llava_layout import vision_layout
@@ -119,7 +120,8 @@ def _stored_tower(checkpoint: str | None, tower: str) -> dict:
         return {}
     with open(path, encoding="utf-8") as file:
         content = json.load(file)
-    if content.get("mm_vision_tower") != tower:
+    had = content.get("mm_vision_tower")
+    if had != tower and not same_class(had, tower):
         return {}
     return {key: content.get(key) for key in ("mm_vision_config", "mm_image_processor_config")}
 

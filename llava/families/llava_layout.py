@@ -59,6 +59,7 @@ def vision_layout(cfg, crop: int | None = None, patch: int | None = None) -> Vis
     """
     from llava.images.geometry import parse_grid_pinpoints
     from llava.images.processing import processor_sides
+    from llava.model.multimodal_encoder.base import config_values
     from llava.model.multimodal_projector.builder import ProjectedGrid
     from llava.model.vision_settings import check_combination, check_merge_options
     from llava.model.visual_merge import MergeRules, native_resolution
@@ -67,7 +68,7 @@ def vision_layout(cfg, crop: int | None = None, patch: int | None = None) -> Vis
     check_merge_options(rules.mm_patch_merge_type, rules.image_aspect_ratio)
     check_combination(cfg)
     tower = empty_tower(cfg, crop, patch)
-    cfg.mm_vision_config = tower.config.to_dict()
+    cfg.mm_vision_config = config_values(tower.config)
     if rules.native and not tower.any_size:
         raise LlavaError(
             f"image_aspect_ratio native: the tower {cfg.mm_vision_tower} takes images of one size; expected one that "
@@ -101,7 +102,10 @@ def empty_tower(cfg, crop: int | None = None, patch: int | None = None):
         if name in PUBLISHED:
             cfg.mm_vision_config, cfg.mm_image_processor_config = PUBLISHED[name]
     if crop is not None:
-        processor_class = TOWERS[tower_type(cfg, name)].load().processor_class
+        kind = tower_type(cfg, name)
+        if kind not in TOWERS:
+            raise LlavaError(f"--crop and --patch: {kind} is a class of its own, which says them; expected neither")
+        processor_class = TOWERS[kind].load().processor_class
         by_edge = "shortest_edge" in dict(processor_class().size)
         square = {"height": crop, "width": crop}
         cfg.mm_vision_config = {"image_size": crop, "patch_size": patch}

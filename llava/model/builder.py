@@ -11,6 +11,7 @@ from llava.errors import LlavaError, OutOfReach
 from llava.model.checkpoint import PROJECTOR_KEYS, find_projector, load_projector, read_weights
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 from llava.model.lora import is_lora, load_lora, recorded_base
+from llava.model.multimodal_encoder.own_class import trusting_checkpoints
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.utils import rank0_print
 
@@ -84,6 +85,7 @@ def load_pretrained_model(
     attn_implementation=None,
     customized_config=None,
     overwrite_config=None,
+    trust_remote_code=False,
     **kwargs,
 ):
     """Load a checkpoint for inference.
@@ -100,6 +102,7 @@ def load_pretrained_model(
         attn_implementation: as transformers'; None takes the best available.
         customized_config: config object to use instead of the checkpoint's.
         overwrite_config: dict of config values to change.
+        trust_remote_code: run the class of a vision tower of its maker's own from the checkpoint's folder too.
         **kwargs: passed on to `from_pretrained`.
 
     Returns:
@@ -116,16 +119,17 @@ def load_pretrained_model(
         model_base = base_of_adapter(model_path, model_base)
     architecture, config = _checkpoint_config(model_path, model_base, model_name, customized_config, overwrite_config)
     dtype = pick_dtype(torch_dtype, on_cpu)
-    model, missing = load_weights(
-        model_classes(architecture)[0],
-        model_base or model_path,
-        with_projector=model_base is None,
-        config=config,
-        dtype=dtype,
-        device_map=None if on_cpu and device_map == "auto" else device_map,
-        attn_implementation=best_attention(dtype, on_cpu, config, attn_implementation),
-        **kwargs,
-    )
+    with trusting_checkpoints(trust_remote_code):
+        model, missing = load_weights(
+            model_classes(architecture)[0],
+            model_base or model_path,
+            with_projector=model_base is None,
+            config=config,
+            dtype=dtype,
+            device_map=None if on_cpu and device_map == "auto" else device_map,
+            attn_implementation=best_attention(dtype, on_cpu, config, attn_implementation),
+            **kwargs,
+        )
     if is_lora(model_path):
         adapted = load_lora(model, model_path, missing)
         model = adapted if load_8bit or load_4bit else adapted.merge_and_unload()

@@ -165,6 +165,12 @@ def _own_vision(vision) -> tuple[VisionShape, ProjectorShape]:
 def _tower(config, values: dict) -> VisionShape:
     from llava.model.multimodal_encoder.base import select_layers
 
+    lacking = [name for name in ("num_hidden_layers", "hidden_size", "intermediate_size") if name not in values]
+    if lacking:
+        raise LlavaError(
+            f"{config.mm_vision_tower}: found no {', '.join(lacking)} in its encoder's config, by which operations are "
+            "counted"
+        )
     kind, layers = values.get("model_type"), values["num_hidden_layers"]
     if kind == "siglip_vision_model":  # its last layer does not exist, whatever is selected
         used = layers - 1

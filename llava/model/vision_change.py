@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from llava.config.own_tower import same_class
 from llava.config.schema import own_keys
 from llava.model.vision_settings import uses_compression
 
@@ -11,6 +12,9 @@ from llava.model.vision_settings import uses_compression
 VISION_KEYS = (
     "mm_vision_tower",
     "mm_vision_tower_type",
+    "tower_args",
+    "vision_tower_image",
+    "vision_tower_weights",
     "mm_vision_select_layer",
     "mm_vision_select_feature",
     "mm_patch_merge_type",
@@ -22,7 +26,9 @@ VISION_KEYS = (
     "compression_output_size",
     "adaptive_patches",
 )
-_TOWER_KEYS = {"mm_vision_tower", "mm_vision_tower_type", "s2", "s2_scales"}
+# of them, what describes one encoder and no other
+SAID_OF_TOWER = ("mm_vision_tower_type", "tower_args", "vision_tower_image", "vision_tower_weights")
+_TOWER_KEYS = {"mm_vision_tower", *SAID_OF_TOWER, "s2", "s2_scales"}
 _FEATURE_KEYS = _TOWER_KEYS | {"mm_vision_select_layer", "mm_vision_select_feature"}
 _COMPRESSION_KEYS = {"use_token_compression", "compression_input_size", "compression_output_size"}
 
@@ -58,9 +64,10 @@ class VisionChange:
         after = {key: _value(new, key) for key in VISION_KEYS}
         if before["mm_vision_tower"] is None:
             return cls(None, after)
-        inside = os.path.join(folder or "", before["mm_vision_tower"])
-        if any(_same_folder(after["mm_vision_tower"], path) for path in (before["mm_vision_tower"], inside)):
+        if same_tower(before["mm_vision_tower"], after["mm_vision_tower"], folder):
             after["mm_vision_tower"] = before["mm_vision_tower"]
+        if same_class(before["mm_vision_tower_type"], after["mm_vision_tower_type"]):
+            after["mm_vision_tower_type"] = before["mm_vision_tower_type"]
         return cls(before, after)
 
     @property
@@ -120,6 +127,13 @@ def _value(source, key: str):
     found = source.get(key) if isinstance(source, dict) else getattr(source, key, None)
     default = own_keys()[key].default if found is None and key in own_keys() else None
     return found or default or None
+
+
+def same_tower(had: str, given: str | None, folder: str | None) -> bool:
+    """Whether a run names the tower that a checkpoint names: equal, one folder or class under two names, or a folder
+    inside the checkpoint's, `folder`."""
+    inside = os.path.join(folder or "", had)
+    return had == given or same_class(had, given) or any(_same_folder(given, path) for path in (had, inside))
 
 
 def _same_folder(a, b) -> bool:

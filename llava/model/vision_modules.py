@@ -5,10 +5,11 @@ import torch.nn as nn
 
 from llava.model.adaptive_patches import PatchChoice
 from llava.model.checkpoint import load_projector
+from llava.model.multimodal_encoder.base import config_values
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.vision_change import VISION_KEYS, VisionChange
+from llava.model.vision_change import SAID_OF_TOWER, VISION_KEYS, VisionChange, same_tower
 from llava.model.vision_settings import check_combination
 from llava.model.visual_merge import MergeRules
 from llava.utils import rank0_print
@@ -49,7 +50,8 @@ class LlavaMetaModel:
 
     def describe_vision(self):
         """Put what is needed to rebuild the tower offline into the config that is saved."""
-        self.config.mm_vision_config = self.vision_tower.config.to_dict()
+        self.config.mm_vision_config = config_values(self.vision_tower.config)
+        self.config.mm_vision_tower_type = self.vision_tower.recorded_type
         self.config.mm_image_processor_config = self.vision_tower.image_processor.to_dict()
 
     def initialize_vision_modules(self, model_args, fsdp=None):
@@ -65,14 +67,17 @@ class LlavaMetaModel:
         config, had_vision = self.config, self.get_vision_tower() is not None
         before = {key: getattr(config, key, None) for key in (*VISION_KEYS, "mm_hidden_size")} if had_vision else {}
         config.mm_vision_tower = model_args.vision_tower
+        folder = getattr(config, "_name_or_path", None)
+        other = had_vision and not same_tower(before["mm_vision_tower"], config.mm_vision_tower, folder)
         for key in VISION_KEYS[1:]:
-            if getattr(model_args, key, None) is not None:
-                setattr(config, key, getattr(model_args, key))
+            given = getattr(model_args, key, None)
+            if given is not None or (other and key in SAID_OF_TOWER):  # what was said of another says nothing of this
+                setattr(config, key, given)
         if hasattr(model_args, "adaptive_patches"):  # nothing is a value of its own: all patches are kept
             given = model_args.adaptive_patches
             config.adaptive_patches = given if PatchChoice.from_mapping(given) else None
         config.use_mm_proj = True
-        change = VisionChange.between(before, config, getattr(config, "_name_or_path", None))
+        change = VisionChange.between(before, config, folder)
 
         if change.new_tower:
             if had_vision:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from llava.config.own_tower import same_class
 from llava.config.schema import all_keys, convert, own_keys
 from llava.errors import LlavaError
 from llava.model.vision_settings import uses_compression
@@ -13,6 +14,7 @@ from llava.train.schedule import has_optimizer
 
 _VISION = (
     *("mm_vision_select_layer", "mm_vision_select_feature", "s2", "mm_projector_type"),
+    *("tower_args", "vision_tower_image"),
     *("mm_use_im_start_end", "mm_use_im_patch_token"),
 )
 _COMPRESSION = ("compression_input_size", "compression_output_size")
@@ -103,7 +105,7 @@ def _vision_differences(had: dict, now: dict) -> Iterator[Difference]:
     compressed = uses_compression(before), uses_compression(after)
     if compressed[0] != compressed[1]:
         yield "use_token_compression", *compressed
-    elif had.get("s2") == now["s2"] and _tower_type(before) != _tower_type(after):
+    elif had.get("s2") == now["s2"] and not _same_type(_tower_type(before), _tower_type(after)):
         yield "mm_vision_tower_type", _tower_type(before), _tower_type(after)
     names = [*_VISION, *(_COMPRESSION if all(compressed) else ())]
     names += ["s2_scales"] if had.get("s2") and now["s2"] else []
@@ -169,6 +171,10 @@ def same_place(a: str | None, b: str | None) -> bool:
     if os.path.isdir(a) and os.path.isdir(b):
         return os.path.realpath(a) == os.path.realpath(b)
     return os.path.basename(os.path.normpath(a)) == os.path.basename(os.path.normpath(b))
+
+
+def _same_type(a: str | None, b: str | None) -> bool:
+    return a == b or same_class(a, b)
 
 
 def _tower_type(cfg: SimpleNamespace) -> str | None:

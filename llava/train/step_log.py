@@ -21,8 +21,11 @@ import time
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llava.errors import LlavaError
 from llava.families.batch_sizes import BatchSizes
+from llava.model.shapes import shape_of
 from llava.train.flops import peak_tflops, step_flops
+from llava.utils import rank0_print
 
 SHOWN = ("perf/tokens_per_s", "perf/pack_efficiency", "perf/mfu")  # in the terminal, where all would take three lines
 
@@ -52,6 +55,16 @@ def print_briefly(trainer) -> None:
             trainer.add_callback(brief)
 
 
+def _can_count(trainer) -> bool:
+    """Whether the model's config tells its operations; that of an encoder of the user's own need not."""
+    try:
+        shape_of(trainer.accelerator.unwrap_model(trainer.model).config)
+    except LlavaError as error:
+        rank0_print(f"perf/mfu is left out: {error}")
+        return False
+    return True
+
+
 class StepLog(TrainerCallback):
     """Measures a trainer's steps, from its hooks and as its callback.
 
@@ -63,6 +76,8 @@ class StepLog(TrainerCallback):
         self.trainer, self.peak = trainer, trainer.args.peak_tflops
         if self.peak is None and trainer.args.device.type == "cuda":
             self.peak = peak_tflops(torch.cuda.get_device_name(trainer.args.device))
+        if self.peak is not None and not _can_count(trainer):
+            self.peak = None
         self._truncated_before = 0  # in the run that this one goes on from
         self._began = self._waited = 0.0  # of the step under way
         self._clear()

@@ -3,6 +3,8 @@
 Shapes: B images (or crops), T tokens of an image, D channels.
 """
 
+import dataclasses
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,6 +85,40 @@ class PatchGrid:
         return h * w, (h, w)
 
 
+class PlainConfig(dict):
+    """A mapping whose members are attributes too: what becomes of a tower's `config` that is a dict."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"config: no {name!r}, found {', '.join(map(str, self)) or 'nothing'}") from None
+
+
+def config_values(config) -> dict:
+    """The values of a tower's config, for config.json: of one of transformers, a dataclass, a mapping, or an object
+    with attributes.
+
+    Raises:
+        LlavaError: a value that JSON does not have.
+    """
+    if hasattr(config, "to_dict"):
+        values = config.to_dict()
+    elif dataclasses.is_dataclass(config):
+        values = dataclasses.asdict(config)
+    else:
+        values = dict(config) if isinstance(config, dict) else dict(vars(config))
+    for name, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise LlavaError(
+                f"vision tower: its config's {name} is a {type(value).__name__}, expected what a checkpoint's "
+                "config.json can hold: numbers, texts, lists and mappings of such"
+            ) from None
+    return values
+
+
 class VisionTower(nn.Module, ABC):
     """Base of all towers. A subclass builds `self.vision_tower` and answers the few questions below.
 
@@ -91,6 +127,7 @@ class VisionTower(nn.Module, ABC):
         args: anything with the attributes `mm_vision_select_layer`, `mm_vision_select_feature` and, in a checkpoint,
             `mm_vision_config` (the encoder's own config) and `mm_image_processor_config`.
         delay_load: build the encoder from its config only; `load_model` or a checkpoint brings the weights.
+        **tower_args: of the run's `tower_args`, for a subclass of the user's own; kept as the attribute `tower_args`.
 
     A subclass implements `read_config`, `build_empty`, `load_model` and `encode`.
     """
@@ -99,13 +136,15 @@ class VisionTower(nn.Module, ABC):
     sees_time = False  # takes a clip as one sample, so that its frames see each other
     takes_adaptive_patches = False  # can keep large patches where an image holds little
 
-    def __init__(self, vision_tower: str, args, delay_load: bool = False):
+    def __init__(self, vision_tower: str, args, delay_load: bool = False, **tower_args):
         super().__init__()
-        self.vision_tower_name = vision_tower
+        self.vision_tower_name, self.tower_args = vision_tower, tower_args
         self.set_features(args)
         self.is_loaded = False
         self.token_compressor = None  # a subclass's token layout asks for it
         self.read_config(args)
+        if isinstance(getattr(self, "config", None), dict) and not hasattr(self.config, "to_dict"):
+            self.config = PlainConfig(self.config)
         self.set_compression(args)
         self.set_patch_choice(args)
         if delay_load:
@@ -200,8 +239,11 @@ class VisionTower(nn.Module, ABC):
         return {type(self).__name__, *(getattr(self.vision_tower, "_no_split_modules", None) or ())}
 
     def unused_modules(self):
-        """Modules whose weights have no part in the selected features; training leaves them frozen."""
-        return ()
+        """Modules whose weights have no part in the selected features; training leaves them frozen. Here found out by a
+        backward pass; a subclass that knows says so."""
+        from .trial import unused_parts
+
+        yield from unused_parts(self)
 
     # --- what the model uses ---
 

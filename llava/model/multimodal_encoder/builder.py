@@ -1,6 +1,7 @@
 """Which class encodes the images: the registry of vision towers and the rules that pick from it.
 
-To add a tower: write one file with a `VisionTower` and add one line to `TOWERS`.
+To add a tower: write one file with a `VisionTower` and add one line to `TOWERS`. An encoder of one's own needs neither:
+a run names its class (see `own_tower.py`).
 """
 
 import importlib
@@ -9,6 +10,7 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from llava.config.own_tower import ClassPath, class_path
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
@@ -53,6 +55,9 @@ TOWERS = {
 }
 
 
+OWN_KEYS = ("tower_args", "vision_tower_image", "vision_tower_weights")  # for classes of the user's own
+
+
 def _model_type(tower: str) -> str | None:
     """`model_type` in the config.json of a local folder or a hub repository; None where there is none to read."""
     if os.path.isdir(tower):
@@ -81,20 +86,44 @@ def _by_name(name: str, keys) -> str | None:
 
 
 def tower_type(cfg, tower: str) -> str:
-    """Registry id for a config: `mm_vision_tower_type`, else the encoder's `model_type`, else its name.
+    """Registry id for a config: `mm_vision_tower_type`, else the encoder's `model_type`, else its name; of an encoder
+    of the user's own the path of its class.
 
     Raises:
         LlavaError: nothing matches; the message lists the known ids.
     """
-    explicit = getattr(cfg, "mm_vision_tower_type", None)
+    kind = _plain_type(cfg, tower)
+    return "clip_s2" if kind == "clip" and getattr(cfg, "s2", False) else kind
+
+
+def recorded_type(cfg, tower: str) -> str:
+    """What a checkpoint keeps as `mm_vision_tower_type`, so that it loads where nothing else tells: the id or path,
+    with what `use_token_compression` would say where the config has it there; S2 stays with its own key."""
+    explicit = getattr(cfg, "mm_vision_tower_type", None) or ""
+    return _plain_type(cfg, tower) + (COMPRESSED if explicit.endswith(COMPRESSED) else "")
+
+
+def _plain_type(cfg, tower: str) -> str:
+    explicit = (getattr(cfg, "mm_vision_tower_type", None) or "").removesuffix(COMPRESSED)
+    own = None if tower in TOWERS else class_path(tower)
+    if own is not None:
+        if explicit in TOWERS:
+            raise LlavaError(
+                f"mm_vision_tower_type: found {explicit!r} beside the vision tower {tower}, a class of its own; "
+                "expected one of the two"
+            )
+        return str(own)
+    if tower.endswith(".py"):
+        raise LlavaError(f"vision tower {tower!r}: names a file, expected the class in it too: {tower}:CLASS")
     if explicit:
-        explicit = explicit.removesuffix(COMPRESSED)
-        if explicit not in TOWERS:
+        own = None if explicit in TOWERS else class_path(explicit)
+        if explicit not in TOWERS and own is None:
             known = ", ".join(TOWERS)
             raise LlavaError(
-                f"mm_vision_tower_type: found {explicit!r}, expected one of {known} (or with {COMPRESSED})"
+                f"mm_vision_tower_type: found {explicit!r}, expected one of {known} (or with {COMPRESSED}), or a class "
+                "of your own: FILE.py:Class, pkg.module:Class, an entry point of llava.towers"
             )
-        kind = explicit
+        kind = explicit if own is None else str(own)
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}
         model_type = stored.get("model_type") or _model_type(tower)
@@ -109,7 +138,7 @@ def tower_type(cfg, tower: str) -> str:
             found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
             fault = LlavaError if model_type else OutOfReach
             raise fault(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")
-    return "clip_s2" if kind == "clip" and getattr(cfg, "s2", False) else kind
+    return kind
 
 
 def build_vision_tower(vision_tower_cfg, **kwargs):
@@ -126,4 +155,22 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
         raise LlavaError("mm_vision_tower: missing; expected a hub id or the folder of a vision encoder")
     inside = os.path.join(getattr(cfg, "_name_or_path", "") or "", tower)  # a folder inside the checkpoint
     tower = inside if os.path.isdir(inside) else tower
-    return TOWERS[tower_type(cfg, tower)].load()(tower, cfg, **kwargs)
+    kind = tower_type(cfg, tower)
+    if kind not in TOWERS:
+        from .own_tower import build_own_tower
+
+        built = build_own_tower(ClassPath.parse(kind), tower, cfg, **kwargs)
+    else:
+        _check_no_own_keys(cfg, tower, kind)
+        built = TOWERS[kind].load()(tower, cfg, **kwargs)
+    built.recorded_type = recorded_type(cfg, tower)
+    return built
+
+
+def _check_no_own_keys(cfg, tower: str, kind: str) -> None:
+    for key in OWN_KEYS:
+        if getattr(cfg, key, None):
+            raise LlavaError(
+                f"{key}: found {getattr(cfg, key)!r}, which is for a class of your own in vision_tower, but {tower} is "
+                f"of the type {kind}"
+            )

@@ -200,6 +200,7 @@ def _vision_values(path: str, hf, own: dict) -> dict:
         select = "cls_patch"
     return {
         "mm_vision_tower": own.get("mm_vision_tower") or _tower_name(kind, stored),
+        "mm_vision_tower_type": kind,
         "mm_vision_config": stored,
         "mm_vision_select_layer": layer,
         "mm_vision_select_feature": select,
