@@ -17,12 +17,14 @@ VISION_KEYS = (
     "mm_projector_type",
     "s2",
     "s2_scales",
+    "image_size",
+    "vision_tower_stage",
     "use_token_compression",
     "compression_input_size",
     "compression_output_size",
     "adaptive_patches",
 )
-_TOWER_KEYS = {"mm_vision_tower", "mm_vision_tower_type", "s2", "s2_scales"}
+_TOWER_KEYS = {"mm_vision_tower", "mm_vision_tower_type", "s2", "s2_scales", "image_size", "vision_tower_stage"}
 _FEATURE_KEYS = _TOWER_KEYS | {"mm_vision_select_layer", "mm_vision_select_feature"}
 _COMPRESSION_KEYS = {"use_token_compression", "compression_input_size", "compression_output_size"}
 
