@@ -164,19 +164,27 @@ def _own_vision(vision) -> tuple[VisionShape, ProjectorShape]:
 
 def _tower(config, values: dict) -> VisionShape:
     from llava.model.multimodal_encoder.base import select_layers
+    from llava.model.multimodal_encoder.hf_facts import FACTS
 
-    kind, layers = values.get("model_type"), values["num_hidden_layers"]
+    kind, layers = values.get("model_type"), values.get("num_hidden_layers")
+    if layers is None or "hidden_size" not in values:
+        raise LlavaError(f"{config.mm_vision_tower}: no count of what a {kind} computes, expected blocks of one width")
     if kind == "siglip_vision_model":  # its last layer does not exist, whatever is selected
         used = layers - 1
     else:
         feature = getattr(config, "mm_vision_select_feature", None) or "patch"
         used = max(select_layers(feature, config.mm_vision_select_layer, layers + 1))
+    patch = values["patch_size"]
+    patch = patch[0] if isinstance(patch, (list, tuple)) else patch
+    extra = int(kind == "clip_vision_model")
+    if kind in FACTS:
+        extra = sum(values[n] if isinstance(n, str) else n for n in FACTS[kind].prefix_tokens)
     return VisionShape(
         layers=used,
         hidden=values["hidden_size"],
-        intermediate=values["intermediate_size"],
-        patch_values=values.get("num_channels", 3) * values["patch_size"] ** 2,
-        extra=int(kind == "clip_vision_model"),
+        intermediate=values.get("intermediate_size") or int(values["hidden_size"] * values.get("mlp_ratio", 4)),
+        patch_values=values.get("num_channels", 3) * patch**2,
+        extra=extra,
     )
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
-from .hf_facts import FACTS
+from .hf_facts import FACTS, REMOTE
 
 __all__ = ["COMPRESSED", "TOWERS", "TowerEntry", "build_vision_tower", "tower_type", "uses_compression"]
 
@@ -52,7 +52,7 @@ TOWERS = {
         "clip_encoder:CLIPVisionTower", ("clip", "clip_vision_model"), ("clip", "openai", "laion", "ShareGPT4V")
     ),
     "clip_s2": TowerEntry("clip_encoder:CLIPVisionTowerS2"),
-    "hf_vision": TowerEntry("hf_vision:HFVisionBackboneTower", tuple(FACTS)),
+    "hf_vision": TowerEntry("hf_vision:HFVisionBackboneTower", (*REMOTE, *FACTS)),
 }
 
 

@@ -131,3 +131,6 @@ FACTS = {
     "dinov2_with_registers": Facts("Dinov2WithRegisters", (1, "num_register_tokens"), **_DINOV2),
     "dinov2": Facts("Dinov2", **_DINOV2),
 }
+
+# types that exist only as code of their own repository: what to take in their place
+REMOTE = {"intern_vit_6b": "a checkpoint of InternVL that transformers knows (internvl, its names end in -hf)"}

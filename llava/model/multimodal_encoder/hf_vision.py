@@ -6,6 +6,7 @@ Every type is shown pictures at exactly its size: the margin that some published
 belongs to classification, and would cut text off at a picture's edges.
 """
 
+import copy
 import os
 
 import torch
@@ -17,7 +18,7 @@ from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
 from .hf_backbone import quiet_loading
-from .hf_facts import FACTS, Facts
+from .hf_facts import FACTS, REMOTE, Facts
 from .hf_tower import HFVisionTower
 
 __all__ = ["FACTS", "Facts", "HFVisionBackboneTower"]
@@ -74,10 +75,11 @@ class HFVisionBackboneTower(HFVisionTower):
         if self.model_type in FACTS:
             return FACTS[self.model_type]
         known = ", ".join(FACTS)
-        if values.get("auto_map"):
+        if self.model_type in REMOTE or values.get("auto_map"):
+            known = REMOTE.get(self.model_type, f"a checkpoint converted to one of {known}")
             raise LlavaError(
                 f"vision tower {self.vision_tower_name!r}: model_type {self.model_type!r} is code of its own repository "
-                f"(auto_map), which is not run; expected a checkpoint converted to one of {known}"
+                f"(auto_map), which is not run; expected {known}"
             )
         raise LlavaError(
             f"vision tower {self.vision_tower_name!r}: found model_type {self.model_type!r}, expected one of {known}"
@@ -201,6 +203,12 @@ class HFVisionBackboneTower(HFVisionTower):
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 
+    def attention_for(self, language_model):
+        """As the language model's, where this type knows it: convolutions have none."""
+        known = {"sdpa": self.model_class._supports_sdpa, "flash_attention_2": self.model_class._supports_flash_attn}
+        found = super().attention_for(language_model)
+        return found if known.get(found, True) else None
+
     def wrap(self, encoder):
         return encoder
 
@@ -211,7 +219,8 @@ class HFVisionBackboneTower(HFVisionTower):
         lacking = {name: buffer for name, buffer in self.vision_tower.named_buffers() if name not in saved}
         if not lacking:
             return
-        small = self.config_class.from_dict({**self.config.to_dict(), "num_hidden_layers": 1})
+        small = copy.deepcopy(self.config)
+        small.num_hidden_layers = 1
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             fresh = dict(self.model_class(small).named_buffers())
         for name, buffer in lacking.items():
