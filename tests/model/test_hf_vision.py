@@ -107,8 +107,7 @@ def test_every_type_is_tried():
     assert set(FACTS) == set(KINDS) | WHOLE
 
 
-@pytest.mark.parametrize("layer", [-1, -2])
-@pytest.mark.parametrize("larger", [False, True])
+@pytest.mark.parametrize(("layer", "larger"), [(-2, False), (-1, True)])
 def test_features_are_the_stock_ones(kind, folder, layer, larger):
     """At the encoder's own size, and at another one."""
     maps = kind.startswith("convnext")
@@ -127,12 +126,17 @@ def test_features_are_the_stock_ones(kind, folder, layer, larger):
     assert count == h * w == tower.num_patches == (side // tower.patch) ** 2
 
 
+def test_stages_are_for_feature_maps(tmp_path):
+    stock("dinov2").save_pretrained(tmp_path)
+    with pytest.raises(LlavaError, match=r"vision_tower_stage.*no stages"):
+        build(tmp_path, vision_tower_stage=1)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "convnextv2"])
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_stage_becomes_tokens_row_by_row(kind, folder, stage):
-    if not kind.startswith("convnext"):
-        with pytest.raises(LlavaError, match=r"vision_tower_stage.*no stages"):
-            build(folder, vision_tower_stage=stage)
-        return
+def test_a_stage_becomes_tokens_row_by_row(kind, tmp_path, stage):
+    folder = tmp_path / "tower"
+    stock(kind).save_pretrained(folder)
     tower = build(folder, vision_tower_stage=stage)
     images = small.pixels(1, 3, 64, 64)
     expected = own_states(kind, folder, images)[stage]

@@ -78,8 +78,8 @@ class HFVisionBackboneTower(HFVisionTower):
         if self.model_type in REMOTE or values.get("auto_map"):
             known = REMOTE.get(self.model_type, f"a checkpoint converted to one of {known}")
             raise LlavaError(
-                f"vision tower {self.vision_tower_name!r}: model_type {self.model_type!r} is code of its own repository "
-                f"(auto_map), which is not run; expected {known}"
+                f"vision tower {self.vision_tower_name!r}: model_type {self.model_type!r} is code of its own "
+                f"repository (auto_map), which is not run; expected {known}"
             )
         raise LlavaError(
             f"vision tower {self.vision_tower_name!r}: found model_type {self.model_type!r}, expected one of {known}"
@@ -196,8 +196,8 @@ class HFVisionBackboneTower(HFVisionTower):
         missing = sorted(name for name in report["missing_keys"] if not name.startswith(self.facts.unused))
         if missing:
             raise LlavaError(
-                f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.facts.name}Model's, "
-                f"such as {missing[0]}"
+                f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.facts.name}Model's"
+                f", such as {missing[0]}"
             )
         self.vision_tower = encoder
         self.vision_tower.requires_grad_(False)
