@@ -112,6 +112,21 @@ class ModelKeys(KeyGroup):
         tower_part=True,
         checkpoint=True,
     )
+    image_size: int | None = key(
+        None,
+        "side in pixels at which an encoder of transformers (hf_vision) sees a picture, its positions interpolated; "
+        "not given: its own",
+        tower_part=True,
+        checkpoint=True,
+        within=POSITIVE,
+    )
+    vision_tower_stage: int | None = key(
+        None,
+        "stage of a hierarchical encoder (ConvNeXt) whose feature map becomes the tokens, from 1; not given: the last",
+        tower_part=True,
+        checkpoint=True,
+        within=POSITIVE,
+    )
     mm_vision_select_layer: int = key(
         -1,
         "hidden state of the tower that is used, counted as Python does",

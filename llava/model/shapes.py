@@ -164,6 +164,7 @@ def _own_vision(vision) -> tuple[VisionShape, ProjectorShape]:
 
 def _tower(config, values: dict) -> VisionShape:
     from llava.model.multimodal_encoder.base import select_layers
+    from llava.model.multimodal_encoder.hf_facts import FACTS
 
     lacking = [name for name in ("num_hidden_layers", "hidden_size", "intermediate_size") if name not in values]
     if lacking:
@@ -177,12 +178,17 @@ def _tower(config, values: dict) -> VisionShape:
     else:
         feature = getattr(config, "mm_vision_select_feature", None) or "patch"
         used = max(select_layers(feature, config.mm_vision_select_layer, layers + 1))
+    patch = values["patch_size"]
+    patch = patch[0] if isinstance(patch, (list, tuple)) else patch
+    extra = int(kind == "clip_vision_model")
+    if kind in FACTS:
+        extra = sum(values[n] if isinstance(n, str) else n for n in FACTS[kind].prefix_tokens)
     return VisionShape(
         layers=used,
         hidden=values["hidden_size"],
-        intermediate=values["intermediate_size"],
-        patch_values=values.get("num_channels", 3) * values["patch_size"] ** 2,
-        extra=int(kind == "clip_vision_model"),
+        intermediate=values.get("intermediate_size") or int(values["hidden_size"] * values.get("mlp_ratio", 4)),
+        patch_values=values.get("num_channels", 3) * patch**2,
+        extra=extra,
     )
 
 

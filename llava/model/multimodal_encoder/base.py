@@ -173,7 +173,7 @@ class VisionTower(nn.Module, ABC):
         if not uses_compression(args):
             return
         before, after = getattr(args, "compression_input_size", 24), getattr(args, "compression_output_size", 12)
-        pixels, patch = self.config.image_size, self.config.patch_size
+        pixels, patch = self.grid_pixels
         if self.token_grid(pixels, pixels)[1] is None:
             raise LlavaError(
                 "use_token_compression: a class token has no place in a grid; use mm_vision_select_feature patch"
@@ -345,6 +345,11 @@ class VisionTower(nn.Module, ABC):
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    @property
+    def grid_pixels(self) -> tuple[int, int]:
+        """Pixels of a side of what the encoder sees at once, and of a token."""
+        return self.config.image_size, self.config.patch_size
 
     @property
     def num_patches_per_side(self) -> int:

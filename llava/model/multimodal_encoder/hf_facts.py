@@ -1,0 +1,136 @@
+"""What differs between the vision backbones of transformers, one row per `model_type`.
+
+Read from each model's own code and published preprocessor_config.json. Statistics are those the weights were trained
+with; they count only where the encoder's folder has no preprocessor_config.json.
+"""
+
+from dataclasses import dataclass
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # normalised inside the model
+BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One type of encoder.
+
+    name: transformers' `nameConfig` and `nameModel`.
+    prefix_tokens: counts of class tokens and of registers before the patches: numbers, or fields of the config.
+    blocks: where the model holds its blocks, or stages.
+    strides: it gives feature maps; stage i (from 1) has patch_size * 2 ** (i - 1) pixels a token.
+    interpolates: other sizes than its own: "always" by itself, "asked" with an argument, "native" where the config's
+        `is_native` says so, "" never.
+    any_size: pictures of any size and aspect.
+    statistics, resample: mean and std, interpolation.
+    norm_in_states: the last hidden state has the final norm.
+    unused: modules and parameters that no hidden state needs.
+    weight_prefix: what stands before the encoder's weights in the checkpoint of a larger model.
+    """
+
+    name: str
+    prefix_tokens: tuple[int | str, int | str] = (1, 0)
+    blocks: str = "encoder.layer"
+    strides: bool = False
+    interpolates: str = "always"
+    any_size: bool = False
+    statistics: tuple = IMAGENET
+    resample: int = BICUBIC
+    norm_in_states: bool = False
+    final_norm: str = "layernorm"
+    unused: tuple[str, ...] = ()
+    weight_prefix: str = ""
+
+    def prefix(self, config) -> tuple[int, int]:
+        """(class tokens, registers) of a config."""
+        return tuple(getattr(config, n) if isinstance(n, str) else n for n in self.prefix_tokens)
+
+
+_DINOV2 = dict(any_size=True, unused=("embeddings.mask_token",))
+_AIMV2 = Facts(
+    "Aimv2Vision",
+    prefix_tokens=(0, 0),
+    blocks="encoder.layers",
+    interpolates="native",
+    statistics=OPENAI,
+    final_norm="rms_norm",
+    unused=("head",),
+    weight_prefix="vision_model.",
+)
+_SIGLIP2 = Facts(
+    "Siglip2Vision",
+    prefix_tokens=(0, 0),
+    blocks="encoder.layers",
+    any_size=True,
+    statistics=HALF,
+    resample=BILINEAR,
+    final_norm="post_layernorm",
+    unused=("head",),
+    weight_prefix="vision_model.",
+)
+_MLCD = Facts(
+    "MLCDVision",
+    blocks="encoder.layers",
+    interpolates="always",
+    statistics=OPENAI,
+    final_norm="post_layernorm",
+    weight_prefix="vision_model.",
+)
+_METACLIP2 = Facts(
+    "MetaClip2Vision",
+    blocks="encoder.layers",
+    interpolates="asked",
+    statistics=OPENAI,
+    final_norm="post_layernorm",
+    weight_prefix="vision_model.",
+)
+_INTERNVL = Facts(
+    "InternVLVision",
+    norm_in_states=True,
+    unused=("embeddings.mask_token",),
+    weight_prefix="vision_tower.",
+)
+
+FACTS = {
+    "siglip2": _SIGLIP2,
+    "siglip2_vision_model": _SIGLIP2,
+    "aimv2": _AIMV2,
+    "aimv2_vision_model": _AIMV2,
+    "mlcd": _MLCD,
+    "mlcd_vision_model": _MLCD,
+    "metaclip_2": _METACLIP2,
+    "metaclip_2_vision_model": _METACLIP2,
+    "internvl": _INTERNVL,
+    "internvl_vision": _INTERNVL,
+    "radio": Facts(
+        "Radio", prefix_tokens=("num_cls_tokens", "num_registers"), any_size=True, statistics=NONE, final_norm=""
+    ),
+    "convnext": Facts("ConvNext", (0, 0), "encoder.stages", strides=True),
+    "convnextv2": Facts("ConvNextV2", (0, 0), "encoder.stages", strides=True),
+    "vit": Facts(
+        "ViT",
+        blocks="layers",
+        interpolates="asked",
+        statistics=HALF,
+        resample=BILINEAR,
+        unused=("pooler", "embeddings.mask_token"),
+    ),
+    "vit_mae": Facts("ViTMAE", blocks="layers", interpolates="asked"),
+    "ijepa": Facts(
+        "IJepa",
+        prefix_tokens=(0, 0),
+        blocks="layers",
+        interpolates="asked",
+        unused=("pooler", "embeddings.mask_token"),
+    ),
+    "dinov3_vit": Facts(
+        "DINOv3ViT", (1, "num_register_tokens"), "model.layer", resample=BILINEAR, final_norm="norm", **_DINOV2
+    ),
+    "dinov2_with_registers": Facts("Dinov2WithRegisters", (1, "num_register_tokens"), **_DINOV2),
+    "dinov2": Facts("Dinov2", **_DINOV2),
+}
+
+# types that exist only as code of their own repository: what to take in their place
+REMOTE = {"intern_vit_6b": "a checkpoint of InternVL that transformers knows (internvl, its names end in -hf)"}

@@ -1,0 +1,333 @@
+"""Any vision backbone of transformers as a tower: its own forward, its hidden states, told by `model_type`.
+
+The encoder is the stock model, whole and under its own weight names. What differs between types stands in `FACTS`.
+
+Every type is shown pictures at exactly its size: the margin that some published processors resize to and then cut off
+belongs to classification, and would cut text off at a picture's edges.
+"""
+
+import copy
+import os
+
+import torch
+import torch.nn as nn
+from transformers import CLIPImageProcessorPil
+
+from llava.errors import LlavaError, OutOfReach
+from llava.utils import rank0_print
+
+from .base import FixedGrid, PatchGrid, select_layers
+from .hf_backbone import quiet_loading
+from .hf_facts import FACTS, REMOTE, Facts
+from .hf_tower import HFVisionTower
+
+__all__ = ["FACTS", "Facts", "HFVisionBackboneTower"]
+
+RUN = "llava_tower"  # where the encoder's config holds what a run chose, so that a checkpoint says it by itself
+
+
+def side_of(value) -> int:
+    """A size in pixels that a config gives as a number or as [height, width]."""
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
+
+
+class HFVisionBackboneTower(HFVisionTower):
+    processor_class = CLIPImageProcessorPil  # Pillow, with any size, statistics and interpolation
+
+    # --- config and pixels ---
+
+    def read_config(self, args):
+        stored = getattr(args, "mm_vision_config", None)
+        values = self.source_values() if stored is None else stored
+        self.model_type = values.get("model_type")
+        self.facts = self.facts_of(values)
+        self.config_class, self.model_class = self.classes()
+        self.config = self.config_class.from_dict(values.get("vision_config") or values)
+        self.set_sizes(args)
+        stored_processor = getattr(args, "mm_image_processor_config", None)
+        if stored_processor is None:
+            self.image_processor = self.read_source_processor()
+        else:
+            self.image_processor = self.processor_class.from_dict(stored_processor)
+        self.attn_implementation = self.attention_for(getattr(args, "_attn_implementation", None))
+        self.layers()  # a layer that does not exist is refused before any weight is read
+
+    def source_values(self) -> dict:
+        """config.json of the encoder's folder or hub repository."""
+        from transformers import PretrainedConfig
+
+        try:
+            return PretrainedConfig.get_config_dict(self.vision_tower_name)[0]
+        except (OSError, ValueError) as error:
+            here = os.path.isdir(self.vision_tower_name)
+            fault, place = (LlavaError, "the folder") if here else (OutOfReach, "the hub or its cache")
+            raise fault(
+                f"vision tower {self.vision_tower_name!r}: no usable config.json in {place} "
+                f"({str(error).splitlines()[0][:160]})"
+            ) from None
+
+    def facts_of(self, values: dict) -> Facts:
+        """The row of a config's type.
+
+        Raises:
+            LlavaError: a type that there is no row for; one that runs code of its own repository.
+        """
+        if self.model_type in FACTS:
+            return FACTS[self.model_type]
+        known = ", ".join(FACTS)
+        if self.model_type in REMOTE or values.get("auto_map"):
+            known = REMOTE.get(self.model_type, f"a checkpoint converted to one of {known}")
+            raise LlavaError(
+                f"vision tower {self.vision_tower_name!r}: model_type {self.model_type!r} is code of its own "
+                f"repository (auto_map), which is not run; expected {known}"
+            )
+        raise LlavaError(
+            f"vision tower {self.vision_tower_name!r}: found model_type {self.model_type!r}, expected one of {known}"
+        )
+
+    def classes(self):
+        """(config class, model class) of this type.
+
+        Raises:
+            LlavaError: the installed transformers has no such model.
+        """
+        import transformers
+
+        found = [getattr(transformers, self.facts.name + end, None) for end in ("Config", "Model")]
+        if None in found:
+            raise LlavaError(
+                f"vision tower {self.vision_tower_name!r}: model_type {self.model_type!r} is not in the installed "
+                f"transformers {transformers.__version__}, expected a version with {self.facts.name}Model"
+            )
+        return found
+
+    def set_sizes(self, args) -> None:
+        """Set `side`, `patch`, `stage`: pixels of a picture and of a token, and the stage of a feature map.
+
+        Raises:
+            LlavaError: a size or stage that this encoder cannot take.
+        """
+        config, facts = self.config, self.facts
+        chosen = getattr(config, RUN, None) or {}
+        if hasattr(config, "mask_ratio"):
+            config.mask_ratio = 0.0  # ViT-MAE masks in evaluation too
+        self.stage = getattr(args, "vision_tower_stage", None) or chosen.get("stage")
+        self.patch = side_of(config.patch_size)
+        if facts.strides:
+            stages = len(config.depths)
+            self.stage = stages if self.stage is None else self.stage
+            if not 1 <= self.stage <= stages:
+                raise LlavaError(f"vision_tower_stage: found {self.stage}, expected 1 to {stages}")
+            self.patch *= 2 ** (self.stage - 1)
+        elif self.stage is not None:
+            raise LlavaError(
+                f"vision_tower_stage: found {self.stage}, but {self.model_type} has no stages; expected none"
+            )
+        own = self.own_side()
+        self.side = getattr(args, "image_size", None) or chosen.get("image_size") or own
+        movable = facts.interpolates in ("always", "asked") or getattr(config, "is_native", False)
+        if self.side != own and not movable:
+            raise LlavaError(
+                f"image_size: found {self.side}, expected {own}: positions of this {self.model_type} do not interpolate"
+            )
+        if self.side < 1 or self.side % self.patch:
+            raise LlavaError(
+                f"image_size: found {self.side}, expected a multiple of {self.patch} (the pixels of a token of "
+                f"{self.model_type})"
+            )
+        if self.cls_patch and facts.prefix(config)[0] > 1:
+            raise LlavaError(
+                f"mm_vision_select_feature cls_patch: {self.model_type} has {facts.prefix(config)[0]} class tokens, "
+                "expected one; use patch"
+            )
+        setattr(config, RUN, {"image_size": self.side, "stage": self.stage})
+
+    def own_side(self) -> int:
+        """The pixels of a side that the encoder was made for."""
+        side = getattr(self.config, "image_size", None)
+        if side is None:  # NaFlex: a table of positions, and no size
+            return round(self.config.num_patches**0.5) * self.patch
+        return side_of(side)
+
+    def read_source_processor(self):
+        """Pillow processor from the encoder's preprocessor_config.json, or from the published statistics."""
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        mean, std = self.facts.statistics
+        try:
+            values = ImageProcessingMixin.get_image_processor_dict(self.vision_tower_name)[0]
+        except (OSError, ValueError):
+            values = {}
+        square = {"height": self.side, "width": self.side}
+        squashed = values and "shortest_edge" not in (values.get("size") or {})
+        return self.processor_class(
+            size=square if squashed else {"shortest_edge": self.side},
+            crop_size=square,
+            do_center_crop=not squashed,
+            resample=values.get("resample", self.facts.resample),
+            image_mean=values.get("image_mean") or list(mean),
+            image_std=values.get("image_std") or list(std),
+            do_normalize=values.get("do_normalize", True),
+            rescale_factor=values.get("rescale_factor", 1 / 255),
+        )
+
+    # --- weights ---
+
+    def load_model(self, device_map=None):
+        if self.is_loaded:
+            return
+        rank0_print(f"loading vision tower {self.vision_tower_name}")
+        prefix = self.facts.weight_prefix
+        mapping = {rf"^(model\.)?{prefix.replace('.', chr(92) + '.')}": ""} if prefix else None
+        with quiet_loading():
+            try:
+                encoder, report = self.model_class.from_pretrained(
+                    self.vision_tower_name,
+                    config=self.config,
+                    device_map=None if device_map == "auto" else device_map,
+                    attn_implementation=self.attn_implementation,
+                    key_mapping=mapping,
+                    output_loading_info=True,
+                )
+            except OSError as error:
+                raise LlavaError(
+                    f"vision tower {self.vision_tower_name!r}: no weights found ({str(error).splitlines()[0][:160]})"
+                ) from None
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith(self.facts.unused))
+        if missing:
+            raise LlavaError(
+                f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.facts.name}Model's"
+                f", such as {missing[0]}"
+            )
+        self.vision_tower = encoder
+        self.vision_tower.requires_grad_(False)
+        self.is_loaded = True
+
+    def attention_for(self, language_model):
+        """As the language model's, where this type knows it: convolutions have none."""
+        known = {"sdpa": self.model_class._supports_sdpa, "flash_attention_2": self.model_class._supports_flash_attn}
+        found = super().attention_for(language_model)
+        return found if known.get(found, True) else None
+
+    def wrap(self, encoder):
+        return encoder
+
+    def reset_buffers(self):
+        """Buffers that no checkpoint holds (positions, rotary frequencies), from a model of one block."""
+        super().reset_buffers()
+        saved = set(self.vision_tower.state_dict())
+        lacking = {name: buffer for name, buffer in self.vision_tower.named_buffers() if name not in saved}
+        if not lacking:
+            return
+        small = copy.deepcopy(self.config)
+        small.num_hidden_layers = 1
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            fresh = dict(self.model_class(small).named_buffers())
+        for name, buffer in lacking.items():
+            with torch.no_grad():
+                buffer.copy_(fresh[name])
+
+    def unused_modules(self):
+        """Modules that never get a gradient: what follows the last state that is used, heads, mask tokens."""
+        last, encoder = max(self.layers()), self.vision_tower
+        blocks = encoder.get_submodule(self.facts.blocks)
+        yield from blocks[last:]
+        norm = self.facts.final_norm
+        if norm and not (self.facts.norm_in_states and last == len(blocks)):
+            yield encoder.get_submodule(norm)
+        for name in self.facts.unused:
+            owner, _, leaf = name.rpartition(".")
+            part = getattr(encoder.get_submodule(owner), leaf, None)
+            if part is not None:
+                yield nn.ParameterList([part]) if isinstance(part, nn.Parameter) else part
+
+    # --- features ---
+
+    @property
+    def cls_patch(self) -> bool:
+        return "cls_patch" in self.select_feature
+
+    @property
+    def with_cls(self) -> bool:
+        """Whether a class token is among the features."""
+        return self.cls_patch and self.facts.prefix(self.config)[0] == 1
+
+    def layers(self):
+        if self.facts.strides:
+            return [self.stage]
+        return select_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers + 1)
+
+    def encode(self, images):
+        self.check_pixels(images)
+        states = self.vision_tower(**self.inputs(images), output_hidden_states=True).hidden_states
+        picked = [states[i] for i in self.layers()]
+        if self.facts.strides:  # [B, D, h, w] -> tokens row by row
+            return picked[0].flatten(2).transpose(1, 2)
+        features = torch.cat(picked, dim=-1)
+        cls, registers = self.facts.prefix(self.config)
+        patches = features[:, cls + registers :]
+        return torch.cat([features[:, :1], patches], dim=1) if self.with_cls else patches
+
+    def check_pixels(self, images) -> None:
+        height, width = images.shape[-2:]
+        if self.any_size and (height % self.patch or width % self.patch):
+            raise LlavaError(f"the vision tower takes images in multiples of {self.patch} pixels, got {height, width}")
+        if not self.any_size and (height, width) != (self.side, self.side):
+            raise LlavaError(
+                f"the vision tower takes images of {self.side}x{self.side} pixels, got {height, width}; "
+                "check the image processor's size"
+            )
+
+    def inputs(self, images) -> dict:
+        """The stock forward's arguments for [B, C, H, W]."""
+        h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        if self.facts.name == "Siglip2Vision":  # NaFlex: patches, channels last, and the grid they come from
+            rows = images.unflatten(3, (w, self.patch)).unflatten(2, (h, self.patch))
+            rows = rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, h * w, patch * patch * C]
+            ones = torch.ones(rows.shape[:2], dtype=torch.long, device=images.device)
+            grids = torch.tensor([[h, w]] * len(images))
+            return {"pixel_values": rows, "pixel_attention_mask": ones, "spatial_shapes": grids}
+        found = {"pixel_values": images}
+        if self.facts.interpolates == "asked":
+            found["interpolate_pos_encoding"] = True
+        if self.facts.name == "ViTMAE":  # its shuffle, made the identity
+            found["noise"] = torch.arange(h * w, device=images.device).expand(len(images), -1)
+        return found
+
+    # --- what the model asks ---
+
+    @property
+    def any_size(self) -> bool:
+        """A class token has no place among rows of any length."""
+        return self.facts.any_size and not self.with_cls
+
+    @property
+    def token_grid(self):
+        if self.any_size:
+            compressor = self.token_compressor
+            sides = compressor and (compressor.input_grid_size, compressor.output_grid_size)
+            return PatchGrid(self.patch, sides)
+        return FixedGrid(self.num_patches_per_side, self.with_cls)
+
+    def grids(self, height, width):
+        return [(height // self.patch, width // self.patch)]
+
+    @property
+    def feature_size(self):
+        return self.config.hidden_sizes[self.stage - 1] if self.facts.strides else super().feature_size
+
+    @property
+    def image_size(self):
+        return self.side
+
+    @property
+    def grid_pixels(self):
+        return self.side, self.patch
+
+    @property
+    def num_patches_per_side(self):
+        return self.side // self.patch if self.token_compressor is None else self.token_compressor.output_grid_size
+
+    @property
+    def num_patches(self):
+        return self.num_patches_per_side**2 + self.with_cls
