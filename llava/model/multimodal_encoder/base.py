@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from llava.errors import LlavaError
 from llava.model.adaptive_patches import PatchChoice
+from llava.model.vision_blocks import used_blocks
 from llava.model.vision_settings import uses_compression
 
 from .token_compressor import TokenCompressor
@@ -202,6 +203,11 @@ class VisionTower(nn.Module, ABC):
     def unused_modules(self):
         """Modules whose weights have no part in the selected features; training leaves them frozen."""
         return ()
+
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's blocks that the selected features come through, first to last; none of an encoder that has no
+        such."""
+        return used_blocks(self.vision_tower, self.unused_modules())
 
     # --- what the model uses ---
 
