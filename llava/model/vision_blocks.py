@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import torch.nn as nn
 
+_BEFORE = ("embed", "patch", "position", "pos_", "token", "stem")
+
 
 def find_blocks(encoder: nn.Module) -> list[nn.Module]:
     """The blocks that gradient checkpointing works on, first to last; of an encoder without such, the longest of its
@@ -33,14 +35,20 @@ def used_blocks(encoder: nn.Module, unused: Iterable[nn.Module]) -> list[nn.Modu
 
 
 def block_levels(encoder: nn.Module, blocks: list[nn.Module]) -> dict[int, int]:
-    """id of a parameter of the encoder -> its level, by the order in which the encoder defines its modules."""
+    """id of a parameter of the encoder -> its level.
+
+    Outside the blocks by the order in which the encoder defines its modules, which need not be that of its forward:
+    what is named as an embedding is before the first block wherever it is defined.
+    """
     levels, level = {}, -1
     of_block = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
     left = len(of_block)
-    for parameter in encoder.parameters():
+    for name, parameter in encoder.named_parameters():
         if id(parameter) in of_block:
             level, left = of_block[id(parameter)], left - 1
             levels[id(parameter)] = level
+        elif any(word in name for word in _BEFORE):
+            levels[id(parameter)] = -1
         else:
             levels[id(parameter)] = level if left else len(blocks)
     return levels
