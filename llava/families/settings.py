@@ -71,8 +71,8 @@ def check_tower_part(run, blocks: int | None = None) -> None:
     most = run["mm_vision_tower_trainable_blocks"]
     if blocks and most is not None and most > blocks:
         raise LlavaError(
-            f"{run.source('mm_vision_tower_trainable_blocks')}: mm_vision_tower_trainable_blocks is {most}, expected at "
-            f"most {blocks}, the blocks of the vision tower that the features come through"
+            f"{run.source('mm_vision_tower_trainable_blocks')}: mm_vision_tower_trainable_blocks is {most}, expected "
+            f"at most {blocks}, the blocks of the vision tower that the features come through"
         )
 
 

@@ -1,7 +1,7 @@
 """The blocks of a vision encoder: what a run that trains a part of it, or each block at a rate of its own, counts in.
 
-A level says where in the encoder a parameter lies: -1 before the first block (patch embedding, positions, class token, a
-norm of theirs), i in block i or between it and the next, `len(blocks)` behind the last (a norm).
+A level says where in the encoder a parameter lies: -1 before the first block (patch embedding, positions, class token,
+their norm), i in block i or between it and the next, `len(blocks)` behind the last (a norm).
 """
 
 from collections.abc import Iterable

@@ -34,9 +34,7 @@ def moved_blocks(names) -> set[int | None]:
 @pytest.mark.parametrize("kind", ["clip", "siglip", "hevc_vit", "hevc_vit_packing"])
 def test_the_last_blocks_move(kit, deep, tmp_path, spy, capsys, kind):
     flags = {"gradient_checkpointing": kind == "clip", "weight_decay": 0.5}
-    out = kit.run(
-        tmp_path / "out", max_steps=2, vision_tower=deep[kind], mm_vision_tower_trainable_blocks=2, **flags
-    )
+    out = kit.run(tmp_path / "out", max_steps=2, vision_tower=deep[kind], mm_vision_tower_trainable_blocks=2, **flags)
     assert "vision tower: the last 2 of 4 blocks learn, the rest is frozen" in capsys.readouterr().out
     assert moved_blocks(spy.moved()) == {2, 3}
     asked = {name for name, value in spy.trainer.model.named_parameters() if value.requires_grad}
@@ -114,7 +112,7 @@ def test_another_part_does_not_go_on(kit, deep, tmp_path, capsys):
     (out / "checkpoint-1/manifest.json").unlink()
     run.write_text(json.dumps(content))
     check_same_model(str(out / "checkpoint-1"), resolve(kit.flags(out, "iiii", vision_tower=deep["clip"])))
-    with pytest.raises(LlavaError, match="mm_vision_tower_layer_decay is 0.5"):
+    with pytest.raises(LlavaError, match=r"mm_vision_tower_layer_decay is 0\.5"):
         check_same_model(str(out / "checkpoint-1"), resolve(kit.flags(out, "iiii", **changes)))
 
 
