@@ -115,11 +115,15 @@ def image_flops(tower) -> int:
 
 
 def export_class(tower, cfg) -> str | None:
-    """The class of transformers that a LLaVA with this tower is exported to; None where there is none."""
-    from llava.tools.hf.layouts import pick_format
+    """The class of transformers that a LLaVA-NeXT with this tower (anyres, spatial_unpad) is exported to; None where
+    there is none."""
+    from llava.tools.hf.layouts import choose_format
 
+    config = SimpleNamespace(**vars(cfg))
+    config.image_aspect_ratio, config.mm_patch_merge_type = "anyres", "spatial_unpad"
+    config.mm_projector_type = getattr(cfg, "mm_projector_type", None) or "mlp2x_gelu"
     with contextlib.suppress(LlavaError):
-        return pick_format(tower.vision_tower_name, cfg, tower).model_class
+        return choose_format(tower.vision_tower_name, config, tower).model_class
     return None
 
 
