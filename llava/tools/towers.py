@@ -4,8 +4,8 @@
     python -m llava.tools.towers configs/towers/hevc_vit.yaml openai/clip-vit-large-patch14-336
     python -m llava.tools.towers --json my_encoder/
 
-A name is a tower YAML, a file of configs/towers without its ending, or the folder or hub id of an encoder. GFLOPs are
-2 x the multiply-adds of one image at the tower's own size, up to the features that are used.
+A name is a tower YAML, a file of configs/towers without its ending, or the folder or hub id of an encoder, whose
+features are then those of layer -2. GFLOPs are 2 x the multiply-adds of one image at the tower's own size, up to the features that are used.
 """
 
 import argparse
@@ -38,7 +38,8 @@ def read_tower(name: str) -> SimpleNamespace:
     values = {key: keys[key].default for key in keys if keys[key].tower}
     path = FOLDER / f"{name}.yaml"
     file = Path(name) if name.endswith((".yaml", ".yml")) else path if path.is_file() else None
-    content = {"vision_tower": name} if file is None else read_yaml(file)
+    usual = {"vision_tower": name, "mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
+    content = usual if file is None else read_yaml(file)
     for key, value in content.items():
         own = "vision_tower" if key == "mm_vision_tower" else key
         if own not in keys or not keys[own].tower:
@@ -54,15 +55,30 @@ def describe(name: str) -> dict:
     row = dict.fromkeys(FIELDS) | {"name": Path(name).stem if name.endswith((".yaml", ".yml")) else name}
     try:
         cfg = read_tower(name)
-        from llava.families.llava_layout import empty_tower
-
-        tower = empty_tower(cfg)
+        tower = _empty(cfg)
         row |= _facts(tower, cfg)
     except OutOfReach as error:
         return row | {"loads": "needs_extra", "reason": str(error)}
     except LlavaError as error:
         return row | {"loads": "refused", "reason": str(error)}
+    try:
+        row["gflops"] = image_flops(tower) / 1e9
+    except LlavaError as error:
+        row["reason"] = str(error)
     return row | {"loads": "here"}
+
+
+def _empty(cfg):
+    """The tower without weights, by its own config alone: a crop and a patch do not tell what it costs."""
+    import torch
+
+    from llava.families.llava_layout import KNOWN, empty_tower
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+
+    if cfg.mm_vision_tower not in KNOWN:
+        return empty_tower(cfg)
+    with torch.device("meta"):
+        return build_vision_tower(cfg, delay_load=True)
 
 
 def _facts(tower, cfg) -> dict:
@@ -80,7 +96,6 @@ def _facts(tower, cfg) -> dict:
         "grid": grid and list(grid),
         "hidden_size": tower.hidden_size,
         "params": sum(parameter.numel() for parameter in tower.parameters()),
-        "gflops": image_flops(tower) / 1e9,
         "any_size": tower.any_size,
         "video": tower.sees_time,
         "adaptive": tower.takes_adaptive_patches,
@@ -103,7 +118,7 @@ def image_flops(tower) -> int:
     chooser, tower.patch_chooser = tower.patch_chooser, None  # all patches: there are no pixels to choose by
     pixels = torch.zeros(1, 3, tower.image_size, tower.image_size, device="meta", dtype=tower.dtype)
     try:
-        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             tower.eval()(pixels)
     except (RuntimeError, NotImplementedError) as error:
         raise LlavaError(
@@ -121,7 +136,6 @@ def export_class(tower, cfg) -> str | None:
 
     config = SimpleNamespace(**vars(cfg))
     config.image_aspect_ratio, config.mm_patch_merge_type = "anyres", "spatial_unpad"
-    config.mm_projector_type = getattr(cfg, "mm_projector_type", None) or "mlp2x_gelu"
     with contextlib.suppress(LlavaError):
         return choose_format(tower.vision_tower_name, config, tower).model_class
     return None
