@@ -5,7 +5,8 @@
     python -m llava.tools.towers --json my_encoder/
 
 A name is a tower YAML, a file of configs/towers without its ending, or the folder or hub id of an encoder, whose
-features are then those of layer -2. GFLOPs are 2 x the multiply-adds of one image at the tower's own size, up to the features that are used.
+features are then those of layer -2. GFLOPs are 2 x the multiply-adds of one image
+at the tower's own size, up to the features that are used.
 """
 
 import argparse
