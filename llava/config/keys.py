@@ -21,6 +21,7 @@ from llava.config.rules import (
     POSITIVE,
     REPORTS,
     SCALES,
+    SHARE_ABOVE_0,
     SHARE_BELOW_1,
     WHOLE,
     Rule,
@@ -290,6 +291,18 @@ class TrainKeys(KeyGroup):
     )
     mm_vision_tower_lr: float | None = key(
         None, "learning rate of the vision tower; not given: learning_rate", within=FROM_0
+    )
+    mm_vision_tower_trainable_blocks: int | None = key(
+        None,
+        "how many blocks of the vision tower learn, counted back from the features; what is before them stays frozen. "
+        "Not given: all of it",
+        within=POSITIVE,
+    )
+    mm_vision_tower_layer_decay: float = key(
+        1.0,
+        "layer-wise decay of the vision tower's learning rate, as in BEiT: of n blocks, block i (from 0) has it times "
+        "decay^(n - i), the embeddings decay^(n + 1)",
+        within=SHARE_ABOVE_0,
     )
     freeze_mm_mlp_adapter: bool = key(False, "freeze the projector (when mm_tunable_parts is not given)")
     freeze_mm_vision_resampler: bool = key(False, "nothing to freeze: there is no resampler")

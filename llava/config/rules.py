@@ -74,6 +74,7 @@ FACTOR = Rule("0, or a number from 1", lambda value: value == 0 or value >= 1)
 ABOVE_0 = Rule("number above 0", lambda value: value > 0)
 EPSILON = Rule("number from 1e-30", lambda value: value >= 1e-30)  # one that float32 still knows
 SHARE = Rule("share from 0 to 1", lambda value: 0 <= value <= 1)
+SHARE_ABOVE_0 = Rule("number above 0 and at most 1", lambda value: 0 < value <= 1)
 SHARE_BELOW_1 = Rule("share from 0 and below 1", lambda value: 0 <= value < 1)
 INTERVAL = Rule(
     "positive whole number of steps, or a share of all below 1", lambda value: value > 0 and _whole_or_share(value)

@@ -341,12 +341,18 @@ class Family(ABC):
             groups: all of the run's learning rate.
             args: the `TrainingArguments`.
         """
+        from llava.model.vision_blocks import block_levels, block_rate
+
         rates = {
             "mm_vision_tower": args.mm_vision_tower_lr,
             "mm_token_compressor": args.mm_token_compressor_lr,
             "mm_mlp_adapter": args.mm_projector_lr,
         }
-        if all(rate is None for rate in rates.values()):
+        decay, blocks, levels = args.mm_vision_tower_layer_decay, [], {}
+        if decay != 1:
+            encoder, blocks = self.vision_blocks(model)
+            levels = block_levels(encoder, blocks)
+        if not levels and all(rate is None for rate in rates.values()):
             return groups
         part = {id(parameter): self.part_of(name) for name, parameter in model.named_parameters()}
         split = []
@@ -354,9 +360,16 @@ class Family(ABC):
             by_rate: dict[float, list] = {}
             for parameter in group["params"]:
                 rate = rates.get(part[id(parameter)])
-                by_rate.setdefault(group["lr"] if rate is None else rate, []).append(parameter)
+                rate = group["lr"] if rate is None else rate
+                if part[id(parameter)] == "mm_vision_tower" and id(parameter) in levels:
+                    rate = block_rate(rate, decay, len(blocks), levels[id(parameter)])
+                by_rate.setdefault(rate, []).append(parameter)
             split += [{**group, "params": params, "lr": rate} for rate, params in by_rate.items()]
         return split
+
+    def vision_blocks(self, model) -> tuple[Any, list]:
+        """(the vision encoder, its blocks that the features come through, first to last); (None, []) without one."""
+        return None, []
 
     def unused_modules(self, model) -> Iterable:
         """Modules whose weights have no part in the features; they stay frozen."""

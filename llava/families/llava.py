@@ -311,6 +311,10 @@ class Llava(Family):
         tower = model.get_vision_tower()
         return () if tower is None else tower.unused_modules()
 
+    def vision_blocks(self, model):
+        tower = model.get_vision_tower()
+        return (None, []) if tower is None else (tower.vision_tower, tower.blocks())
+
     def float32_inputs(self, model):
         """Patches are chosen by grey levels, of which bfloat16 cannot tell neighbours apart."""
         tower = model.get_vision_tower()

@@ -7,7 +7,15 @@ from types import SimpleNamespace
 from llava.errors import LlavaError, OutOfReach
 from llava.families.llava_geometry import run_config
 from llava.families.llava_layout import VisionLayout, check_layout, vision_layout
-from llava.families.settings import arguments, check_common, check_packs, check_parts, trained_parts
+from llava.families.settings import (
+    arguments,
+    check_common,
+    check_packs,
+    check_parts,
+    check_tower_part,
+    tells_tower_part,
+    trained_parts,
+)
 from llava.model.vision_change import Origin, VisionChange
 
 # part that may be random -> its name, and the key that names weights for it
@@ -42,6 +50,7 @@ def check_fit(run) -> dict[str, str]:
         architecture_for(args, checkpoint)
         rope_overrides(args, checkpoint)
     if run["vision_tower"] is None:
+        check_tower_part(run, 0)
         check_parts(trained_parts(run), {"mm_language_model"})
     else:
         origins = _check_vision(run, checkpoint, lacking)
@@ -72,6 +81,8 @@ def _check_vision(run, checkpoint: dict | None, lacking: list[str]) -> dict[str,
     with _later(lacking):
         layout = vision_layout(run_config(run))
         check_layout(layout, "image")
+        if tells_tower_part(run):
+            check_tower_part(run, len(layout.tower.blocks()))
         with _later(lacking):
             file = _projector_file(run)
         check_projector(layout, checkpoint and checkpoint.get("hidden_size"), file)

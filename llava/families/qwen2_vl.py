@@ -58,12 +58,14 @@ class Qwen2VL(QwenChat, QwenBatches, Family):
             raise LlavaError(f"mm_tunable_parts: names mm_token_compressor, which {self.title} does not have")
 
     def check_fit(self, run):
-        from llava.families.settings import check_packs, check_parts, trained_parts
+        from llava.families.settings import check_packs, check_parts, check_tower_part, trained_parts
         from llava.model.builder import read_config
 
         origins = super().check_fit(run)
         self._check_type(run["model_name_or_path"])
-        check_packs(run, read_config(run["model_name_or_path"]))
+        config = read_config(run["model_name_or_path"])
+        check_packs(run, config)
+        check_tower_part(run, (config.get("vision_config") or {}).get("depth"))
         check_parts(trained_parts(run), set(self.parts))
         processor = self.load_processor(run["model_name_or_path"], cache_dir=run["cache_dir"])
         self.set_run_images(processor.image_processor, run, run["model_name_or_path"])
@@ -326,6 +328,12 @@ class Qwen2VL(QwenChat, QwenBatches, Family):
         return loaded.image_processor.adaptive_patches
 
     # --- hooks of the trainer ---
+
+    def vision_blocks(self, model):
+        from llava.model.vision_blocks import find_blocks
+
+        encoder = next(module for name, module in model.named_modules() if name.endswith("model.visual"))
+        return encoder, find_blocks(encoder)
 
     def restore(self, model, checkpoint):
         """Its files have older names, which transformers' `Trainer` does not translate: it would go on with the weights

@@ -1,11 +1,15 @@
 """What a run's settings and the configs of its models show to be wrong, whatever the family; no weight is read."""
 
 import os
+from functools import partial
 from types import SimpleNamespace
 
+from llava.config.schema import own_keys
 from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
 from llava.families.training import check_attention, check_no_adapter, check_segments, tunable_parts
+
+TOWER_PART = ("mm_vision_tower_trainable_blocks", "mm_vision_tower_layer_decay")
 
 
 def check_common(run) -> None:
@@ -19,6 +23,7 @@ def check_common(run) -> None:
         check_segments(run["attn_implementation"])
     check_no_adapter(run["model_name_or_path"])
     check_lora(run["lora_enable"], trained_parts(run))
+    check_tower_part(run)
     path = run["lora_weight_path"]
     if run["lora_enable"] and path and not os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise LlavaError(f"{run.source('lora_weight_path')}: lora_weight_path {path}: found no adapter_config.json")
@@ -48,6 +53,36 @@ def trained_parts(run) -> set[str]:
 def arguments(run) -> SimpleNamespace:
     """A resolved run's own keys as attributes."""
     return SimpleNamespace(**{name: run[name] for name in run.settings})
+
+
+def check_tower_part(run, blocks: int | None = None) -> None:
+    """Whether the part of the vision tower that is to learn, and its layer-wise decay, fit the run.
+
+    Args:
+        blocks: of the encoder, those that the features come through; None: not known yet.
+    """
+    for name in filter(partial(_given, run), TOWER_PART):
+        where, parts = f"{run.source(name)}: {name} is {run[name]}", trained_parts(run)
+        if "mm_vision_tower" not in parts:
+            listed = ", ".join(part for part in TUNABLE_PARTS if part in parts)
+            raise LlavaError(f"{where}, but the vision tower is frozen (trained: {listed}); expected it trained too")
+        if blocks == 0:
+            raise LlavaError(f"{where}, but the vision tower has no blocks that can be told apart; expected no {name}")
+    most = run["mm_vision_tower_trainable_blocks"]
+    if blocks and most is not None and most > blocks:
+        raise LlavaError(
+            f"{run.source('mm_vision_tower_trainable_blocks')}: mm_vision_tower_trainable_blocks is {most}, expected "
+            f"at most {blocks}, the blocks of the vision tower that the features come through"
+        )
+
+
+def tells_tower_part(run) -> bool:
+    """Whether the run says what part of its vision tower learns, or decays its learning rate."""
+    return any(_given(run, name) for name in TOWER_PART)
+
+
+def _given(run, name: str) -> bool:
+    return run[name] != own_keys()[name].default
 
 
 def check_lora(enabled: bool, parts: set[str]) -> None:

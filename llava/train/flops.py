@@ -39,6 +39,7 @@ def step_flops(
     supervised: int | None = None,
     projected: int | None = None,
     lora_rank: int = 0,
+    tower_blocks: int | None = None,
 ) -> float:
     """Operations of one optimizer step: what the loss and the gradients of `trained_parts` take, and no more.
 
@@ -58,9 +59,11 @@ def step_flops(
         projected: tokens that the projector makes of `patches`; None: as their lengths say, of encoders that choose no
             patches.
         lora_rank: of the adapters that learn in place of the language model's weights; 0: the weights do.
+        tower_blocks: how many blocks of the vision encoder learn where it does, the last ones; None: all of it. Of
+            blocks with windows of attention and without, as many of each are taken to learn as their shares are.
     """
     tokens, patches = list(tokens), list(patches)
-    shape, learns = shape_of(config), _Learning(set(trained_parts), lora_rank)
+    shape, learns = shape_of(config), _Learning(set(trained_parts), lora_rank, tower_blocks)
     total = 0.0
     if shape.vision is not None and patches:
         total += _vision_flops(shape, patches, learns, projected)
@@ -70,7 +73,8 @@ def step_flops(
 class _Learning:
     """What learns in a run."""
 
-    def __init__(self, parts: set[str], lora_rank: int):
+    def __init__(self, parts: set[str], lora_rank: int, tower_blocks: int | None = None):
+        self.tower_blocks = tower_blocks
         self.tower, self.compressor = "mm_vision_tower" in parts, "mm_token_compressor" in parts
         self.projector, self.language = "mm_mlp_adapter" in parts, "mm_language_model" in parts
         self.lora_rank = lora_rank if self.language else 0
@@ -87,9 +91,12 @@ def _vision_flops(shape: ModelShape, patches: list, learns: _Learning, projected
     vision, projector = shape.vision, shape.projector
     lengths = [length if isinstance(length, int) else length[0] * length[1] * length[2] for length in patches]
     count = sum(lengths) + vision.extra * len(lengths)
-    total = _product(vision.patch_values * vision.hidden, sum(lengths), learns.tower, False)  # pixels learn nothing
-    total += _product(vision.layers * vision.layer_weights, count, learns.tower, learns.tower)
-    total += 4.0 * vision.hidden * _vision_pairs(vision, patches) * (3 if learns.tower else 1)
+    whole = learns.tower and learns.tower_blocks is None
+    total = _product(vision.patch_values * vision.hidden, sum(lengths), whole, False)  # pixels learn nothing
+    last = 0 if not learns.tower else vision.layers if whole else learns.tower_blocks
+    total += _product((vision.layers - last) * vision.layer_weights, count, False, False)
+    total += _product(last * vision.layer_weights, count, learns.tower, learns.tower)
+    total += 4.0 * vision.hidden * _vision_pairs(vision, patches) * (1 + 2 * last / vision.layers)
 
     made = projector.tokens(lengths, vision.extra) if projected is None else projected
     if projector.compressor:

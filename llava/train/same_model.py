@@ -24,6 +24,7 @@ _RATES = {
     "mm_mlp_adapter": "mm_projector_lr",
     "mm_token_compressor": "mm_token_compressor_lr",
 }
+_BLOCKS, _DECAY = "mm_vision_tower_trainable_blocks", "mm_vision_tower_layer_decay"
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 Difference = tuple[str, Any, Any]  # (key, the checkpoint's value, the run's)
@@ -151,8 +152,11 @@ def _training_differences(checkpoint: str, had: dict, now: dict) -> Iterator[Dif
     if parts != parts_now:
         yield "mm_tunable_parts", ",".join(sorted(parts)), ",".join(sorted(parts_now))
         return
+    had = {name: defaults[name] for name in (_BLOCKS, _DECAY)} | had  # of a run before there were these keys
+    yield from _unlike([_BLOCKS], had, now)
     if not has_optimizer(checkpoint) or "learning_rate" not in had:
         return
+    yield from _unlike([_DECAY], had, now)
     if _groups(parts, had) != _groups(parts, now):
         yield from _unlike([*_RATES.values(), "learning_rate"], had, now)
     if _optimizer(had["optim"]) != _optimizer(now["optim"]):

@@ -158,6 +158,7 @@ class StepLog(TrainerCallback):
             supervised=sizes.supervised,
             projected=sizes.projected,
             lora_rank=args.lora_r if args.lora_enable else 0,
+            tower_blocks=args.mm_vision_tower_trainable_blocks,
         )
 
     def _truncated(self) -> int:

@@ -115,7 +115,7 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     if training_args.lora_enable:
         model = adapt(model, model_args, training_args)
     parts = tunable_parts(model_args, training_args)
-    set_trainable(model, parts, training_args.lora_bias, family)
+    set_trainable(model, parts, training_args.lora_bias, family, training_args.mm_vision_tower_trainable_blocks)
     for part, origin in origins.items():
         rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
     Precision.of(training_args).apply(model)

@@ -37,6 +37,7 @@ RIGHT_AND_WRONG = {
     "INTERVAL": ([0.1, 1.0, 1, 500, 500.0], [0, 0.0, -1, 1.5, -0.5]),
     "WARMUP": ([0, 0.0, 0.03, 1.0, 100], [-1, -0.1, 1.5, 2.25]),
     "SCALES": (["336", "336,672,1008", "336, 672"], ["", "0", "336,-672", "336,x", "336,,672", "1.5"]),
+    "SHARE_ABOVE_0": ([0.1, 1, 1.0], [0, 1.1, -0.5]),
     "REPORTS": (["none", "all", "wandb", ["wandb", "tensorboard"]], ["", "wandbb", ["wandb", "x"], "None"]),
     "OPTIMIZER": (["adamw_torch", "adafactor", "adamw_bnb_8bit"], ["adam", "", "ADAMW_TORCH"]),
     "LOG_LEVEL": (["passive", "error"], ["loud", ""]),

@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from llava.errors import LlavaError
 from llava.model.adaptive_patches import PatchChoice
+from llava.model.vision_blocks import used_blocks
 from llava.model.vision_settings import uses_compression
 
 from .token_compressor import TokenCompressor
@@ -244,6 +245,11 @@ class VisionTower(nn.Module, ABC):
         from .trial import unused_parts
 
         yield from unused_parts(self)
+
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's blocks that the selected features come through, first to last; none of an encoder that has no
+        such."""
+        return used_blocks(self.vision_tower, self.unused_modules())
 
     # --- what the model uses ---
 
