@@ -1,4 +1,4 @@
-"""transformers' vision backbones as towers on this device: every type of `FACTS`, of the size that its config class makes.
+"""transformers' vision backbones as towers on this device: every type of `FACTS`, as large as its config class makes it.
 
 Weights are random: hubs are out of a benchmark's reach.
 """
