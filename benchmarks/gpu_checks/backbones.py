@@ -1,4 +1,4 @@
-"""transformers' vision backbones as towers on this device: every type of `FACTS`, as large as its config class makes it.
+"""Vision backbones of transformers as towers on this device: each type of `FACTS`, of its config class's own size.
 
 Weights are random: hubs are out of a benchmark's reach.
 """
