@@ -14,7 +14,7 @@ from llava.config.own_tower import ClassPath, class_path
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
-from .hf_facts import FACTS, REMOTE
+from .hf_facts import FACTS, PACKED, REMOTE
 
 __all__ = ["COMPRESSED", "TOWERS", "TowerEntry", "build_vision_tower", "tower_type", "uses_compression"]
 
@@ -54,7 +54,10 @@ TOWERS = {
         "clip_encoder:CLIPVisionTower", ("clip", "clip_vision_model"), ("clip", "openai", "laion", "ShareGPT4V")
     ),
     "clip_s2": TowerEntry("clip_encoder:CLIPVisionTowerS2"),
-    "hf_vision": TowerEntry("hf_vision:HFVisionBackboneTower", (*REMOTE, *FACTS)),
+    "packed_vision": TowerEntry("packed_vision:PackedVisionTower", tuple(PACKED)),
+    "hf_vision": TowerEntry(
+        "hf_vision:HFVisionBackboneTower", (*REMOTE, *(kind for kind in FACTS if kind not in PACKED))
+    ),
 }
 
 

@@ -4,7 +4,7 @@ Read from each model's own code and published preprocessor_config.json. Statisti
 with; they count only where the encoder's folder has no preprocessor_config.json.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -134,3 +134,42 @@ FACTS = {
 
 # types that exist only as code of their own repository: what to take in their place
 REMOTE = {"intern_vit_6b": "a checkpoint of InternVL that transformers knows (internvl, its names end in -hf)"}
+
+# Encoders that take any size, images of all sizes in one row (`packed_vision`); rows of larger models are their vision
+# halves. Positions are rotary, or learned and resized to each image's grid.
+_PIXTRAL = Facts(
+    "PixtralVision",
+    prefix_tokens=(0, 0),
+    blocks="transformer.layers",
+    any_size=True,
+    statistics=OPENAI,
+    final_norm="",
+    weight_prefix="vision_tower.",
+)
+_QWEN2_VL = Facts(
+    "Qwen2VLVision",
+    prefix_tokens=(0, 0),
+    blocks="blocks",
+    any_size=True,
+    statistics=OPENAI,
+    final_norm="",
+    weight_prefix="visual.",
+)
+_QWEN2_5_VL = replace(_QWEN2_VL, name="Qwen2_5_VLVision")
+_QWEN3_VL = replace(_QWEN2_VL, name="Qwen3VLVision", statistics=HALF)
+PACKED = {
+    "siglip2": _SIGLIP2,
+    "siglip2_vision_model": _SIGLIP2,
+    "qwen2_vl": _QWEN2_VL,
+    "qwen2_vl_vision": _QWEN2_VL,
+    "qwen2_5_vl": _QWEN2_5_VL,
+    "qwen2_5_vl_vision": _QWEN2_5_VL,
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
+    "qwen3_vl_moe_vision": _QWEN3_VL,
+    "qwen3_vl_vision": _QWEN3_VL,
+    "llava": _PIXTRAL,
+    "mistral3": _PIXTRAL,
+    "pixtral": _PIXTRAL,
+}
+FACTS |= PACKED
