@@ -173,7 +173,7 @@ class _QwenVision:
             block.attn.__class__ = self.attention  # the same weights
 
     def embed(self, rows):
-        """[N, C*p*p] -> [N, D]. A patch is one of a clip's frames twice, as the stock processor makes it of an image."""
+        """[N, C*p*p] -> [N, D]; an image is a clip of two frames that are alike, as in the stock processor."""
         frames = self.config.temporal_patch_size
         channels = rows.unflatten(1, (self.config.in_channels, 1, -1))
         return self.patch_embed(channels.expand(-1, -1, frames, -1).flatten(1))

@@ -16,8 +16,8 @@ import torch
 from llava.errors import LlavaError
 
 from .base import select_layers
-from .hf_facts import PACKED
 from .hevc_vit_packing_tower import images_to_packed, packed_to_features
+from .hf_facts import PACKED
 from .hf_vision import HFVisionBackboneTower
 
 USUAL_PATCHES = 32  # a side of a picture that is to be a square, for encoders that have no size of their own
