@@ -19,13 +19,19 @@ class Facts:
 
     name: transformers' `nameConfig` and `nameModel`.
     prefix_tokens: counts of class tokens and of registers before the patches: numbers, or fields of the config.
+    patch: the config's field that holds the pixels of a side of a patch; "" where the config has none and the first of
+        `strides` is meant.
     blocks: where the model holds its blocks, or stages.
-    strides: it gives feature maps; stage i (from 1) has patch_size * 2 ** (i - 1) pixels a token.
+    strides: pixels of a side of a token, stage by stage, of an encoder that gives a feature map at each of them; () of
+        one that gives tokens of one size. In the shape that is published: a config with another patch has others
+        (`stage_strides`).
     interpolates: other sizes than its own: "always" by itself, "asked" with an argument, "native" where the config's
         `is_native` says so, "" never.
     any_size: pictures of any size and aspect.
+    processor: transformers' Pillow processor of the type; None where it has none, and the project's own rule is used.
+    hidden_states: how they come: "tokens" [B, T, D], the embeddings first and the last without the final norm;
+        "normed" the same, the last with the final norm; "maps" [B, D, h, w], that of stage i at i.
     statistics, resample: mean and std, interpolation.
-    norm_in_states: the last hidden state has the final norm.
     unused: modules and parameters that no hidden state needs.
     weight_prefix: what stands before the encoder's weights in the checkpoint of a larger model.
     """
@@ -33,12 +39,14 @@ class Facts:
     name: str
     prefix_tokens: tuple[int | str, int | str] = (1, 0)
     blocks: str = "encoder.layer"
-    strides: bool = False
+    patch: str = "patch_size"
+    strides: tuple[int, ...] = ()
     interpolates: str = "always"
     any_size: bool = False
+    processor: str | None = None
+    hidden_states: str = "tokens"
     statistics: tuple = IMAGENET
     resample: int = BICUBIC
-    norm_in_states: bool = False
     final_norm: str = "layernorm"
     unused: tuple[str, ...] = ()
     weight_prefix: str = ""
@@ -47,13 +55,39 @@ class Facts:
         """(class tokens, registers) of a config."""
         return tuple(getattr(config, n) if isinstance(n, str) else n for n in self.prefix_tokens)
 
+    def patch_of(self, config) -> int:
+        """Pixels of a side of a patch of a config, before any stage makes larger tokens of them."""
+        return side_of(getattr(config, self.patch)) if self.patch else self.strides[0]
 
+    def stage_strides(self, config) -> tuple[int, ...]:
+        """Pixels of a side of a token at each stage that a config has; () of an encoder without stages."""
+        if not self.strides:
+            return ()
+        patch = self.patch_of(config)
+        return tuple(patch * stride // self.strides[0] for stride in self.strides[: len(config.depths)])
+
+
+def side_of(value) -> int:
+    """A size in pixels that a config gives as a number or as [height, width]."""
+    return int(value[0] if isinstance(value, (list, tuple)) else value)
+
+
+_CLIP, _BIT, _VIT = "CLIPImageProcessorPil", "BitImageProcessorPil", "ViTImageProcessorPil"
+_PYRAMID = (4, 8, 16, 32)
 _DINOV2 = dict(any_size=True, unused=("embeddings.mask_token",))
+_CONVNEXT = dict(
+    prefix_tokens=(0, 0),
+    blocks="encoder.stages",
+    strides=_PYRAMID,
+    processor="ConvNextImageProcessorPil",
+    hidden_states="maps",
+)
 _AIMV2 = Facts(
     "Aimv2Vision",
     prefix_tokens=(0, 0),
     blocks="encoder.layers",
     interpolates="native",
+    processor=_CLIP,
     statistics=OPENAI,
     final_norm="rms_norm",
     unused=("head",),
@@ -64,6 +98,7 @@ _SIGLIP2 = Facts(
     prefix_tokens=(0, 0),
     blocks="encoder.layers",
     any_size=True,
+    processor="Siglip2ImageProcessorPil",
     statistics=HALF,
     resample=BILINEAR,
     final_norm="post_layernorm",
@@ -74,6 +109,7 @@ _MLCD = Facts(
     "MLCDVision",
     blocks="encoder.layers",
     interpolates="always",
+    processor=_CLIP,
     statistics=OPENAI,
     final_norm="post_layernorm",
     weight_prefix="vision_model.",
@@ -82,13 +118,15 @@ _METACLIP2 = Facts(
     "MetaClip2Vision",
     blocks="encoder.layers",
     interpolates="asked",
+    processor=_CLIP,
     statistics=OPENAI,
     final_norm="post_layernorm",
     weight_prefix="vision_model.",
 )
 _INTERNVL = Facts(
     "InternVLVision",
-    norm_in_states=True,
+    processor="GotOcr2ImageProcessorPil",
+    hidden_states="normed",
     unused=("embeddings.mask_token",),
     weight_prefix="vision_tower.",
 )
@@ -107,29 +145,31 @@ FACTS = {
     "radio": Facts(
         "Radio", prefix_tokens=("num_cls_tokens", "num_registers"), any_size=True, statistics=NONE, final_norm=""
     ),
-    "convnext": Facts("ConvNext", (0, 0), "encoder.stages", strides=True),
-    "convnextv2": Facts("ConvNextV2", (0, 0), "encoder.stages", strides=True),
+    "convnext": Facts("ConvNext", **_CONVNEXT),
+    "convnextv2": Facts("ConvNextV2", **_CONVNEXT),
     "vit": Facts(
         "ViT",
         blocks="layers",
         interpolates="asked",
+        processor=_VIT,
         statistics=HALF,
         resample=BILINEAR,
         unused=("pooler", "embeddings.mask_token"),
     ),
-    "vit_mae": Facts("ViTMAE", blocks="layers", interpolates="asked"),
+    "vit_mae": Facts("ViTMAE", blocks="layers", interpolates="asked", processor=_VIT),
     "ijepa": Facts(
         "IJepa",
         prefix_tokens=(0, 0),
         blocks="layers",
         interpolates="asked",
+        processor=_VIT,
         unused=("pooler", "embeddings.mask_token"),
     ),
     "dinov3_vit": Facts(
         "DINOv3ViT", (1, "num_register_tokens"), "model.layer", resample=BILINEAR, final_norm="norm", **_DINOV2
     ),
-    "dinov2_with_registers": Facts("Dinov2WithRegisters", (1, "num_register_tokens"), **_DINOV2),
-    "dinov2": Facts("Dinov2", **_DINOV2),
+    "dinov2_with_registers": Facts("Dinov2WithRegisters", (1, "num_register_tokens"), processor=_BIT, **_DINOV2),
+    "dinov2": Facts("Dinov2", processor=_BIT, **_DINOV2),
 }
 
 # types that exist only as code of their own repository: what to take in their place

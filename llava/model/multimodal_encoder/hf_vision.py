@@ -18,17 +18,12 @@ from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
 from .hf_backbone import quiet_loading
-from .hf_facts import FACTS, REMOTE, Facts
+from .hf_facts import FACTS, REMOTE, Facts, side_of
 from .hf_tower import HFVisionTower
 
 __all__ = ["FACTS", "Facts", "HFVisionBackboneTower"]
 
 RUN = "llava_tower"  # where the encoder's config holds what a run chose, so that a checkpoint says it by itself
-
-
-def side_of(value) -> int:
-    """A size in pixels that a config gives as a number or as [height, width]."""
-    return int(value[0] if isinstance(value, (list, tuple)) else value)
 
 
 class HFVisionBackboneTower(HFVisionTower):
@@ -112,13 +107,12 @@ class HFVisionBackboneTower(HFVisionTower):
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # ViT-MAE masks in evaluation too
         self.stage = getattr(args, "vision_tower_stage", None) or chosen.get("stage")
-        self.patch = side_of(config.patch_size)
-        if facts.strides:
-            stages = len(config.depths)
-            self.stage = stages if self.stage is None else self.stage
-            if not 1 <= self.stage <= stages:
-                raise LlavaError(f"vision_tower_stage: found {self.stage}, expected 1 to {stages}")
-            self.patch *= 2 ** (self.stage - 1)
+        self.patch, strides = facts.patch_of(config), facts.stage_strides(config)
+        if strides:
+            self.stage = len(strides) if self.stage is None else self.stage
+            if not 1 <= self.stage <= len(strides):
+                raise LlavaError(f"vision_tower_stage: found {self.stage}, expected 1 to {len(strides)}")
+            self.patch = strides[self.stage - 1]
         elif self.stage is not None:
             raise LlavaError(
                 f"vision_tower_stage: found {self.stage}, but {self.model_type} has no stages; expected none"
@@ -233,7 +227,7 @@ class HFVisionBackboneTower(HFVisionTower):
         blocks = encoder.get_submodule(self.facts.blocks)
         yield from blocks[last:]
         norm = self.facts.final_norm
-        if norm and not (self.facts.norm_in_states and last == len(blocks)):
+        if norm and not (self.facts.hidden_states == "normed" and last == len(blocks)):
             yield encoder.get_submodule(norm)
         for name in self.facts.unused:
             owner, _, leaf = name.rpartition(".")
