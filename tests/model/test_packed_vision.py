@@ -5,11 +5,16 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
+from llava.images.geometry import NaflexResolution
+from llava.images.processing import process_image
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.packed_vision import PackedVisionTower
+from llava.model.visual_merge import native_resolution
+from llava.tools.towers import describe
 from tests.model import packed_stock, small
 from tests.model.packed_stock import KINDS, MULTIPLE, PATCH
 
@@ -231,3 +236,92 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     with pytest.raises(LlavaError, match="model_type 'dinov2', expected one of siglip2"):
         build(tmp_path, mm_vision_tower_type="packed_vision")
+
+
+# --- sizes, pixels, costs ---------------------------------------------------------------------------------------------
+
+
+def test_published_processors_give_squares(tmp_path):
+    """What they call size are bounds on the pixels, or the longest edge, of a picture of any aspect."""
+    published = {
+        "qwen2_vl_vision": {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "resample": 3},
+        "pixtral": {"size": {"longest_edge": 1024}, "patch_size": {"height": 16, "width": 16}, "resample": 3},
+        "siglip2_vision_model": {"max_num_patches": 256, "patch_size": 16, "resample": 2},
+    }
+    for kind, values in published.items():
+        packed_stock.stock(kind).save_pretrained(tmp_path / kind)
+        plain = build(tmp_path / kind).image_processor
+        values |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+        (tmp_path / kind / "preprocessor_config.json").write_text(json.dumps(values))
+        tower = build(tmp_path / kind, image_size=112)
+        processor = tower.image_processor
+        assert dict(processor.size) == dict(processor.crop_size) == {"height": 112, "width": 112}
+        assert not processor.do_center_crop and processor.resample == values["resample"] == plain.resample
+        assert [*processor.image_mean, *processor.image_std] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+        side = {"qwen2_vl_vision": 448}.get(kind, 56)  # that of the config; 32 patches where it has none
+        assert (plain.size["height"], plain.size["width"]) == (side, side)
+        crop = processor.preprocess(Image.new("RGB", (300, 40)), return_tensors="pt")["pixel_values"]
+        assert crop.shape == (1, 3, 112, 112)
+
+
+@pytest.mark.parametrize(("projector", "unit"), [("mlp2x_gelu", 1), ("spatial_merge", 2)])
+def test_native_through_the_model(kind, folder, projector, unit):
+    """Pictures of any size as the pipeline makes them: every token of each comes out, in its place."""
+    model = small.model(folder, image_aspect_ratio="native", mm_patch_merge_type="flat", mm_projector_type=projector)
+    model.get_model().describe_vision()
+    patch = PATCH.get(kind, 14)
+    multiple = max(MULTIPLE.get(kind, 14), unit * patch)
+    model.config.min_pixels, model.config.max_pixels = 4 * multiple**2, 12 * multiple**2
+    native = native_resolution(model.config)
+    assert native.multiple == multiple and isinstance(native, NaflexResolution) == kind.startswith("siglip2")
+    photos = [Image.new("RGB", size, colour) for size, colour in (((60, 30), "red"), ((280, 420), "blue"))]
+    tower = model.get_vision_tower()
+    images = [process_image(photo, tower.image_processor, "native", native=native) for photo in photos]
+    assert all(4 <= image.shape[1] * image.shape[2] // multiple**2 <= 12 for image in images)
+    counter = model.visual_token_counter()
+    with torch.no_grad():
+        features = model.encode_images(images)
+    expected = [image.shape[1] * image.shape[2] // (patch * unit) ** 2 for image in images]
+    counted = [counter(tuple(i.shape), p.size, "image") for i, p in zip(images, photos, strict=True)]
+    assert [len(feature) for feature in features] == expected == counted
+    model.config.min_pixels = model.config.max_pixels = multiple**2 - 1
+    with pytest.raises(LlavaError, match=f"max_pixels: found .*at least {multiple**2}"):
+        native_resolution(model.config)
+
+
+# of a block: numbers in its matrices, by the sizes in packed_stock
+WEIGHTS = {
+    "siglip2_vision_model": 4 * 32 * 32 + 2 * 32 * 64,
+    "pixtral": 4 * 32 * 32 + 3 * 32 * 64,
+    "qwen2_vl_vision": 4 * 32 * 32 + 2 * 32 * 64,
+    "qwen2_5_vl_vision": 4 * 32 * 32 + 3 * 32 * 48,
+    "qwen3_vl_vision": 4 * 32 * 32 + 2 * 32 * 48,
+}
+
+
+def test_row_of_the_table(kind, folder, tmp_path):
+    """Tokens, parameters and operations of 6 x 6 patches, by hand; training's own count of the same."""
+    from llava.model.shapes import shape_of
+    from llava.train.flops import _vision_pairs
+
+    patch = PATCH.get(kind, 14)
+    settings = {"vision_tower": str(folder), "image_size": 6 * patch, "mm_vision_select_layer": -2}
+    (tmp_path / "mine.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+    row = describe(str(tmp_path / "mine.yaml"))
+    frames = 2 if kind.startswith("qwen") else 1
+    pairs = 2 * 36**2
+    if kind == "qwen2_5_vl_vision":  # the first block in windows of 4 x 4, the second whole
+        pairs = 16**2 + 8**2 + 8**2 + 4**2 + 36**2
+    embedded = 2 * 36 * frames * 3 * patch**2 * 32
+    positions = 2 * 36 * 16 * 32 if kind == "siglip2_vision_model" else 0  # a product with the table
+    flops = embedded + positions + 2 * 2 * 36 * WEIGHTS[kind] + 4 * 32 * pairs
+    assert row["gflops"] == flops / 1e9 and row["loads"] == "here" and row["reason"] is None
+    assert (row["tokens"], row["grid"], row["patch"]) == (36, [6, 6], patch) and row["any_size"]
+    tower = build(folder)
+    assert row["params"] == sum(p.numel() for p in tower.parameters()) and row["hidden_size"] == 32
+    assert row["model_type"] == kind
+
+    config = small.config(folder, mm_vision_config=tower.config.to_dict(), mm_vision_select_layer=-2)
+    shape = shape_of(config).vision
+    assert (shape.layers, shape.hidden, shape.layer_weights) == (2, 32, WEIGHTS[kind])
+    assert shape.patch_values * 32 * 2 * 36 == embedded and _vision_pairs(shape, [(1, 6, 6)]) == pairs

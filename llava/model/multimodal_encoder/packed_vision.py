@@ -52,6 +52,7 @@ class PackedVisionTower(HFVisionBackboneTower):
 
     def set_sizes(self, args):
         super().set_sizes(args)
+        self.config.model_type = self.config_class.model_type  # published configs write the whole model's in it
         self.multiple = self.patch * getattr(self.config, "spatial_merge_size", 1)
         if self.side % self.multiple:
             raise LlavaError(
