@@ -19,18 +19,18 @@ MULTIPLE = {"qwen2_vl_vision": 28, "qwen2_5_vl_vision": 28, "qwen3_vl_vision": 3
 def classes(kind):
     """(config class, stock model class)."""
     import transformers
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-    return {
-        "siglip2_vision_model": (transformers.Siglip2VisionConfig, transformers.Siglip2VisionModel),
-        "pixtral": (transformers.PixtralVisionConfig, transformers.PixtralVisionModel),
-        "qwen2_vl_vision": (transformers.Qwen2VLVisionConfig, Qwen2VisionTransformerPretrainedModel),
-        "qwen2_5_vl_vision": (
-            transformers.Qwen2_5_VLVisionConfig,
-            transformers.Qwen2_5_VisionTransformerPretrainedModel,
-        ),
-        "qwen3_vl_vision": (transformers.Qwen3VLVisionConfig, transformers.Qwen3VLVisionModel),
+    model = {
+        "siglip2_vision_model": transformers.Siglip2VisionModel,
+        "pixtral": transformers.PixtralVisionModel,
+        "qwen2_vl_vision": Qwen2VisionTransformerPretrainedModel,
+        "qwen2_5_vl_vision": Qwen2_5_VisionTransformerPretrainedModel,
+        "qwen3_vl_vision": Qwen3VLVisionModel,
     }[kind]
+    return model.config_class, model
 
 
 def stock(kind, **changes):
