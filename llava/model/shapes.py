@@ -4,7 +4,8 @@ A weight here is a number of a matrix that tokens are multiplied with; norms, bi
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from llava.errors import LlavaError
 
@@ -166,6 +167,8 @@ def _tower(config, values: dict) -> VisionShape:
     from llava.model.multimodal_encoder.base import select_layers
     from llava.model.multimodal_encoder.hf_facts import FACTS
 
+    if "spatial_merge_size" in values and "depth" in values:  # a Qwen-VL encoder taken alone, before its merger
+        return _part_of_own(config, SimpleNamespace(**values))
     lacking = [name for name in ("num_hidden_layers", "hidden_size", "intermediate_size") if name not in values]
     if lacking:
         raise LlavaError(
@@ -188,8 +191,20 @@ def _tower(config, values: dict) -> VisionShape:
         hidden=values["hidden_size"],
         intermediate=values.get("intermediate_size") or int(values["hidden_size"] * values.get("mlp_ratio", 4)),
         patch_values=values.get("num_channels", 3) * patch**2,
+        gated=kind == "pixtral",
         extra=extra,
     )
+
+
+def _part_of_own(config, vision) -> VisionShape:
+    from llava.model.multimodal_encoder.base import select_layers
+
+    feature = getattr(config, "mm_vision_select_feature", None) or "patch"
+    used = max(select_layers(feature, config.mm_vision_select_layer, vision.depth + 1))
+    shape, _ = _own_vision(vision)
+    whole = getattr(vision, "fullatt_block_indexes", None)
+    windowed = 0 if whole is None else used - len({layer for layer in whole if layer < used})
+    return replace(shape, layers=used, windowed=windowed, merge=1)
 
 
 def _projector(config, vision: VisionShape) -> ProjectorShape:

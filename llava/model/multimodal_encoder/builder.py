@@ -14,7 +14,7 @@ from llava.config.own_tower import ClassPath, class_path
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
-from .hf_facts import FACTS, REMOTE
+from .hf_facts import FACTS, PACKED, REMOTE
 
 __all__ = ["COMPRESSED", "TOWERS", "TowerEntry", "build_vision_tower", "tower_type", "uses_compression"]
 
@@ -54,15 +54,18 @@ TOWERS = {
         "clip_encoder:CLIPVisionTower", ("clip", "clip_vision_model"), ("clip", "openai", "laion", "ShareGPT4V")
     ),
     "clip_s2": TowerEntry("clip_encoder:CLIPVisionTowerS2"),
-    "hf_vision": TowerEntry("hf_vision:HFVisionBackboneTower", (*REMOTE, *FACTS)),
+    "packed_vision": TowerEntry("packed_vision:PackedVisionTower", tuple(PACKED)),
+    "hf_vision": TowerEntry(
+        "hf_vision:HFVisionBackboneTower", (*REMOTE, *(kind for kind in FACTS if kind not in PACKED))
+    ),
 }
 
 
 OWN_KEYS = ("tower_args", "vision_tower_image", "vision_tower_weights")  # for classes of the user's own
 
 
-def _model_type(tower: str) -> str | None:
-    """`model_type` in the config.json of a local folder or a hub repository; None where there is none to read."""
+def _source_values(tower: str) -> dict:
+    """config.json of a local folder or a hub repository; {} where there is none to read."""
     if os.path.isdir(tower):
         path = os.path.join(tower, "config.json")
         if not os.path.isfile(path):
@@ -73,12 +76,12 @@ def _model_type(tower: str) -> str | None:
         try:
             path = cached_file(tower, "config.json", _raise_exceptions_for_missing_entries=False)
         except OSError:
-            return None  # offline, or no such repository: the name decides; loading will say what is missing
+            return {}  # offline, or no such repository: the name decides; loading will say what is missing
         if path is None:
-            return None
+            return {}
     with open(path) as file:
         try:
-            return json.load(file).get("model_type")
+            return json.load(file)
         except json.JSONDecodeError as error:
             raise LlavaError(f"{path}: not JSON ({error})") from None
 
@@ -129,7 +132,8 @@ def _plain_type(cfg, tower: str) -> str:
         kind = explicit if own is None else str(own)
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}
-        model_type = stored.get("model_type") or _model_type(tower)
+        values = stored if stored.get("model_type") else _source_values(tower)
+        model_type = values.get("model_type")
         if model_type is None:
             kind = _by_name(tower, TOWERS)
         else:
@@ -138,9 +142,14 @@ def _plain_type(cfg, tower: str) -> str:
             readers = [key for key, entry in TOWERS.items() if model_type in entry.also_reads and not stored]
             kind = _by_name(os.path.basename(tower.rstrip("/")), readers) or next(by_type, None)
         if kind is None:
-            found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
-            fault = LlavaError if model_type else OutOfReach
-            raise fault(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")
+            if values:
+                from .hf_refusals import no_tower
+
+                raise no_tower(tower, values)
+            raise OutOfReach(
+                f"vision tower {tower!r}: no config.json and a name that says nothing; set mm_vision_tower_type to one "
+                f"of {', '.join(TOWERS)}"
+            )
     return kind
 
 
