@@ -23,6 +23,8 @@ from .hf_tower import HFVisionTower
 
 __all__ = ["FACTS", "Facts", "HFVisionBackboneTower"]
 
+# DINOv3 moves its positions at random in training mode, which a frozen encoder is in too
+_AUGMENTATIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 RUN = "llava_tower"  # where the encoder's config holds what a run chose, so that a checkpoint says it by itself
 
 
@@ -33,6 +35,7 @@ def side_of(value) -> int:
 
 class HFVisionBackboneTower(HFVisionTower):
     processor_class = CLIPImageProcessorPil  # Pillow, with any size, statistics and interpolation
+    sets_sizes = True
 
     # --- config and pixels ---
 
@@ -111,6 +114,9 @@ class HFVisionBackboneTower(HFVisionTower):
         chosen = getattr(config, RUN, None) or {}
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # ViT-MAE masks in evaluation too
+        for name in _AUGMENTATIONS:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)
         self.stage = getattr(args, "vision_tower_stage", None) or chosen.get("stage")
         self.patch = side_of(config.patch_size)
         if facts.strides:
@@ -223,6 +229,8 @@ class HFVisionBackboneTower(HFVisionTower):
         small.num_hidden_layers = 1
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             fresh = dict(self.model_class(small).named_buffers())
+            if not lacking.keys() <= fresh.keys():  # blocks have some of their own
+                fresh = dict(self.model_class(self.config).named_buffers())
         for name, buffer in lacking.items():
             with torch.no_grad():
                 buffer.copy_(fresh[name])
@@ -254,6 +262,11 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def layers(self):
         if self.facts.strides:
+            if self.select_feature.startswith("slice"):
+                raise LlavaError(
+                    f"mm_vision_select_feature: found {self.select_feature!r}, but {self.model_type} has one feature "
+                    "map, that of vision_tower_stage; expected patch"
+                )
             return [self.stage]
         return select_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers + 1)
 
@@ -284,7 +297,8 @@ class HFVisionBackboneTower(HFVisionTower):
         if self.facts.name == "Siglip2Vision":  # NaFlex: patches, channels last, and the grid they come from
             rows = images.unflatten(3, (w, self.patch)).unflatten(2, (h, self.patch))
             rows = rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, h * w, patch * patch * C]
-            ones = torch.ones(rows.shape[:2], dtype=torch.long, device=images.device)
+            # the stock model reads the mask, and on the meta device there is nothing to read
+            ones = torch.ones(rows.shape[:2], dtype=torch.long, device="cpu" if images.is_meta else images.device)
             grids = torch.tensor([[h, w]] * len(images))
             return {"pixel_values": rows, "pixel_attention_mask": ones, "spatial_shapes": grids}
         found = {"pixel_values": images}
@@ -319,6 +333,10 @@ class HFVisionBackboneTower(HFVisionTower):
     @property
     def image_size(self):
         return self.side
+
+    @property
+    def patch_size(self):
+        return self.patch
 
     @property
     def grid_pixels(self):
