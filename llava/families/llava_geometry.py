@@ -155,7 +155,7 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
         raise
     tower, rules, token_grid = layout.tower, layout.rules, layout.token_grid
     kind, compressor = tower_type(cfg, cfg.mm_vision_tower), tower.token_compressor
-    parts = [f"{cfg.mm_vision_tower} ({kind}), patch {tower.config.patch_size} px"]
+    parts = [f"{cfg.mm_vision_tower} ({kind}), patch {tower.patch_size} px"]
     if compressor is not None:
         parts.append(
             f"compressed {compressor.input_grid_size}x{compressor.input_grid_size} -> "
@@ -172,7 +172,7 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
         rules=rules,
         token_grid=token_grid,
         native=layout.native,
-        patch=tower.config.patch_size,
+        patch=tower.patch_size,
         layout="; ".join(parts),
         stock=kind in ("clip", "siglip") and compressor is None and not token_grid.merges,
         choice=chooser and chooser.choice,

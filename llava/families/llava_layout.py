@@ -37,7 +37,7 @@ class VisionLayout:
     def counter(self):
         from llava.model.visual_merge import VisualTokenCounter
 
-        return VisualTokenCounter(self.rules, self.token_grid, self.tower.config.patch_size)
+        return VisualTokenCounter(self.rules, self.token_grid, self.tower.patch_size)
 
     @property
     def crop(self) -> int:
@@ -165,7 +165,7 @@ def check_layout(layout: VisionLayout, kind: str) -> None:
 def _check_crop(layout: VisionLayout) -> None:
     """The image processor's square is one that the encoder takes."""
     tower, side = layout.tower, layout.crop
-    patch = tower.config.patch_size
+    patch = tower.patch_size
     if tower.any_size and side % patch:
         raise LlavaError(
             f"vision tower {tower.vision_tower_name}: its image processor makes {side}x{side} pixels, expected a "

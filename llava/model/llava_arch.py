@@ -88,7 +88,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
         """Function (pixel shape, (width, height), modality) -> tokens that one `<image>` becomes."""
         rules, tower = MergeRules.from_config(self.config), self.get_vision_tower()
         scales = tuple(getattr(tower, "s2_scales", ()))
-        return VisualTokenCounter(rules, self._projected_grid, tower.config.patch_size, self._chooser, scales)
+        return VisualTokenCounter(rules, self._projected_grid, tower.patch_size, self._chooser, scales)
 
     def _visual_tokens(self, images, modalities, image_sizes, patch_alphas=None, patch_levels=None):
         """The visual tokens of each image: list of [N_i, D], in order."""

@@ -136,6 +136,7 @@ class VisionTower(nn.Module, ABC):
     any_size = False  # takes images of any size, in multiples of its patch
     sees_time = False  # takes a clip as one sample, so that its frames see each other
     takes_adaptive_patches = False  # can keep large patches where an image holds little
+    sets_sizes = False  # `image_size` and `vision_tower_stage` of a run are for it
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False, **tower_args):
         super().__init__()
@@ -351,6 +352,11 @@ class VisionTower(nn.Module, ABC):
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of a side of a token."""
+        return self.config.patch_size
 
     @property
     def grid_pixels(self) -> tuple[int, int]:

@@ -62,6 +62,8 @@ TOWERS = {
 
 
 OWN_KEYS = ("tower_args", "vision_tower_image", "vision_tower_weights")  # for classes of the user's own
+SIZE_KEYS = ("image_size", "vision_tower_stage")  # for towers that have a choice
+S2_TYPES = ("clip", "clip_s2", "siglip")  # LLaVA-NeXT leaves the key alone beside a SigLIP
 
 
 def _source_values(tower: str) -> dict:
@@ -173,16 +175,25 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
 
         built = build_own_tower(ClassPath.parse(kind), tower, cfg, **kwargs)
     else:
-        _check_no_own_keys(cfg, tower, kind)
+        _check_keys(cfg, tower, kind)
         built = TOWERS[kind].load()(tower, cfg, **kwargs)
     built.recorded_type = recorded_type(cfg, tower)
     return built
 
 
-def _check_no_own_keys(cfg, tower: str, kind: str) -> None:
+def _check_keys(cfg, tower: str, kind: str) -> None:
+    """Refuse what is said of another kind of tower, which would go unheard."""
     for key in OWN_KEYS:
         if getattr(cfg, key, None):
             raise LlavaError(
                 f"{key}: found {getattr(cfg, key)!r}, which is for a class of your own in vision_tower, but {tower} is "
                 f"of the type {kind}"
             )
+    for key in SIZE_KEYS:
+        if getattr(cfg, key, None) and not TOWERS[kind].load().sets_sizes:
+            raise LlavaError(
+                f"{key}: found {getattr(cfg, key)}, but {tower} is of the type {kind}, which has one size and no "
+                "stages; expected none"
+            )
+    if getattr(cfg, "s2", False) and kind not in S2_TYPES:
+        raise LlavaError(f"s2: found true, expected false: {tower} is of the type {kind}, and S2 is of CLIP's towers")

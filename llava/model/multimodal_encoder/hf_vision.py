@@ -23,10 +23,14 @@ from .hf_tower import HFVisionTower
 
 __all__ = ["FACTS", "Facts", "HFVisionBackboneTower"]
 
+# DINOv3 moves its positions at random in training mode, which a frozen encoder is in too
+_AUGMENTATIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 RUN = "llava_tower"  # where the encoder's config holds what a run chose, so that a checkpoint says it by itself
 
 
 class HFVisionBackboneTower(HFVisionTower):
+    sets_sizes = True
+
     # --- config and pixels ---
 
     def read_config(self, args):
@@ -96,6 +100,9 @@ class HFVisionBackboneTower(HFVisionTower):
         chosen = getattr(config, RUN, None) or {}
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # ViT-MAE masks in evaluation too
+        for name in _AUGMENTATIONS:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)
         self.stage = getattr(args, "vision_tower_stage", None) or chosen.get("stage")
         self.patch, strides = facts.patch_of(config), facts.stage_strides(config)
         if strides:
@@ -229,6 +236,11 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def layers(self):
         if self.facts.strides:
+            if self.select_feature.startswith("slice"):
+                raise LlavaError(
+                    f"mm_vision_select_feature: found {self.select_feature!r}, but {self.model_type} has one feature "
+                    "map, that of vision_tower_stage; expected patch"
+                )
             return [self.stage]
         return select_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers + 1)
 
@@ -257,7 +269,8 @@ class HFVisionBackboneTower(HFVisionTower):
         if self.facts.name == "Siglip2Vision":  # NaFlex: patches, channels last, and the grid they come from
             rows = images.unflatten(3, (w, self.patch)).unflatten(2, (h, self.patch))
             rows = rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, h * w, patch * patch * C]
-            ones = torch.ones(rows.shape[:2], dtype=torch.long, device=images.device)
+            # the stock model reads the mask, and on the meta device there is nothing to read
+            ones = torch.ones(rows.shape[:2], dtype=torch.long, device="cpu" if images.is_meta else images.device)
             grids = torch.tensor([[h, w]] * len(images))
             return {"pixel_values": rows, "pixel_attention_mask": ones, "spatial_shapes": grids}
         if self.facts.name == "VJEPA2":  # a clip of one picture, as long as what it makes one token of
@@ -295,6 +308,10 @@ class HFVisionBackboneTower(HFVisionTower):
     @property
     def image_size(self):
         return self.side
+
+    @property
+    def patch_size(self):
+        return self.patch
 
     @property
     def grid_pixels(self):
