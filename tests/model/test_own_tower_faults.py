@@ -92,7 +92,7 @@ def test_a_tower_that_forgets_its_config(here, tmp_path):
     saved(tmp_path / "saved", "encoder", mm_vision_tower_type="towers.py:Forgetful")
     shutil.rmtree(here / "encoder")
     with pytest.raises(LlavaError, match=r"FileNotFoundError.*read_config is to take .* mm_vision_config"):
-        load_pretrained_model(str(tmp_path / "saved"), None, "llava_qwen", device_map="cpu", torch_dtype="float32")
+        load_pretrained_model(str(tmp_path / "saved"), None, "llava_qwen", vision_tower="towers.py:Forgetful")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from llava.config.own_tower import ClassPath, class_path
+from llava.config.own_tower import class_path
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
@@ -90,7 +90,7 @@ def _by_name(name: str, keys) -> str | None:
 
 def tower_type(cfg, tower: str) -> str:
     """Registry id for a config: `mm_vision_tower_type`, else the encoder's `model_type`, else its name; of an encoder
-    of the user's own the path of its class.
+    of the user's own its class: a path, or the name of an installed entry point.
 
     Raises:
         LlavaError: nothing matches; the message lists the known ids.
@@ -100,7 +100,7 @@ def tower_type(cfg, tower: str) -> str:
 
 
 def recorded_type(cfg, tower: str) -> str:
-    """What a checkpoint keeps as `mm_vision_tower_type`, so that it loads where nothing else tells: the id or path,
+    """What a checkpoint keeps as `mm_vision_tower_type`, so that it loads where nothing else tells: the id or class,
     with what `use_token_compression` would say where the config has it there; S2 stays with its own key."""
     explicit = getattr(cfg, "mm_vision_tower_type", None) or ""
     return _plain_type(cfg, tower) + (COMPRESSED if explicit.endswith(COMPRESSED) else "")
@@ -115,18 +115,17 @@ def _plain_type(cfg, tower: str) -> str:
                 f"mm_vision_tower_type: found {explicit!r} beside the vision tower {tower}, a class of its own; "
                 "expected one of the two"
             )
-        return str(own)
+        return tower
     if tower.endswith(".py"):
         raise LlavaError(f"vision tower {tower!r}: names a file, expected the class in it too: {tower}:CLASS")
     if explicit:
-        own = None if explicit in TOWERS else class_path(explicit)
-        if explicit not in TOWERS and own is None:
+        if explicit not in TOWERS and class_path(explicit) is None:
             known = ", ".join(TOWERS)
             raise LlavaError(
                 f"mm_vision_tower_type: found {explicit!r}, expected one of {known} (or with {COMPRESSED}), or a class "
                 "of your own: FILE.py:Class, pkg.module:Class, an entry point of llava.towers"
             )
-        kind = explicit if own is None else str(own)
+        kind = explicit
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}
         model_type = stored.get("model_type") or _model_type(tower)
@@ -162,7 +161,7 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
     if kind not in TOWERS:
         from .own_tower import build_own_tower
 
-        built = build_own_tower(ClassPath.parse(kind), tower, cfg, **kwargs)
+        built = build_own_tower(tower, cfg, kind, **kwargs)
     else:
         _check_no_own_keys(cfg, tower, kind)
         built = TOWERS[kind].load()(tower, cfg, **kwargs)

@@ -16,6 +16,7 @@ from .base import VisionTower
 from .module_tower import ModuleTower
 from .own_class import load_class
 from .trial import own_code, try_out
+from .trust import permitted
 
 PAGE = "docs/your_encoder.md"
 _ASKED = {
@@ -24,21 +25,23 @@ _ASKED = {
 }
 
 
-def build_own_tower(path: ClassPath, tower: str, cfg, delay_load: bool = False) -> VisionTower:
+def build_own_tower(tower: str, cfg, name: str, delay_load: bool = False) -> VisionTower:
     """The tower of a class: a `VisionTower`, or a plain `nn.Module`, which `ModuleTower` goes around.
 
     Where no checkpoint has told its sizes, one image goes through it: on the meta device if it is built there and can
     compute there, else on the CPU.
 
     Args:
-        path: of the class.
-        tower: `vision_tower` of the run, the path too or a folder.
+        tower: `vision_tower` of the run, the class too or a folder.
         cfg: as `build_vision_tower`.
+        name: of the class, as `cfg` says it.
 
     Raises:
-        LlavaError: no such class, one that lacks something, or one that returns what is not expected.
+        LlavaError: no such class, one that may not be run, that lacks something, or that returns what is not expected.
     """
-    found = load_class(path, getattr(cfg, "_name_or_path", None) or None)
+    checkpoint = getattr(cfg, "_name_or_path", None) or None
+    path = permitted(name, checkpoint, "vision_tower" if name == tower else "mm_vision_tower_type")
+    found = load_class(path, checkpoint)
     make = _maker(found, path, tower, cfg, delay_load)
     if getattr(cfg, "mm_vision_config", None) is not None and delay_load:
         built = _restore(make, found, path)  # it was tried when it was trained
