@@ -12,6 +12,7 @@ from llava.model.checkpoint import PROJECTOR_KEYS, find_projector, load_projecto
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 from llava.model.lora import is_lora, load_lora, recorded_base
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
+from llava.model.multimodal_encoder.trial import check_dtype
 from llava.model.multimodal_encoder.trust import check_own_class, naming, trusting_checkpoints
 from llava.utils import rank0_print
 
@@ -150,6 +151,8 @@ def load_pretrained_model(
         model.config.conversation_template = LANGUAGE_MODELS[architecture].template
 
     tower = model.get_vision_tower()
+    if getattr(tower, "own_class", None) and dtype != torch.float32:
+        check_dtype(tower, f"vision tower {tower.own_class}", dtype)
     if tower is not None:
         model.initialize_vision_tokenizer(model.config, tokenizer)
     return tokenizer, model, tower and tower.image_processor, context_length(model.config)

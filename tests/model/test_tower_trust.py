@@ -142,9 +142,9 @@ def test_an_installed_plugin(checkpoint, tmp_path, monkeypatch):
 def test_naming_ends(here):
     config = small.config("mine.py:Plain", vision_tower_image=IMAGE)
     config._name_or_path = "somebody/model"
-    with pytest.raises(LlavaError, match=r"only the checkpoint somebody/model names this class \(named: x.y:Z\)"):
-        with naming("x.y:Z", None, "openai/clip"):
-            build_vision_tower(config)
+    fault = r"only the checkpoint somebody/model names this class \(named: x.y:Z\)"
+    with pytest.raises(LlavaError, match=fault), naming("x.y:Z", None, "openai/clip"):
+        build_vision_tower(config)
     with naming("mine.py:Plain"):
         assert build_vision_tower(config).num_patches == 9
     with pytest.raises(LlavaError, match="names this class,"):

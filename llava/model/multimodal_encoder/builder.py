@@ -164,7 +164,12 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
         built = build_own_tower(tower, cfg, kind, **kwargs)
     else:
         _check_no_own_keys(cfg, tower, kind)
-        built = TOWERS[kind].load()(tower, cfg, **kwargs)
+        tower_class = TOWERS[kind].load()
+        if getattr(cfg, "s2", False) and kind != "clip_s2":
+            from .multi_scale import multi_scale
+
+            tower_class = multi_scale(tower_class, f"{tower}, of the type {kind},")
+        built = tower_class(tower, cfg, **kwargs)
     built.recorded_type = recorded_type(cfg, tower)
     return built
 
