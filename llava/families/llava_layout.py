@@ -74,6 +74,12 @@ def vision_layout(cfg, crop: int | None = None, patch: int | None = None) -> Vis
             f"image_aspect_ratio native: the tower {cfg.mm_vision_tower} takes images of one size; expected one that "
             "takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
         )
+    side = tower.image_size
+    if rules.native and tower.token_grid(side, side)[1] is None:
+        raise LlavaError(
+            f"image_aspect_ratio native: mm_vision_select_feature {tower.select_feature} of {cfg.mm_vision_tower} has "
+            "a class token, which has no place in rows of tokens; expected patch"
+        )
     if "anyres" in rules.image_aspect_ratio:  # a range is counted in crops of the whole image's side, as in training
         cfg.image_grid_pinpoints = parse_grid_pinpoints(
             getattr(cfg, "image_grid_pinpoints", None), processor_sides(tower.image_processor)[1]

@@ -96,6 +96,11 @@ class PlainConfig(dict):
             raise AttributeError(f"config: no {name!r}, found {', '.join(map(str, self)) or 'nothing'}") from None
 
 
+def plain_config(config):
+    """A tower's config as an object with attributes, where it is a dict."""
+    return PlainConfig(config) if isinstance(config, dict) and not hasattr(config, "to_dict") else config
+
+
 def config_values(config) -> dict:
     """The values of a tower's config, for config.json: of one of transformers, a dataclass, a mapping, or an object
     with attributes.
@@ -145,8 +150,7 @@ class VisionTower(nn.Module, ABC):
         self.is_loaded = False
         self.token_compressor = None  # a subclass's token layout asks for it
         self.read_config(args)
-        if isinstance(getattr(self, "config", None), dict) and not hasattr(self.config, "to_dict"):
-            self.config = PlainConfig(self.config)
+        self.config = plain_config(getattr(self, "config", None))
         self.set_compression(args)
         self.set_patch_choice(args)
         if delay_load:
@@ -314,6 +318,10 @@ class VisionTower(nn.Module, ABC):
     @property
     def token_grid(self) -> Callable[[int, int], tuple[int, tuple[int, int] | None]]:
         """Picklable function (height, width) in pixels -> (tokens, (h, w) or None)."""
+        if self.any_size and "cls_patch" not in self.select_feature:
+            compressor = self.token_compressor
+            sides = compressor and (compressor.input_grid_size, compressor.output_grid_size)
+            return PatchGrid(self.config.patch_size, sides)
         return FixedGrid(self.num_patches_per_side, "cls_patch" in self.select_feature)
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from llava.config.own_tower import ClassPath, class_path
+from llava.config.own_tower import class_path
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
@@ -63,7 +63,8 @@ TOWERS = {
 
 OWN_KEYS = ("tower_args", "vision_tower_image", "vision_tower_weights")  # for classes of the user's own
 SIZE_KEYS = ("image_size", "vision_tower_stage")  # for towers that have a choice
-S2_TYPES = ("clip", "clip_s2", "siglip")  # LLaVA-NeXT leaves the key alone beside a SigLIP
+# whose class sees to S2 by itself; beside a SigLIP the key does nothing, as in LLaVA-NeXT, whose checkpoints rely on it
+OWN_S2 = ("clip_s2", "siglip")
 
 
 def _source_values(tower: str) -> dict:
@@ -95,7 +96,7 @@ def _by_name(name: str, keys) -> str | None:
 
 def tower_type(cfg, tower: str) -> str:
     """Registry id for a config: `mm_vision_tower_type`, else the encoder's `model_type`, else its name; of an encoder
-    of the user's own the path of its class.
+    of the user's own its class: a path, or the name of an installed entry point.
 
     Raises:
         LlavaError: nothing matches; the message lists the known ids.
@@ -105,7 +106,7 @@ def tower_type(cfg, tower: str) -> str:
 
 
 def recorded_type(cfg, tower: str) -> str:
-    """What a checkpoint keeps as `mm_vision_tower_type`, so that it loads where nothing else tells: the id or path,
+    """What a checkpoint keeps as `mm_vision_tower_type`, so that it loads where nothing else tells: the id or class,
     with what `use_token_compression` would say where the config has it there; S2 stays with its own key."""
     explicit = getattr(cfg, "mm_vision_tower_type", None) or ""
     return _plain_type(cfg, tower) + (COMPRESSED if explicit.endswith(COMPRESSED) else "")
@@ -120,18 +121,17 @@ def _plain_type(cfg, tower: str) -> str:
                 f"mm_vision_tower_type: found {explicit!r} beside the vision tower {tower}, a class of its own; "
                 "expected one of the two"
             )
-        return str(own)
+        return tower
     if tower.endswith(".py"):
         raise LlavaError(f"vision tower {tower!r}: names a file, expected the class in it too: {tower}:CLASS")
     if explicit:
-        own = None if explicit in TOWERS else class_path(explicit)
-        if explicit not in TOWERS and own is None:
+        if explicit not in TOWERS and class_path(explicit) is None:
             known = ", ".join(TOWERS)
             raise LlavaError(
                 f"mm_vision_tower_type: found {explicit!r}, expected one of {known} (or with {COMPRESSED}), or a class "
                 "of your own: FILE.py:Class, pkg.module:Class, an entry point of llava.towers"
             )
-        kind = explicit if own is None else str(own)
+        kind = explicit
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}
         values = stored if stored.get("model_type") else _source_values(tower)
@@ -173,10 +173,15 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
     if kind not in TOWERS:
         from .own_tower import build_own_tower
 
-        built = build_own_tower(ClassPath.parse(kind), tower, cfg, **kwargs)
+        built = build_own_tower(tower, cfg, kind, **kwargs)
     else:
         _check_keys(cfg, tower, kind)
-        built = TOWERS[kind].load()(tower, cfg, **kwargs)
+        tower_class = TOWERS[kind].load()
+        if getattr(cfg, "s2", False) and kind not in OWN_S2:
+            from .multi_scale import multi_scale
+
+            tower_class = multi_scale(tower_class, f"{tower}, of the type {kind},")
+        built = tower_class(tower, cfg, **kwargs)
     built.recorded_type = recorded_type(cfg, tower)
     return built
 
@@ -195,5 +200,3 @@ def _check_keys(cfg, tower: str, kind: str) -> None:
                 f"{key}: found {getattr(cfg, key)}, but {tower} is of the type {kind}, which has one size and no "
                 "stages; expected none"
             )
-    if getattr(cfg, "s2", False) and kind not in S2_TYPES:
-        raise LlavaError(f"s2: found true, expected false: {tower} is of the type {kind}, and S2 is of CLIP's towers")
