@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from llava.config.own_tower import ClassPath, class_path
+from llava.config.own_tower import TIMM_PREFIX, ClassPath, class_path
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
@@ -55,10 +55,12 @@ TOWERS = {
     ),
     "clip_s2": TowerEntry("clip_encoder:CLIPVisionTowerS2"),
     "hf_vision": TowerEntry("hf_vision:HFVisionBackboneTower", (*REMOTE, *FACTS)),
+    "timm": TowerEntry("timm_tower:TimmTower", ("timm",)),
 }
 
 
 OWN_KEYS = ("tower_args", "vision_tower_image", "vision_tower_weights")  # for classes of the user's own
+TIMM_KEYS = ("tower_args", "vision_tower_weights")  # of them, what an encoder of timm takes too
 
 
 def _model_type(tower: str) -> str | None:
@@ -108,6 +110,10 @@ def recorded_type(cfg, tower: str) -> str:
 
 def _plain_type(cfg, tower: str) -> str:
     explicit = (getattr(cfg, "mm_vision_tower_type", None) or "").removesuffix(COMPRESSED)
+    if tower.startswith(TIMM_PREFIX):
+        if explicit not in ("", "timm"):
+            raise LlavaError(f"mm_vision_tower_type: found {explicit!r} beside the vision tower {tower}, expected timm")
+        return "timm"
     own = None if tower in TOWERS else class_path(tower)
     if own is not None:
         if explicit in TOWERS:
@@ -172,7 +178,7 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
 
 def _check_no_own_keys(cfg, tower: str, kind: str) -> None:
     for key in OWN_KEYS:
-        if getattr(cfg, key, None):
+        if getattr(cfg, key, None) and not (kind == "timm" and key in TIMM_KEYS):
             raise LlavaError(
                 f"{key}: found {getattr(cfg, key)!r}, which is for a class of your own in vision_tower, but {tower} is "
                 f"of the type {kind}"
