@@ -6,6 +6,8 @@ works.
 
 import contextlib
 import difflib
+import json
+import logging
 import os
 from dataclasses import dataclass
 
@@ -66,7 +68,6 @@ class TimmSource:
 
         Raises:
             LlavaError: arguments that the model does not take.
-            OutOfReach: a repository whose config is not here.
         """
         import timm
 
@@ -74,26 +75,18 @@ class TimmSource:
             with quiet():
                 return timm.create_model(self.name, num_classes=0, **args, **loading)
         except TypeError as error:
-            raise LlavaError(f"vision tower {self.tower!r}: {error}; tower_args are {args or 'none'}") from None
-        except (OSError, ValueError, KeyError) as error:
-            if loading.get("pretrained"):
+            if "argument" not in str(error):
                 raise
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-            on_hub = self.name.startswith("hf-hub:")
-            place = "on the hub or in its cache" if on_hub else "in the folder"
-            raise (OutOfReach if on_hub else LlavaError)(
-                f"vision tower {self.tower!r}: no usable config.json of timm {place} ({said}), expected architecture "
-                "and pretrained_cfg in it, as timm's save_for_hf writes them"
-            ) from None
+            raise LlavaError(f"vision tower {self.tower!r}: {error}; found tower_args {args or 'none'}") from None
 
 
 def find_source(tower: str) -> TimmSource:
-    """The model that `timm:NAME`, `timm:/folder`, `timm:owner/repository`, or a folder's path alone, names; nothing is
-    downloaded.
+    """The model that `timm:NAME`, `timm:/folder`, `timm:owner/repository`, or a folder's path alone, names; nothing but
+    a repository's config.json is downloaded.
 
     Raises:
         LlavaError: timm has no such model or weights, or there is no such folder.
-        OutOfReach: timm is missing.
+        OutOfReach: timm is missing, or the hub is.
     """
     require_timm(tower)
     from timm.models import get_pretrained_cfg, is_model
@@ -101,10 +94,11 @@ def find_source(tower: str) -> TimmSource:
     name = tower.removeprefix(TIMM_PREFIX)
     if os.path.isdir(name.removeprefix("local-dir:")):
         folder = name.removeprefix("local-dir:")
-        _check_architecture(tower, folder)
+        _check_config(tower, os.path.join(folder, "config.json"))
         return TimmSource(tower, f"local-dir:{folder}")
     repository = name.removeprefix("hf-hub:")
     if "/" in name and not name.startswith((".", "/", "~", "local-dir:")) and repository.count("/") == 1:
+        _check_config(tower, _from_hub(tower, repository))
         return TimmSource(tower, f"hf-hub:{repository}")
     if "/" in name:
         raise LlavaError(f"vision tower {tower!r}: found no folder {name}, expected one with a config.json of timm")
@@ -117,33 +111,36 @@ def find_source(tower: str) -> TimmSource:
     return TimmSource(tower, name)
 
 
-def _check_architecture(tower: str, folder: str) -> None:
-    """A folder of another library, or of no model at all, is refused before timm fails on it."""
-    import json
+def _from_hub(tower: str, repository: str) -> str:
+    from huggingface_hub import hf_hub_download
 
+    try:
+        return hf_hub_download(repository, "config.json")
+    except Exception as error:  # of the network, the hub or its cache
+        said = (str(error).splitlines() or [""])[0][:160]
+        raise OutOfReach(f"vision tower {tower!r}: no config.json from the hub or in its cache ({said})") from None
+
+
+def _check_config(tower: str, path: str) -> None:
+    """Refuse a model of another library, or none at all, before timm fails on it."""
     from timm.models import is_model
 
-    path = os.path.join(folder, "config.json")
     try:
         with open(path) as file:
             values = json.load(file)
     except (OSError, json.JSONDecodeError) as error:
-        raise LlavaError(f"vision tower {tower!r}: no usable config.json in the folder ({error})") from None
-    architecture = values.get("architecture") if isinstance(values, dict) else None
+        raise LlavaError(f"vision tower {tower!r}: no usable config.json ({error})") from None
+    values = values if isinstance(values, dict) else {}
+    architecture, other = values.get("architecture"), values.get("model_type")
     if architecture is None:
-        found = values.get("model_type") if isinstance(values, dict) else None
+        found = f"model_type {other!r}, which is one of transformers" if other else "no architecture"
         raise LlavaError(
-            f"vision tower {tower!r}: {path} has no architecture"
-            + (
-                f" (its model_type {found!r} is one of transformers: name the folder without {TIMM_PREFIX})"
-                if found
-                else ""
-            )
-            + ", expected one as timm's save_for_hf writes it"
+            f"vision tower {tower!r}: {path} has {found}, expected the architecture and pretrained_cfg of a model that "
+            "timm saved" + (f", or the name without {TIMM_PREFIX}" if other else "")
         )
     if not is_model(str(architecture)):
         raise LlavaError(
-            f"vision tower {tower!r}: timm has no model {architecture}, the architecture in {path}; "
+            f"vision tower {tower!r}: {path} has the architecture {architecture}, no model of timm; "
             f"{_close(str(architecture))}"
         )
 
@@ -192,8 +189,6 @@ def missing_weights():
 @contextlib.contextmanager
 def quiet():
     """Silence timm's lines on a classifier that is not used."""
-    import logging
-
     logger = logging.getLogger("timm")
     before = logger.level
     logger.setLevel(logging.ERROR)

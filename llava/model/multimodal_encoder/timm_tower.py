@@ -1,8 +1,8 @@
 """Any encoder of timm as a tower: timm's own model, whole, under its own weight names.
 
 Features come by timm's `forward_intermediates`, before the final norm, as hidden states of other towers do. An encoder
-whose maps are all of one size is a sequence of blocks, of which `mm_vision_select_layer` picks; one whose maps shrink is
-hierarchical, and `vision_tower_stage` picks the map.
+whose maps are all of one size is a sequence of blocks, of which `mm_vision_select_layer` picks; one whose maps shrink
+is hierarchical, and `vision_tower_stage` picks the map.
 
 Pixels are those of timm's data config, at exactly the encoder's size. Its `crop_pct` is dropped: the margin that is
 resized to and then cut off belongs to classification, and would cut text off at a picture's edges.
@@ -15,11 +15,12 @@ import torch.nn as nn
 
 from llava.config.own_tower import INTERPOLATIONS
 from llava.errors import LlavaError
+from llava.model.vision_blocks import find_blocks
 from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, PlainConfig, VisionTower, select_layers
-from .timm_source import TimmSource, check_args, find_source, missing_weights, quiet, require_timm, without_weights
-from .trial import evaluating, sample_images
+from .timm_facts import intermediates, measure
+from .timm_source import check_args, find_source, missing_weights, quiet, require_timm
 
 
 class TimmTower(VisionTower):
@@ -31,6 +32,7 @@ class TimmTower(VisionTower):
     # --- config and pixels ---
 
     def read_config(self, args):
+        require_timm(self.vision_tower_name)  # first: a torchvision that does not work breaks transformers too
         from transformers import CLIPImageProcessorPil
 
         self.tower_args = dict(getattr(args, "tower_args", None) or {})
@@ -38,11 +40,7 @@ class TimmTower(VisionTower):
         self.eager = getattr(args, "_attn_implementation", None) == "eager"
         check_args(self.tower_args)
         stored = getattr(args, "mm_vision_config", None)
-        if stored is None:
-            self.config = self.measure(args)
-        else:
-            require_timm(self.vision_tower_name)
-            self.config = PlainConfig(stored)
+        self.config = self.found_config(args) if stored is None else PlainConfig(stored)
         self.layers()  # a layer that does not exist is refused before any weight is read
         if self.cls_patch and self.config.prefix_tokens[0] > 1:
             raise LlavaError(
@@ -55,50 +53,17 @@ class TimmTower(VisionTower):
         else:
             self.image_processor = CLIPImageProcessorPil.from_dict(stored_processor)
 
-    def measure(self, args) -> PlainConfig:
-        """All that rebuilds the encoder where its source is out of reach, found by one image through a model without
-        weights.
-
-        Raises:
-            LlavaError: no such model, no weights of it, or a size or stage that it cannot take.
-        """
-        source = find_source(self.vision_tower_name)  # first: it says so where timm is missing
-        from timm.data import resolve_model_data_config
-        from timm.models import filter_pretrained_cfg, get_model_args
-
-        model = without_weights(lambda: source.create(self.tower_args))
-        cfg, own = model.pretrained_cfg, _own_side(model, source)
-        if not self.weights_file and not any(cfg.get(key) for key in ("url", "file", "hf_hub_id")):
+    def found_config(self, args) -> PlainConfig:
+        """From the source, where no checkpoint has it."""
+        source = find_source(self.vision_tower_name)
+        stage, side = getattr(args, "vision_tower_stage", None), getattr(args, "image_size", None)
+        found = measure(source, self.tower_args, side, stage)
+        if not found.pop("has_weights") and not self.weights_file:
             raise LlavaError(
                 f"vision tower {source.tower!r}: timm publishes no weights of it, expected a name that has some, or "
                 "vision_tower_weights"
             )
-        side, args_given = getattr(args, "image_size", None) or own, self.tower_args
-        if side != own and cfg.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False):
-            args_given = {**args_given, "img_size": side}
-            model = without_weights(lambda: _resized(source, args_given, own))
-        grids = _maps(model, side, source)
-        stage, (channels, h, w) = _pick(grids, getattr(args, "vision_tower_stage", None), source)
-        patch = _patch(model, -1 if stage is None else stage - 1, side, h)
-        if h != w or h * patch != side:
-            raise LlavaError(f"image_size: found {side}, expected a multiple of {patch}, the pixels of a token")
-        registers = int(getattr(model, "num_reg_tokens", 0) or 0)
-        prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
-        data = resolve_model_data_config(model)
-        built_by = get_model_args(model)
-        return PlainConfig(
-            model_type="timm",
-            architecture=cfg["architecture"],
-            args={key: value for key, value in built_by.items() if key != "num_classes"},
-            pretrained_cfg=_plain(filter_pretrained_cfg(dict(cfg, state_dict=None), remove_source=True)),
-            data=_plain(data),
-            image_size=side,
-            patch_size=patch,
-            hidden_size=channels,
-            stage=stage,
-            num_hidden_layers=len(grids),
-            prefix_tokens=[prefix - registers, registers],
-        )
+        return found
 
     def data_processor(self):
         """Pillow processor by timm's data config.
@@ -190,9 +155,9 @@ class TimmTower(VisionTower):
 
     def reset_buffers(self):
         super().reset_buffers()
-        from timm.models import reinit_non_persistent_buffers
-
-        reinit_non_persistent_buffers(self.vision_tower)
+        for module in self.vision_tower.modules():
+            if hasattr(module, "init_non_persistent_buffers"):  # timm's name for just this
+                module.init_non_persistent_buffers()
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`; batch norms keep the statistics that they came with, which a frozen encoder must not
@@ -202,6 +167,14 @@ class TimmTower(VisionTower):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+    def blocks(self):
+        """The blocks that the features come through; of a hierarchical encoder those of all of its stages, in a row."""
+        if self.config.stage is None:
+            return super().blocks()
+        info = self.vision_tower.feature_info[: self.config.stage]
+        stages = [self.vision_tower.get_submodule(each["module"]) for each in info]
+        return [block for stage in stages for block in find_blocks(stage)]
 
     # --- features ---
 
@@ -232,7 +205,7 @@ class TimmTower(VisionTower):
         self.check_pixels(images)
         self.set_checkpointing(self.gradient_checkpointing and self.training and torch.is_grad_enabled())
         picked = self.layers()
-        states = _intermediates(self.vision_tower, images, sorted(set(picked)), prefix=self.with_cls)
+        states = intermediates(self.vision_tower, images, sorted(set(picked)), prefix=self.with_cls)
         by_layer = dict(zip(sorted(set(picked)), states, strict=True))
         tokens = []
         for layer in picked:
@@ -282,95 +255,6 @@ class TimmTower(VisionTower):
     @property
     def num_patches(self):
         return self.num_patches_per_side**2 + self.with_cls
-
-
-# --- what a model of timm takes and gives ---
-
-
-def _own_side(model: nn.Module, source: TimmSource) -> int:
-    """Pixels of a side that the weights were made for."""
-    from timm.models import get_model_input_config
-
-    channels, height, width = get_model_input_config(model)["input_size"]
-    if channels != 3 or height != width:
-        raise LlavaError(
-            f"vision tower {source.tower!r}: takes {channels} channels of {width}x{height} pixels, expected 3 channels "
-            "of a square"
-        )
-    return height
-
-
-def _resized(source: TimmSource, args: dict, own: int) -> nn.Module:
-    try:
-        return source.create(args)
-    except LlavaError as error:
-        if "img_size" not in str(error):
-            raise
-        raise LlavaError(
-            f"image_size: found {args['img_size']}, expected {own}: {source.tower} has no rule for another size"
-        ) from None
-
-
-def _maps(model: nn.Module, side: int, source: TimmSource) -> list[tuple[int, int, int]]:
-    """(D, h, w) of all maps that an encoder gives of an image.
-
-    Raises:
-        LlavaError: it gives none, or takes no image of this size.
-    """
-    if not hasattr(model, "forward_intermediates"):
-        raise LlavaError(
-            f"vision tower {source.tower!r}: timm gives no features of {type(model).__name__} (it lacks "
-            "forward_intermediates), expected an encoder that gives tokens or feature maps"
-        )
-    first = next(model.parameters())
-    try:
-        with evaluating(model), torch.no_grad():
-            states = _intermediates(model, sample_images(side, first.device, first.dtype), None)
-    except Exception as error:
-        said = " ".join(str(error).split())[:160]
-        raise LlavaError(
-            f"image_size: {source.tower} does not take images of {side}x{side} pixels ({type(error).__name__}: {said})"
-        ) from None
-    return [tuple(features.shape[1:]) for features, _ in states]
-
-
-def _intermediates(model, images, indices, prefix: bool = False) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """([B, D, h, w], prefix tokens or None) of blocks or stages; `indices` None: of all."""
-    asked = {"return_prefix_tokens": True} if prefix else {}
-    found = model.forward_intermediates(
-        images, indices=indices, stop_early=indices is not None, output_fmt="NCHW", intermediates_only=True, **asked
-    )
-    return [each if isinstance(each, (list, tuple)) else (each, None) for each in found]
-
-
-def _pick(maps: list[tuple], stage: int | None, source: TimmSource) -> tuple[int | None, tuple[int, int, int]]:
-    """(stage from 1, or None where all maps are of one size; (D, h, w) of what is used).
-
-    Raises:
-        LlavaError: a stage that there is not.
-    """
-    if len({(h, w) for _, h, w in maps}) == 1 and len(maps) > 1:
-        if stage is not None:
-            raise LlavaError(f"vision_tower_stage: found {stage}, but {source.tower} has no stages; expected none")
-        return None, maps[-1]
-    stage = len(maps) if stage is None else stage
-    if not 1 <= stage <= len(maps):
-        raise LlavaError(f"vision_tower_stage: found {stage}, expected 1 to {len(maps)}")
-    return stage, maps[stage - 1]
-
-
-def _patch(model: nn.Module, index: int, side: int, grid: int) -> int:
-    """Pixels of a token, as timm's feature_info has them."""
-    info = getattr(model, "feature_info", None)
-    if isinstance(info, list) and info and "reduction" in info[index]:
-        reduction = info[index]["reduction"]
-        return int(reduction[0] if isinstance(reduction, (list, tuple)) else reduction)
-    return side // grid
-
-
-def _plain(values: dict) -> dict:
-    """For JSON: lists in place of tuples."""
-    return {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in values.items()}
 
 
 def _hashable(args: dict) -> dict:
