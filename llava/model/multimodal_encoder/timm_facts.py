@@ -24,7 +24,7 @@ def measure(source: TimmSource, args: dict, side: int | None, stage: int | None)
     Returns:
         architecture, args, pretrained_cfg: for `timm.create_model`. data: timm's data config. image_size, patch_size
         (pixels of a token), hidden_size, stage (None where all maps are of one size), num_hidden_layers (blocks or
-        stages), prefix_tokens ([class tokens, registers]), has_weights.
+        stages), prefix_tokens ([class tokens, registers]), any_size (its positions follow the picture), has_weights.
 
     Raises:
         LlavaError: a size or stage that it cannot take, or an encoder that gives no maps.
@@ -44,8 +44,8 @@ def measure(source: TimmSource, args: dict, side: int | None, stage: int | None)
         raise LlavaError(
             f"image_size: found {side}, expected a multiple of {patch} (the pixels of a token of {source.tower})"
         )
-    registers = int(getattr(model, "num_reg_tokens", 0) or 0)
-    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+    registers = getattr(model, "reg_token", None)  # [1, registers, D]
+    registers = 0 if registers is None else registers.shape[1]
     return PlainConfig(
         model_type="timm",
         architecture=cfg["architecture"],
@@ -57,7 +57,8 @@ def measure(source: TimmSource, args: dict, side: int | None, stage: int | None)
         hidden_size=channels,
         stage=stage,
         num_hidden_layers=len(maps),
-        prefix_tokens=[prefix - registers, registers],
+        prefix_tokens=[getattr(model, "num_prefix_tokens", 0) - registers, registers],
+        any_size=bool(getattr(model, "dynamic_img_size", False)),
         has_weights=any(cfg.get(key) for key in ("url", "file", "hf_hub_id")),
     )
 

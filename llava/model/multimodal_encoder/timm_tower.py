@@ -240,8 +240,9 @@ class TimmTower(VisionTower):
 
     @property
     def any_size(self) -> bool:
-        """With timm's `dynamic_img_size`; a class token has no place among rows of any length."""
-        return bool(self.tower_args.get("dynamic_img_size")) and not self.with_cls
+        """Where timm's `dynamic_img_size` is on, by the model itself or by `tower_args`; a class token has no place
+        among rows of any length."""
+        return self.config.any_size and not self.with_cls
 
     @property
     def token_grid(self):
