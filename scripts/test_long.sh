@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What takes longer than the tests: faults at every moment of a run and under every way of DeepSpeed, thousands of steps,
 # other world sizes, all that two processes must do as one does, the whole precision table, many more settings and numbers
-# drawn at random, both demos cut short, a dry run of the installation for every Python that the scripts may take, and the
-# whole demo over several seeds, then with the other towers, then Qwen2-VL's demo, with all and with fewer patches. Writes
+# drawn at random, both demos cut short, a dry run of the installation for every Python that the scripts may take, encoders
+# of timm in an environment of their own (scripts/test_timm.sh; TIMM="" leaves them out), and the whole demo over several
+# seeds, then with the other towers, then Qwen2-VL's demo, with all and with fewer patches. Writes
 # test_results/long_YYYYMMDD.json and fails below the bar.
 # With LLAVA_LONG_TESTS the files of tests/ that look for it have more cases; all of these files are run here.
 # SEEDS="0 1" TOWERS="demo_hevc_vit" QWEN2_VL_SEEDS="" (each may be empty) bash scripts/test_long.sh runs fewer.
@@ -13,5 +14,6 @@ use_environment test torch transformers deepspeed sklearn matplotlib pytest
 cd "$ROOT"
 mapfile -t longer < <(grep -rl --include='test_*.py' LLAVA_LONG_TESTS tests)
 LLAVA_LONG_TESTS=1 "$PYTHON" -m pytest -q scripts/long_tests "${longer[@]}"
+[[ -z "${TIMM-yes}" ]] || bash scripts/test_timm.sh
 "$PYTHON" scripts/test_long.py --seeds ${SEEDS-0 1 2 3 4} --towers ${TOWERS-demo_hevc_vit demo_hevc_vit_packing demo_clip_toconv} \
     --qwen2-vl-seeds ${QWEN2_VL_SEEDS-0} "$@"

@@ -35,6 +35,8 @@ def llm(folder: Path, kind: str = "qwen2", **changes) -> str:
 
 def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, seed: int = 1) -> str:
     """Folder of a random vision encoder with its image processor; `kind` is an id of the tower registry."""
+    if kind == "timm":
+        return timm_tower(folder, layers, side, seed)
     from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil, SiglipImageProcessorPil
 
     from llava.model.multimodal_encoder.builder import TOWERS
@@ -58,6 +60,27 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, s
     else:
         processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor.save_pretrained(folder)
+    return str(folder)
+
+
+def timm_tower(
+    folder: Path, layers: int = 3, side: int = SIDE, seed: int = 1, name: str = "vit_tiny_patch16_224", **changes
+) -> str:
+    """Folder of a random encoder of timm, as timm saves one; the test is skipped where timm is missing.
+
+    Args:
+        name: in timm's registry.
+        changes: arguments of `timm.create_model`, above those of a small transformer of patch 14.
+    """
+    import pytest
+
+    timm = pytest.importorskip("timm", reason="timm brings torchvision: bash scripts/test_timm.sh runs this")
+    torch.manual_seed(seed)
+    small = dict(embed_dim=32, depth=layers, num_heads=2, patch_size=PATCH, img_size=side)
+    model = timm.create_model(name, num_classes=0, **(changes or small))
+    for parameter in model.parameters():  # also those that start at zero, such as layer scales
+        torch.nn.init.normal_(parameter, std=0.1)
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
     return str(folder)
 
 

@@ -86,7 +86,8 @@ class ModelKeys(KeyGroup):
 
     vision_tower: str | None = key(
         None,
-        "vision tower: hub id or folder; a class of your own as FILE.py:Class, pkg.module:Class or an entry point",
+        "vision tower: hub id or folder; timm:NAME; a class of your own as FILE.py:Class, pkg.module:Class or an entry "
+        "point",
         tower_part=True,
         checkpoint="mm_vision_tower",
         aliases=("mm_vision_tower",),
@@ -99,7 +100,10 @@ class ModelKeys(KeyGroup):
         checkpoint=True,
     )
     tower_args: dict[str, Any] | None = key(
-        None, "arguments for the constructor of a tower of your own", tower_part=True, checkpoint=True
+        None,
+        "arguments for the constructor of a tower of your own, or of timm.create_model",
+        tower_part=True,
+        checkpoint=True,
     )
     vision_tower_image: dict[str, Any] | None = key(
         None,
@@ -109,14 +113,15 @@ class ModelKeys(KeyGroup):
     )
     vision_tower_weights: str | None = key(
         None,
-        "weights of a plain nn.Module as the tower: a .safetensors file; not given: those it is made with",
+        "weights of a plain nn.Module as the tower, or beside timm:NAME: a .safetensors file; not given: those it is "
+        "made with, or timm's",
         tower_part=True,
         checkpoint=True,
     )
     image_size: int | None = key(
         None,
-        "side in pixels at which an encoder of transformers (hf_vision) sees a picture, its positions interpolated; "
-        "not given: its own",
+        "side in pixels at which an encoder of transformers (hf_vision) or of timm sees a picture, its positions "
+        "interpolated; not given: its own",
         tower_part=True,
         checkpoint=True,
         within=POSITIVE,

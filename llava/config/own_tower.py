@@ -15,6 +15,7 @@ from llava.errors import LlavaError
 
 ENTRY_POINTS = "llava.towers"
 _CLASS_PATH = re.compile(r"(?P<source>[^:\n]+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+TIMM_PREFIX = "timm:"  # before the name of an encoder of timm
 _OTHER_SOURCES = ("timm", "http", "https", "hf")  # a scheme, no module of the user's
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 IMAGE_MEMBERS = ("size", "mean", "std", "interpolation")

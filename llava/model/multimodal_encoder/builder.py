@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from llava.config.own_tower import class_path
+from llava.config.own_tower import TIMM_PREFIX, class_path
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
@@ -58,10 +58,12 @@ TOWERS = {
     "hf_vision": TowerEntry(
         "hf_vision:HFVisionBackboneTower", (*REMOTE, *(kind for kind in FACTS if kind not in PACKED))
     ),
+    "timm": TowerEntry("timm_tower:TimmTower", ("timm",)),
 }
 
 
 OWN_KEYS = ("tower_args", "vision_tower_image", "vision_tower_weights")  # for classes of the user's own
+TIMM_KEYS = ("tower_args", "vision_tower_weights")  # of them, what an encoder of timm takes too
 SIZE_KEYS = ("image_size", "vision_tower_stage")  # for towers that have a choice
 # whose class sees to S2 by itself; beside a SigLIP the key does nothing, as in LLaVA-NeXT, whose checkpoints rely on it
 OWN_S2 = ("clip_s2", "siglip")
@@ -114,6 +116,10 @@ def recorded_type(cfg, tower: str) -> str:
 
 def _plain_type(cfg, tower: str) -> str:
     explicit = (getattr(cfg, "mm_vision_tower_type", None) or "").removesuffix(COMPRESSED)
+    if tower.startswith(TIMM_PREFIX):
+        if explicit not in ("", "timm"):
+            raise LlavaError(f"mm_vision_tower_type: found {explicit!r} beside the vision tower {tower}, expected timm")
+        return "timm"
     own = None if tower in TOWERS else class_path(tower)
     if own is not None:
         if explicit in TOWERS:
@@ -189,7 +195,7 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
 def _check_keys(cfg, tower: str, kind: str) -> None:
     """Refuse what is said of another kind of tower, which would go unheard."""
     for key in OWN_KEYS:
-        if getattr(cfg, key, None):
+        if getattr(cfg, key, None) and not (kind == "timm" and key in TIMM_KEYS):
             raise LlavaError(
                 f"{key}: found {getattr(cfg, key)!r}, which is for a class of your own in vision_tower, but {tower} is "
                 f"of the type {kind}"
