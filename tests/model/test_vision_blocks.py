@@ -41,7 +41,7 @@ def test_levels(tower):
         if found := BLOCK.search(name):
             expected = int(found[1])
         else:  # embeddings and the norm before the blocks; the norm and pooling behind them
-            expected = -1 if "embed" in name or "pre" in name else 3
+            expected = -1 if any(word in name for word in ("embed", "patch", "pre")) else 3
         assert levels[id(parameter)] == expected, name
 
 
