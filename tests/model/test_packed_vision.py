@@ -234,8 +234,10 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(LlavaError, match="vision half of this llava is 'clip_vision_model', expected 'pixtral'"):
         build(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
-    with pytest.raises(LlavaError, match="model_type 'dinov2', expected one of siglip2"):
+    with pytest.raises(LlavaError, match="packed_vision for the model_type 'dinov2', expected one of siglip2"):
         build(tmp_path, mm_vision_tower_type="packed_vision")
+    with pytest.raises(LlavaError, match="hf_vision for the model_type 'qwen2_vl_vision', expected packed_vision"):
+        build(tmp_path / "qwen", mm_vision_tower_type="hf_vision")
 
 
 # --- sizes, pixels, costs ---------------------------------------------------------------------------------------------

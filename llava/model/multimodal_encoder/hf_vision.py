@@ -15,7 +15,7 @@ from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
 from .hf_backbone import quiet_loading
-from .hf_facts import FACTS, Facts, side_of
+from .hf_facts import FACTS, PACKED, Facts, side_of
 from .hf_pixels import processor_class, read_processor
 from .hf_refusals import no_tower
 from .hf_states import as_tokens, hidden_states
@@ -68,6 +68,10 @@ class HFVisionBackboneTower(HFVisionTower):
         """
         if self.model_type not in FACTS:
             raise no_tower(self.vision_tower_name, values)
+        if self.model_type in PACKED:
+            raise LlavaError(
+                f"mm_vision_tower_type: found hf_vision for the model_type {self.model_type!r}, expected packed_vision"
+            )
         return FACTS[self.model_type]
 
     def classes(self):
@@ -134,10 +138,7 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def own_side(self) -> int:
         """The pixels of a side that the encoder was made for."""
-        side = self.facts.side or getattr(self.config, self.facts.size, None)
-        if side is None:  # NaFlex: a table of positions, and no size
-            return round(self.config.num_patches**0.5) * self.patch
-        return side_of(side)
+        return side_of(self.facts.side or getattr(self.config, self.facts.size))
 
     def read_source_processor(self):
         return read_processor(self.vision_tower_name, self.facts, self.side)
@@ -254,12 +255,6 @@ class HFVisionBackboneTower(HFVisionTower):
     def inputs(self, images) -> dict:
         """The stock forward's arguments for [B, C, H, W]."""
         h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
-        if self.facts.name == "Siglip2Vision":  # NaFlex: patches, channels last, and the grid they come from
-            rows = images.unflatten(3, (w, self.patch)).unflatten(2, (h, self.patch))
-            rows = rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, h * w, patch * patch * C]
-            ones = torch.ones(rows.shape[:2], dtype=torch.long, device=images.device)
-            grids = torch.tensor([[h, w]] * len(images))
-            return {"pixel_values": rows, "pixel_attention_mask": ones, "spatial_shapes": grids}
         if self.facts.name == "VJEPA2":  # a clip of one picture, as long as what it makes one token of
             clip = images[:, None].expand(-1, self.config.tubelet_size, -1, -1, -1)
             return {"pixel_values_videos": clip, "skip_predictor": True}
