@@ -79,10 +79,22 @@ class PackedVisionTower(HFVisionBackboneTower):
     def attention_for(self, language_model):
         return "eager" if language_model == "eager" else "varlen"  # the fastest that the device has
 
+    def reset_buffers(self):
+        """The rotary frequencies, which no checkpoint holds."""
+        super(HFVisionBackboneTower, self).reset_buffers()
+        for name in ("patch_positional_embedding", "rotary_pos_emb"):
+            rotary = getattr(self.vision_tower, name, None)
+            if rotary is not None:
+                with torch.device("cpu"):
+                    fresh = dict(type(rotary)(self.config).named_buffers())
+                for key, buffer in rotary.named_buffers():
+                    buffer.copy_(fresh[key])
+
     # --- features ---
 
     def layers(self):
-        return select_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers + 1)
+        blocks = self.config.depth if hasattr(self.config, "depth") else self.config.num_hidden_layers
+        return select_layers(self.select_feature, self.select_layer, blocks + 1)
 
     def encode(self, images):
         return self.encode_packed(images, batched=True)
