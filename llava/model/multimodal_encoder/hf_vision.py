@@ -5,9 +5,11 @@ The encoder is the stock model, whole and under its own weight names. What diffe
 
 import copy
 import os
+import re
 
 import torch
 import torch.nn as nn
+from transformers import CLIPImageProcessorPil
 from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError, OutOfReach
@@ -27,6 +29,8 @@ RUN = "llava_tower"  # where the encoder's config holds what a run chose, so tha
 
 
 class HFVisionBackboneTower(HFVisionTower):
+    processor_class = CLIPImageProcessorPil  # until the type is known
+
     # --- config and pixels ---
 
     def read_config(self, args):
@@ -149,7 +153,9 @@ class HFVisionBackboneTower(HFVisionTower):
             return
         rank0_print(f"loading vision tower {self.vision_tower_name}")
         prefix = self.facts.weight_prefix
-        mapping = {rf"^(model\.)?{prefix.replace('.', chr(92) + '.')}": ""} if prefix else None
+        mapping = {rf"^(model\.)?{re.escape(prefix)}": ""} if prefix else {}
+        if self.facts.blocks == "encoder.layers":  # transformers writes AltCLIP's as it reads its text half's
+            mapping[r"encoder\.layer\."] = "encoder.layers."
         with quiet_loading():
             try:
                 encoder, report = self.model_class.from_pretrained(
@@ -157,7 +163,7 @@ class HFVisionBackboneTower(HFVisionTower):
                     config=self.config,
                     device_map=None if device_map == "auto" else device_map,
                     attn_implementation=self.attn_implementation,
-                    key_mapping=mapping,
+                    key_mapping=mapping or None,
                     output_loading_info=True,
                 )
             except OSError as error:
