@@ -138,8 +138,8 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def own_side(self) -> int:
         """The pixels of a side that the encoder was made for."""
-        side = self.facts.side or getattr(self.config, self.facts.size, None)
-        if side is None:  # NaFlex: a table of positions, and no size
+        side = getattr(self.config, self.facts.size, None) or self.facts.side
+        if not side:  # NaFlex: a table of positions, and no size
             return round(self.config.num_patches**0.5) * self.patch
         return side_of(side)
 
