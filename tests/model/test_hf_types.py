@@ -1,4 +1,4 @@
-"""The tower for transformers' backbones, from a folder: pixels, stages, halves of larger models, and what it refuses."""
+"""The tower for transformers' backbones, from a folder: pixels, stages, halves of larger models, what it refuses."""
 
 import json
 import shutil
