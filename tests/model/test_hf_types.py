@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from llava.model.multimodal_encoder.hf_vision import FACTS
 from tests.model import small
 from tests.model.hf_encoders import KINDS, MAPS, WHOLE, build, naflex, own_states, stock
 
+ROOT = Path(__file__).parents[2] / "configs" / "towers"
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8))
 WIDE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 70, 3), dtype=np.uint8))
 
@@ -288,6 +290,21 @@ def test_beit_of_every_make(tmp_path):
     assert {n for n, p in tower.named_parameters() if p.grad is None} == {
         name for name, p in tower.named_parameters() if id(p) in unused
     }
+
+
+# --- configs/towers ---
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.yaml")), ids=lambda path: path.stem)
+def test_yaml_of_a_published_encoder(path):
+    """Read as the commands do; its resolutions are whole crops of its size."""
+    from llava.tools.towers import read_tower
+
+    cfg = read_tower(str(path))
+    assert cfg.mm_vision_select_feature == "patch" and path.read_text().startswith("#")
+    pairs = cfg.image_grid_pinpoints or []
+    side = cfg.image_size or min(pixels for pair in pairs or [[1]] for pixels in pair)
+    assert all(pixels % side == 0 for pair in pairs for pixels in pair)
 
 
 # --- refusals, from config.json alone ---
