@@ -100,6 +100,16 @@ def test_class_token(kind, tmp_path):
     assert tower.num_patches == found.shape[1] == tower.token_grid(42, 42)[0]
 
 
+def test_training_mode_changes_nothing(kind, folder, tower):
+    """A frozen encoder is in it too: no block is dropped, no statistics of a batch are taken."""
+    images = small.pixels(2, 3, tower.side, tower.side)
+    before = tower(images)
+    buffers = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    assert tower.train()(images).equal(before) and tower.training
+    assert all(buffer.equal(buffers[name]) for name, buffer in tower.named_buffers())
+    tower.eval()
+
+
 def test_save_and_load(kind, folder, tmp_path):
     """A whole checkpoint, at another size, when the encoder's folder is gone."""
     source = shutil.copytree(folder, tmp_path / "encoder")
