@@ -5,9 +5,11 @@ The encoder is the stock model, whole and under its own weight names. What diffe
 
 import copy
 import os
+import re
 
 import torch
 import torch.nn as nn
+from transformers import CLIPImageProcessorPil
 from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError, OutOfReach
@@ -23,10 +25,14 @@ from .hf_tower import HFVisionTower
 
 __all__ = ["FACTS", "Facts", "HFVisionBackboneTower"]
 
+# DINOv3 moves its positions at random in training mode, which a frozen encoder is in too
+_AUGMENTATIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 RUN = "llava_tower"  # where the encoder's config holds what a run chose, so that a checkpoint says it by itself
 
 
 class HFVisionBackboneTower(HFVisionTower):
+    processor_class = CLIPImageProcessorPil  # until the type is known
+
     # --- config and pixels ---
 
     def read_config(self, args):
@@ -37,6 +43,7 @@ class HFVisionBackboneTower(HFVisionTower):
         self.processor_class = processor_class(self.facts)
         self.config_class, self.model_class = self.classes()
         self.config = self.config_class.from_dict(values.get("vision_config") or values)
+        self.drop_nothing()
         self.set_sizes(args)
         stored_processor = getattr(args, "mm_image_processor_config", None)
         if stored_processor is None:
@@ -90,6 +97,14 @@ class HFVisionBackboneTower(HFVisionTower):
             )
         return found
 
+    def drop_nothing(self) -> None:
+        """Turn dropout and stochastic depth off: a frozen encoder is in training mode too."""
+        for name, value in list(vars(self.config).items()):
+            if "drop" in name and isinstance(value, (int, float)):
+                setattr(self.config, name, 0.0)
+            elif "drop" in name and isinstance(value, (list, tuple)):
+                setattr(self.config, name, [0.0] * len(value))
+
     def set_sizes(self, args) -> None:
         """Set `side`, `patch`, `stage`: pixels of a picture and of a token, and the stage of a feature map.
 
@@ -100,6 +115,9 @@ class HFVisionBackboneTower(HFVisionTower):
         chosen = getattr(config, RUN, None) or {}
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # ViT-MAE masks in evaluation too
+        for name in _AUGMENTATIONS:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)
         self.stage = getattr(args, "vision_tower_stage", None) or chosen.get("stage")
         self.patch, strides = facts.patch_of(config), facts.stage_strides(config)
         if strides:
@@ -138,7 +156,7 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def own_side(self) -> int:
         """The pixels of a side that the encoder was made for."""
-        return side_of(self.facts.side or getattr(self.config, self.facts.size))
+        return side_of(getattr(self.config, self.facts.size, None) or self.facts.side)
 
     def read_source_processor(self):
         return read_processor(self.vision_tower_name, self.facts, self.side)
@@ -150,7 +168,9 @@ class HFVisionBackboneTower(HFVisionTower):
             return
         rank0_print(f"loading vision tower {self.vision_tower_name}")
         prefix = self.facts.weight_prefix
-        mapping = {rf"^(model\.)?{prefix.replace('.', chr(92) + '.')}": ""} if prefix else None
+        mapping = {rf"^(model\.)?{re.escape(prefix)}": ""} if prefix else {}
+        if self.facts.blocks == "encoder.layers":  # transformers writes AltCLIP's as it reads its text half's
+            mapping[r"encoder\.layer\."] = "encoder.layers."
         with quiet_loading():
             try:
                 encoder, report = self.model_class.from_pretrained(
@@ -158,7 +178,7 @@ class HFVisionBackboneTower(HFVisionTower):
                     config=self.config,
                     device_map=None if device_map == "auto" else device_map,
                     attn_implementation=self.attn_implementation,
-                    key_mapping=mapping,
+                    key_mapping=mapping or None,
                     output_loading_info=True,
                 )
             except OSError as error:
@@ -195,7 +215,7 @@ class HFVisionBackboneTower(HFVisionTower):
         small.num_hidden_layers = 1
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():
             fresh = dict(self.model_class(small).named_buffers())
-            if not lacking.keys() <= fresh.keys():  # each block has its own
+            if not lacking.keys() <= fresh.keys():  # blocks have some of their own
                 fresh = dict(self.model_class(self.config).named_buffers())
         for name, buffer in lacking.items():
             with torch.no_grad():
@@ -216,6 +236,15 @@ class HFVisionBackboneTower(HFVisionTower):
             part = getattr(encoder.get_submodule(owner), leaf, None)
             if part is not None:
                 yield nn.ParameterList([part]) if isinstance(part, nn.Parameter) else part
+
+    def train(self, mode: bool = True):
+        """As `nn.Module`; batch norms keep the statistics of the encoder's own training, which batches here would
+        overwrite, frozen or not."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     # --- features ---
 
