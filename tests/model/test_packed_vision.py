@@ -234,8 +234,10 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(LlavaError, match="vision half of this llava is 'clip_vision_model', expected 'pixtral'"):
         build(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
-    with pytest.raises(LlavaError, match="model_type 'dinov2', expected one of siglip2"):
+    with pytest.raises(LlavaError, match="packed_vision for the model_type 'dinov2', expected one of siglip2"):
         build(tmp_path, mm_vision_tower_type="packed_vision")
+    with pytest.raises(LlavaError, match="hf_vision for the model_type 'qwen2_vl_vision', expected packed_vision"):
+        build(tmp_path / "qwen", mm_vision_tower_type="hf_vision")
 
 
 # --- sizes, pixels, costs ---------------------------------------------------------------------------------------------
@@ -315,7 +317,12 @@ def test_row_of_the_table(kind, folder, tmp_path):
     embedded = 2 * 36 * frames * 3 * patch**2 * 32
     positions = 2 * 36 * 16 * 32 if kind == "siglip2_vision_model" else 0  # a product with the table
     flops = embedded + positions + 2 * 2 * 36 * WEIGHTS[kind] + 4 * 32 * pairs
-    assert row["gflops"] == flops / 1e9 and row["loads"] == "here" and row["reason"] is None
+    # older versions of transformers multiply Pixtral's positions with its frequencies
+    assert (
+        row["gflops"] == pytest.approx(flops / 1e9, rel=5e-4 if kind == "pixtral" else 1e-9)
+        and row["loads"] == "here"
+        and row["reason"] is None
+    )
     assert (row["tokens"], row["grid"], row["patch"]) == (36, [6, 6], patch) and row["any_size"]
     tower = build(folder)
     assert row["params"] == sum(p.numel() for p in tower.parameters()) and row["hidden_size"] == 32

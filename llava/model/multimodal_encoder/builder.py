@@ -69,8 +69,8 @@ SIZE_KEYS = ("image_size", "vision_tower_stage")  # for towers that have a choic
 OWN_S2 = ("clip_s2", "siglip")
 
 
-def _source_values(tower: str) -> dict:
-    """config.json of a local folder or a hub repository; {} where there is none to read."""
+def _source_values(tower: str) -> dict | None:
+    """config.json of a local folder or a hub repository; None where there is none to read."""
     if os.path.isdir(tower):
         path = os.path.join(tower, "config.json")
         if not os.path.isfile(path):
@@ -81,9 +81,9 @@ def _source_values(tower: str) -> dict:
         try:
             path = cached_file(tower, "config.json", _raise_exceptions_for_missing_entries=False)
         except OSError:
-            return {}  # offline, or no such repository: the name decides; loading will say what is missing
+            return None  # offline, or no such repository: the name decides; loading will say what is missing
         if path is None:
-            return {}
+            return None
     with open(path) as file:
         try:
             return json.load(file)
@@ -141,7 +141,7 @@ def _plain_type(cfg, tower: str) -> str:
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}
         values = stored if stored.get("model_type") else _source_values(tower)
-        model_type = values.get("model_type")
+        model_type = None if values is None else values.get("model_type")
         if model_type is None:
             kind = _by_name(tower, TOWERS)
         else:
@@ -150,7 +150,7 @@ def _plain_type(cfg, tower: str) -> str:
             readers = [key for key, entry in TOWERS.items() if model_type in entry.also_reads and not stored]
             kind = _by_name(os.path.basename(tower.rstrip("/")), readers) or next(by_type, None)
         if kind is None:
-            if values:
+            if values is not None:
                 from .hf_refusals import no_tower
 
                 raise no_tower(tower, values)

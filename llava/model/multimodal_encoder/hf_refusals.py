@@ -53,9 +53,8 @@ _TASKS = (
     ("MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES", "a language model"),
 )
 _EXPECTED = (
-    "an encoder of pictures: clip, siglip, siglip2, dinov2, dinov3_vit, aimv2, convnext, swin, ... (all of them in "
-    "llava/model/multimodal_encoder/hf_facts.py), or a class of your own; mm_vision_tower_type says which where it is "
-    "one of these under another name"
+    "an encoder of pictures (clip, siglip, siglip2, dinov2, dinov3_vit, aimv2, convnext, swin, ...: the types in "
+    "llava/model/multimodal_encoder/hf_facts.py) or a class of your own"
 )
 
 
@@ -73,7 +72,7 @@ def no_tower(name: str, values: dict) -> LlavaError:
     said = f"vision tower {name!r}: "
     if kind in REMOTE or (remote and kind not in CONFIG_MAPPING_NAMES):
         what = f"model_type {kind!r}" if kind else "no model_type"
-        instead = REMOTE.get(kind, f"the encoder converted to a type that transformers has, as {_EXPECTED}")
+        instead = REMOTE.get(kind, f"the same encoder as transformers has it, or {_EXPECTED}")
         return LlavaError(
             f"{said}found {what}, code of its own repository (auto_map), which is not run; expected {instead}"
         )
@@ -86,7 +85,8 @@ def no_tower(name: str, values: dict) -> LlavaError:
         by = f" (it was saved by transformers {made_with})" if made_with else ""
         return LlavaError(
             f"{said}found model_type {kind!r}, which the installed transformers {transformers.__version__} does not "
-            f"know{by}; expected {_EXPECTED}"
+            f"know{by}; expected a version that does, mm_vision_tower_type where it is a known type renamed, or "
+            f"{_EXPECTED}"
         )
     return LlavaError(f"{said}found model_type {kind!r}{_nature(kind)}; expected {_EXPECTED}")
 
@@ -95,5 +95,7 @@ def _nature(kind: str) -> str:
     """What a type of transformers is, after a comma; nothing where it does not say."""
     from transformers.models.auto import modeling_auto
 
+    if kind.endswith(("_text_model", "_text")):
+        return ", a text model"
     found = next((what for names, what in _TASKS if kind in getattr(modeling_auto, names, ())), None)
     return f", {found}" if found else ""

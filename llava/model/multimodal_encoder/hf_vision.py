@@ -5,9 +5,11 @@ The encoder is the stock model, whole and under its own weight names. What diffe
 
 import copy
 import os
+import re
 
 import torch
 import torch.nn as nn
+from transformers import CLIPImageProcessorPil
 from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError, OutOfReach
@@ -15,7 +17,7 @@ from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
 from .hf_backbone import quiet_loading
-from .hf_facts import FACTS, Facts, side_of
+from .hf_facts import FACTS, PACKED, Facts, side_of
 from .hf_pixels import processor_class, read_processor
 from .hf_refusals import no_tower
 from .hf_states import as_tokens, hidden_states
@@ -30,6 +32,7 @@ RUN = "llava_tower"  # where the encoder's config holds what a run chose, so tha
 
 class HFVisionBackboneTower(HFVisionTower):
     sets_sizes = True
+    processor_class = CLIPImageProcessorPil  # until the type is known
 
     # --- config and pixels ---
 
@@ -41,6 +44,7 @@ class HFVisionBackboneTower(HFVisionTower):
         self.processor_class = processor_class(self.facts)
         self.config_class, self.model_class = self.classes()
         self.config = self.config_class.from_dict(values.get("vision_config") or values)
+        self.drop_nothing()
         self.set_sizes(args)
         stored_processor = getattr(args, "mm_image_processor_config", None)
         if stored_processor is None:
@@ -72,6 +76,10 @@ class HFVisionBackboneTower(HFVisionTower):
         """
         if self.model_type not in FACTS:
             raise no_tower(self.vision_tower_name, values)
+        if self.model_type in PACKED:
+            raise LlavaError(
+                f"mm_vision_tower_type: found hf_vision for the model_type {self.model_type!r}, expected packed_vision"
+            )
         return FACTS[self.model_type]
 
     def classes(self):
@@ -89,6 +97,14 @@ class HFVisionBackboneTower(HFVisionTower):
                 f"transformers {transformers.__version__}, expected a version with {self.facts.name}Model"
             )
         return found
+
+    def drop_nothing(self) -> None:
+        """Turn dropout and stochastic depth off: a frozen encoder is in training mode too."""
+        for name, value in list(vars(self.config).items()):
+            if "drop" in name and isinstance(value, (int, float)):
+                setattr(self.config, name, 0.0)
+            elif "drop" in name and isinstance(value, (list, tuple)):
+                setattr(self.config, name, [0.0] * len(value))
 
     def set_sizes(self, args) -> None:
         """Set `side`, `patch`, `stage`: pixels of a picture and of a token, and the stage of a feature map.
@@ -141,10 +157,7 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def own_side(self) -> int:
         """The pixels of a side that the encoder was made for."""
-        side = self.facts.side or getattr(self.config, self.facts.size, None)
-        if side is None:  # NaFlex: a table of positions, and no size
-            return round(self.config.num_patches**0.5) * self.patch
-        return side_of(side)
+        return side_of(getattr(self.config, self.facts.size, None) or self.facts.side)
 
     def read_source_processor(self):
         return read_processor(self.vision_tower_name, self.facts, self.side)
@@ -156,7 +169,9 @@ class HFVisionBackboneTower(HFVisionTower):
             return
         rank0_print(f"loading vision tower {self.vision_tower_name}")
         prefix = self.facts.weight_prefix
-        mapping = {rf"^(model\.)?{prefix.replace('.', chr(92) + '.')}": ""} if prefix else None
+        mapping = {rf"^(model\.)?{re.escape(prefix)}": ""} if prefix else {}
+        if self.facts.blocks == "encoder.layers":  # transformers writes AltCLIP's as it reads its text half's
+            mapping[r"encoder\.layer\."] = "encoder.layers."
         with quiet_loading():
             try:
                 encoder, report = self.model_class.from_pretrained(
@@ -164,7 +179,7 @@ class HFVisionBackboneTower(HFVisionTower):
                     config=self.config,
                     device_map=None if device_map == "auto" else device_map,
                     attn_implementation=self.attn_implementation,
-                    key_mapping=mapping,
+                    key_mapping=mapping or None,
                     output_loading_info=True,
                 )
             except OSError as error:
@@ -201,7 +216,7 @@ class HFVisionBackboneTower(HFVisionTower):
         small.num_hidden_layers = 1
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():
             fresh = dict(self.model_class(small).named_buffers())
-            if not lacking.keys() <= fresh.keys():  # each block has its own
+            if not lacking.keys() <= fresh.keys():  # blocks have some of their own
                 fresh = dict(self.model_class(self.config).named_buffers())
         for name, buffer in lacking.items():
             with torch.no_grad():
@@ -222,6 +237,15 @@ class HFVisionBackboneTower(HFVisionTower):
             part = getattr(encoder.get_submodule(owner), leaf, None)
             if part is not None:
                 yield nn.ParameterList([part]) if isinstance(part, nn.Parameter) else part
+
+    def train(self, mode: bool = True):
+        """As `nn.Module`; batch norms keep the statistics of the encoder's own training, which batches here would
+        overwrite, frozen or not."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     # --- features ---
 
@@ -266,13 +290,6 @@ class HFVisionBackboneTower(HFVisionTower):
     def inputs(self, images) -> dict:
         """The stock forward's arguments for [B, C, H, W]."""
         h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
-        if self.facts.name == "Siglip2Vision":  # NaFlex: patches, channels last, and the grid they come from
-            rows = images.unflatten(3, (w, self.patch)).unflatten(2, (h, self.patch))
-            rows = rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, h * w, patch * patch * C]
-            # the stock model reads the mask, and on the meta device there is nothing to read
-            ones = torch.ones(rows.shape[:2], dtype=torch.long, device="cpu" if images.is_meta else images.device)
-            grids = torch.tensor([[h, w]] * len(images))
-            return {"pixel_values": rows, "pixel_attention_mask": ones, "spatial_shapes": grids}
         if self.facts.name == "VJEPA2":  # a clip of one picture, as long as what it makes one token of
             clip = images[:, None].expand(-1, self.config.tubelet_size, -1, -1, -1)
             return {"pixel_values_videos": clip, "skip_predictor": True}

@@ -32,15 +32,16 @@ class PackedVisionTower(HFVisionBackboneTower):
         """As the parent's; of a larger model the vision half must be one of these encoders."""
         if self.model_type not in PACKED:
             raise LlavaError(
-                f"vision tower {self.vision_tower_name!r}: found model_type {self.model_type!r}, expected one of "
+                f"mm_vision_tower_type: found packed_vision for the model_type {self.model_type!r}, expected one of "
                 f"{', '.join(PACKED)}"
             )
         facts = PACKED[self.model_type]
         inner = (values.get("vision_config") or {}).get("model_type") or self.model_type
         if PACKED.get(inner) is not facts or inner in ("llava", "mistral3"):
+            fit = [kind for kind in PACKED if PACKED[kind] is facts][-1]
             raise LlavaError(
                 f"vision tower {self.vision_tower_name!r}: the vision half of this {self.model_type} is {inner!r}, "
-                f"expected {[kind for kind in PACKED if PACKED[kind] is facts][-1]!r}"
+                f"expected {fit!r}; of others, the checkpoint that it was made from"
             )
         return facts
 
@@ -61,11 +62,11 @@ class PackedVisionTower(HFVisionBackboneTower):
             )
 
     def own_side(self):
-        places = getattr(self.config, "num_position_embeddings", None)
-        if places is not None:  # Qwen3-VL's table of positions
-            return round(places**0.5) * self.patch
-        if hasattr(self.config, "image_size") or hasattr(self.config, "num_patches"):
+        if hasattr(self.config, "image_size"):
             return super().own_side()
+        for name in ("num_patches", "num_position_embeddings"):  # a square table of positions: Siglip 2's, Qwen3-VL's
+            if hasattr(self.config, name):
+                return round(getattr(self.config, name) ** 0.5) * self.patch
         return USUAL_PATCHES * self.patch
 
     def read_source_processor(self):
@@ -78,10 +79,22 @@ class PackedVisionTower(HFVisionBackboneTower):
     def attention_for(self, language_model):
         return "eager" if language_model == "eager" else "varlen"  # the fastest that the device has
 
+    def reset_buffers(self):
+        """The rotary frequencies, which no checkpoint holds."""
+        super(HFVisionBackboneTower, self).reset_buffers()
+        for name in ("patch_positional_embedding", "rotary_pos_emb"):
+            rotary = getattr(self.vision_tower, name, None)
+            if rotary is not None:
+                with torch.device("cpu"):
+                    fresh = dict(type(rotary)(self.config).named_buffers())
+                for key, buffer in rotary.named_buffers():
+                    buffer.copy_(fresh[key])
+
     # --- features ---
 
     def layers(self):
-        return select_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers + 1)
+        blocks = self.config.depth if hasattr(self.config, "depth") else self.config.num_hidden_layers
+        return select_layers(self.select_feature, self.select_layer, blocks + 1)
 
     def encode(self, images):
         return self.encode_packed(images, batched=True)
