@@ -14,6 +14,7 @@ import torch.nn as nn
 from transformers import CLIPImageProcessorPil
 
 from llava.errors import LlavaError, OutOfReach
+from llava.model.vision_blocks import find_blocks
 from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
@@ -205,7 +206,7 @@ class HFVisionBackboneTower(HFVisionTower):
                 f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.facts.name}Model's"
                 f", such as {missing[0]}"
             )
-        self.vision_tower = encoder
+        self.vision_tower = self.wrap(encoder)
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 
@@ -216,6 +217,8 @@ class HFVisionBackboneTower(HFVisionTower):
         return found if known.get(found, True) else None
 
     def wrap(self, encoder):
+        if hasattr(encoder, "use_head"):
+            encoder.use_head = False  # what it makes of all tokens is not asked for; its weights stay
         return encoder
 
     def reset_buffers(self):
@@ -248,6 +251,13 @@ class HFVisionBackboneTower(HFVisionTower):
             part = getattr(encoder.get_submodule(owner), leaf, None)
             if part is not None:
                 yield nn.ParameterList([part]) if isinstance(part, nn.Parameter) else part
+
+    def blocks(self):
+        """As `VisionTower`; of an encoder of stages the blocks of one after the other, up to the stage that is used."""
+        if not self.facts.strides:
+            return super().blocks()
+        stages = self.vision_tower.get_submodule(self.facts.blocks)[: self.stage]
+        return [block for stage in stages for block in find_blocks(stage)]
 
     # --- features ---
 
@@ -297,10 +307,9 @@ class HFVisionBackboneTower(HFVisionTower):
         if self.facts.name == "Siglip2Vision":  # NaFlex: patches, channels last, and the grid they come from
             rows = images.unflatten(3, (w, self.patch)).unflatten(2, (h, self.patch))
             rows = rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, h * w, patch * patch * C]
-            # the stock model reads the mask, and on the meta device there is nothing to read
-            ones = torch.ones(rows.shape[:2], dtype=torch.long, device="cpu" if images.is_meta else images.device)
             grids = torch.tensor([[h, w]] * len(images))
-            return {"pixel_values": rows, "pixel_attention_mask": ones, "spatial_shapes": grids}
+            # of one size, so that nothing is masked, and no mask need be read
+            return {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": grids}
         found = {"pixel_values": images}
         if self.facts.interpolates == "asked":
             found["interpolate_pos_encoding"] = True
