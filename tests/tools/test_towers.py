@@ -9,15 +9,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
 from llava.tools.towers import FIELDS, describe, main
 from tests import tiny
+from tests.support import encoders
 
 S2 = {"s2_scales": f"{tiny.SIDE},{2 * tiny.SIDE}"}
 
 
-@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize("kind", [*TOWERS, *encoders.KINDS])
 def test_a_row_is_what_the_tower_does(tmp_path, kind):
-    folder = tiny.tower(tmp_path / "encoder", kind)
-    settings = {"vision_tower": folder, "mm_vision_tower_type": kind, "mm_vision_select_layer": -2}
-    settings["mm_projector_type"] = "mlp2x_gelu"
+    settings = {"mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
+    if kind in TOWERS:
+        settings |= {"vision_tower": tiny.tower(tmp_path / "encoder", kind), "mm_vision_tower_type": kind}
+    else:
+        settings["vision_tower"] = encoders.folder(tmp_path / "encoder", kind)
     settings |= S2 if kind == "clip_s2" else {}
     (tmp_path / "mine.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
     row = describe(str(tmp_path / "mine.yaml"))
@@ -31,7 +34,7 @@ def test_a_row_is_what_the_tower_does(tmp_path, kind):
     assert features.shape == (1, row["tokens"], row["hidden_size"]) and row["grid"] == list(grids[0])
     assert row["params"] == sum(p.numel() for p in tower.parameters())
     assert row["gflops"] == counter.get_total_flops() / 1e9 > 0
-    assert row["class"] == type(tower).__name__ and row["patch"] == tiny.PATCH
+    assert row["class"] == type(tower).__name__ and row["patch"] == (32 if kind in encoders.MAPS else tiny.PATCH)
     assert row["export_class"] == ("LlavaNextForConditionalGeneration" if kind in ("clip", "siglip") else None)
     assert (row["any_size"], row["s2"]) == (tower.any_size, [28, 56] if kind == "clip_s2" else None)
 

@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil
 from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError, OutOfReach
+from llava.model.vision_blocks import find_blocks
 from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
@@ -192,7 +193,7 @@ class HFVisionBackboneTower(HFVisionTower):
                 f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.facts.name}Model's"
                 f", such as {missing[0]}"
             )
-        self.vision_tower = encoder
+        self.vision_tower = self.wrap(encoder)
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 
@@ -203,6 +204,8 @@ class HFVisionBackboneTower(HFVisionTower):
         return found if known.get(found, True) else None
 
     def wrap(self, encoder):
+        if hasattr(encoder, "use_head"):
+            encoder.use_head = False  # what it makes of all tokens is not asked for; its weights stay
         return encoder
 
     def reset_buffers(self):
@@ -246,6 +249,13 @@ class HFVisionBackboneTower(HFVisionTower):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+    def blocks(self):
+        """As `VisionTower`; of an encoder of stages the blocks of one after the other, up to the stage that is used."""
+        if not self.facts.strides:
+            return super().blocks()
+        stages = self.vision_tower.get_submodule(self.facts.blocks)[: self.stage]
+        return [block for stage in stages for block in find_blocks(stage)]
 
     # --- features ---
 

@@ -36,6 +36,10 @@ FORMATS = {
 }
 
 
+def _kind_of(tower) -> str:
+    return type(tower).__name__.removesuffix("Tower").removesuffix("Vision")
+
+
 def choose_format(path: str, config, tower) -> Format:
     """The transformers model that computes what a LLaVA model does.
 
@@ -62,7 +66,7 @@ def choose_format(path: str, config, tower) -> Format:
     elif tower.token_compressor is not None:
         reason = "token compression (ToConv)"
     elif type(tower) not in (CLIPVisionTower, SigLipVisionTower):
-        reason = f"vision tower of the kind {type(tower).__name__.removesuffix('VisionTower')}, not CLIP or SigLIP"
+        reason = f"vision tower of the kind {_kind_of(tower)}, not CLIP or SigLIP"
     elif tower.select_feature.startswith("slice"):
         reason = f"mm_vision_select_feature {tower.select_feature}"
     elif projector != "mlp2x_gelu":
