@@ -137,7 +137,9 @@ def _plain_type(cfg, tower: str) -> str:
             readers = [key for key, entry in TOWERS.items() if model_type in entry.also_reads and not stored]
             kind = _by_name(os.path.basename(tower.rstrip("/")), readers) or next(by_type, None)
         if kind is None:
-            found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
+            found = (
+                f"model_type {model_type!r}" if model_type else "no config.json in reach, and a name that says nothing"
+            )
             fault = LlavaError if model_type else OutOfReach
             raise fault(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")
     return kind
