@@ -227,7 +227,8 @@ def main(argv: list[str] | None = None) -> None:
             raise LlavaError(f"{name}: no such config file")
     names = args.names or [str(path) for path in sorted(FOLDER.glob("*.yaml"))]
     _ask_no_hub_in_vain()
-    rows = [describe(name) for name in names]
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the table's; what is imported, or a class, may print
+        rows = [describe(name) for name in names]
     print(json.dumps(rows, indent=1) if args.json else table(rows, shutil.get_terminal_size((120, 24)).columns))
 
 

@@ -93,7 +93,7 @@ def test_a_narrow_terminal():
     for columns, lines in wide.items():
         assert max(map(len, lines)) <= columns and lines[0].startswith("name") and lines[1].endswith("refused")
         assert "".join(lines[2:]).count("c") == 90 and all(line.startswith("    c") for line in lines[2:])
-    assert "grid" in wide[100][0] and wide[80][0].split() == "name patch pixels tokens params (M) GFLOPs takes".split()
+    assert "grid" in wide[100][0] and wide[80][0].split()[:3] == ["name", "pixels", "tokens"]
 
 
 @pytest.mark.parametrize("reached", [True, False])
