@@ -136,10 +136,9 @@ def test_any_size(demo, page, tmp_path, capsys):  # noqa: F811
 
     text = (page / "my_tower.py").read_text()
     changed = text.replace("class MyTower(VisionTower):", "class MyTower(VisionTower):\n    any_size = True\n")
-    rows = "vit.positions[torch.arange(x.shape[1]) % len(vit.positions)]"  # as many as there are tokens
-    changed = changed.replace("+ vit.positions", f"+ {rows}").replace(
-        "import torch.nn", "import torch\nimport torch.nn"
-    )
+    rows = "x + vit.positions[torch.arange(x.shape[1]) % len(vit.positions)]"  # as many as there are tokens
+    changed = changed.replace(" + vit.positions", f"\n        x = {rows}")
+    changed = changed.replace("import torch.nn", "import torch\nimport torch.nn", 1)
     assert changed.count("any_size") == changed.count(rows) == 1
     (page / "my_tower.py").write_text(changed)
     named = f"{page}/my_tower.py:MyTower"
