@@ -67,7 +67,7 @@ def resolve(argv: list[str]) -> Run:
     """The run that `argv` (optional CONFIG.yaml, then flags) describes. Raises `LlavaError` for any fault in it."""
     line = parse_command_line(argv)
     run = Run(config=line.config, notices=line.notices)
-    _locate_own_tower(line.values, WHERE, line.config)
+    locate_own_tower(line.values, WHERE, line.config)
     layers = [(WHERE, line.values)]
     train_tower = None
     if line.config is not None:
@@ -140,11 +140,11 @@ def _read_layer(path, content: dict[str, Any], notices: list[str], tower: bool) 
             raise LlavaError(f"{where}: {name} and another name of it are both given, expected one")
         layer[key.name] = convert(key, value, where)
     translate(values, old, where, notices)
-    _locate_own_tower(values, where, where)
+    locate_own_tower(values, where, where)
     return values
 
 
-def _locate_own_tower(values: dict[str, Any], where: str, config: str | None) -> None:
+def locate_own_tower(values: dict[str, Any], where: str, config: str | None) -> None:
     """Put the paths of a user's own encoder, where they are relative to a YAML, into terms of the working directory."""
     for name in ("vision_tower", "mm_vision_tower_type", "vision_tower_weights"):
         value = values.get(name)

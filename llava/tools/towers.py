@@ -2,17 +2,22 @@
 
     python -m llava.tools.towers                              # all of configs/towers
     python -m llava.tools.towers configs/towers/hevc_vit.yaml openai/clip-vit-large-patch14-336
-    python -m llava.tools.towers --json my_encoder/
+    python -m llava.tools.towers --json my_encoder/ my_vit.py:MyTower
 
-A name is a tower YAML, a file of configs/towers without its ending, or the folder or hub id of an encoder, whose
-features are then those of layer -2. GFLOPs are 2 x the multiply-adds of one image
-at the tower's own size, up to the features that are used.
+A name is a tower YAML, a file of configs/towers without its ending, a class of your own, or the folder or hub id of an
+encoder, whose features are then those of layer -2. GFLOPs are 2 x the multiply-adds of one image at the tower's own
+size, up to the features that are used.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
+import shutil
+import socket
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +29,7 @@ FIELDS = (
     *("any_size", "video", "adaptive", "compression", "s2", "export_class", "loads", "reason"),
 )
 _TABLE = ("name", "model_type", "patch", "image_size", "tokens", "grid", "hidden_size", "params", "gflops")
+_DROPPED = ("model_type", "grid", "hidden_size", "patch")  # in a narrow terminal, the first one first
 
 
 def read_tower(name: str) -> SimpleNamespace:
@@ -33,6 +39,7 @@ def read_tower(name: str) -> SimpleNamespace:
         LlavaError: a YAML that is not there, or says what no tower YAML may.
     """
     from llava.config.files import read_yaml
+    from llava.config.resolve import locate_own_tower
     from llava.config.schema import convert, own_keys
 
     keys = own_keys()
@@ -46,6 +53,7 @@ def read_tower(name: str) -> SimpleNamespace:
         if own not in keys or not keys[own].tower:
             raise LlavaError(f"{file}: {key}: no key of a tower, expected some of {', '.join(values)}")
         values[own] = convert(keys[own], value, str(file))
+    locate_own_tower(values, str(file or name), file and str(file))
     if not values["vision_tower"]:
         raise LlavaError(f"{file}: names no vision_tower, expected one")
     return SimpleNamespace(**values, mm_vision_tower=values["vision_tower"])
@@ -56,6 +64,8 @@ def describe(name: str) -> dict:
     row = dict.fromkeys(FIELDS) | {"name": Path(name).stem if name.endswith((".yaml", ".yml")) else name}
     try:
         cfg = read_tower(name)
+        if cfg.vision_tower.startswith("timm:") and importlib.util.find_spec("timm") is None:
+            raise OutOfReach(f"{cfg.vision_tower}: needs the package timm, which brings torchvision along")
         tower = _empty(cfg)
         row |= _facts(tower, cfg)
     except OutOfReach as error:
@@ -142,23 +152,39 @@ def export_class(tower, cfg) -> str | None:
     return None
 
 
-def table(rows: list[dict]) -> str:
-    """Rows for people: numbers to the right, one tower to a line, and below it why a tower is not here."""
+def table(rows: list[dict], columns: int = 120) -> str:
+    """Rows for people: numbers to the right, one tower to a line, and below it why a tower is not here.
+
+    columns: of the terminal; what has no room (the type, the grid, the width) is left out.
+    """
+    dropped = []
+    while True:
+        lines = _lines(rows, [field for field in _TABLE if field not in dropped])
+        if max(map(len, lines)) <= columns or len(dropped) == len(_DROPPED):
+            break
+        dropped.append(_DROPPED[len(dropped)])
+    texts = lines[:1]
+    for row, line in zip(rows, lines[1:], strict=True):
+        texts.append(line)
+        if row["reason"]:
+            texts += textwrap.wrap(row["reason"], max(columns, 40), initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(texts)
+
+
+def _lines(rows: list[dict], fields: list[str]) -> list[str]:
+    """The table's lines with these columns, and what a tower takes in the last."""
     heads = {"params": "params (M)", "gflops": "GFLOPs", "image_size": "pixels", "hidden_size": "width"}
-    lines = [[heads.get(field, field) for field in _TABLE] + ["takes"]]
+    lines = [[heads.get(field, field) for field in fields] + ["takes"]]
     for row in rows:
-        cells = [_cell(field, row[field]) for field in _TABLE]
+        cells = [_cell(field, row[field]) for field in fields]
         takes = [word for word in ("any_size", "video", "adaptive", "compression", "s2") if row[word]]
         lines.append([*cells, " ".join(takes) if row["loads"] == "here" else row["loads"]])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = []
+    texts = [field in ("name", "model_type") for field in fields]
     for number, line in enumerate(lines):
-        left = [cell.ljust(width) for cell, width in zip(line[:2], widths, strict=False)]
-        right = [cell.rjust(width) for cell, width in zip(line[2:-1], widths[2:-1], strict=True)]
-        texts.append("  ".join([*left, *right, line[-1]]).rstrip())
-        if number and rows[number - 1]["reason"]:
-            texts.append(f"    {rows[number - 1]['reason']}")
-    return "\n".join(texts)
+        cells = [c.ljust(w) if text else c.rjust(w) for c, w, text in zip(line, widths, texts, strict=False)]
+        lines[number] = "  ".join([*cells, line[-1]]).rstrip()
+    return lines
 
 
 def _cell(field: str, value) -> str:
@@ -169,6 +195,20 @@ def _cell(field: str, value) -> str:
     if field == "gflops":
         return f"{value:.4g}"
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _ask_no_hub_in_vain() -> None:
+    """Without a network each hub id would be asked for again and again, half a minute long."""
+    from urllib.parse import urlsplit
+
+    if os.environ.get("HF_HUB_OFFLINE") or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy")):
+        return
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError as error:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's package is imported, which it is not yet
+        print(f"note: {address.hostname} is out of reach ({error}): the cache is looked at alone", file=sys.stderr)
 
 
 @report_errors
@@ -186,8 +226,10 @@ def main(argv: list[str] | None = None) -> None:
         if name.endswith((".yaml", ".yml")) and not os.path.isfile(name):
             raise LlavaError(f"{name}: no such config file")
     names = args.names or [str(path) for path in sorted(FOLDER.glob("*.yaml"))]
-    rows = [describe(name) for name in names]
-    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    _ask_no_hub_in_vain()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the table's; what is imported, or a class, may print
+        rows = [describe(name) for name in names]
+    print(json.dumps(rows, indent=1) if args.json else table(rows, shutil.get_terminal_size((120, 24)).columns))
 
 
 if __name__ == "__main__":

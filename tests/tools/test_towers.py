@@ -1,13 +1,15 @@
 """`llava.tools.towers`: rows against the towers themselves, with weights and pixels."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
-from llava.tools.towers import FIELDS, describe, main
+from llava.tools.towers import FIELDS, _ask_no_hub_in_vain, describe, main, table
 from tests import tiny
 from tests.support import encoders
 
@@ -39,7 +41,7 @@ def test_a_row_is_what_the_tower_does(tmp_path, kind):
     assert (row["any_size"], row["s2"]) == (tower.any_size, [28, 56] if kind == "clip_s2" else None)
 
 
-def test_text_json_and_faults(tmp_path, capsys):
+def test_text_json_and_faults(tmp_path, capsys, monkeypatch):
     folder = tiny.tower(tmp_path / "encoder")
     (tmp_path / "text").mkdir()
     (tmp_path / "text/config.json").write_text('{"model_type": "qwen2"}')
@@ -50,9 +52,71 @@ def test_text_json_and_faults(tmp_path, capsys):
     assert [row["loads"] for row in rows] == ["here", "refused", "refused", "needs_extra"]
     assert "model_type 'qwen2'" in rows[1]["reason"] and "learning_rate: no key of a tower" in rows[2]["reason"]
     assert all(row["reason"] and row["gflops"] is None and "\n" not in row["reason"] for row in rows[1:])
+    monkeypatch.setenv("COLUMNS", "300")
     main(names)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(names) + 3 and "2x2" in lines[1] and "refused" in lines[2]
+    assert len([line for line in lines if not line.startswith("    ")]) == 1 + len(names)
+    assert "2x2" in lines[1] and "refused" in lines[2]
     with pytest.raises(SystemExit):
         main([str(tmp_path / "none.yaml")])
     assert "no such config file" in capsys.readouterr().err
+
+
+def test_a_class_of_ones_own(tmp_path, monkeypatch):
+    """By its path, and in a YAML beside its file, from another folder."""
+    from tests.model.own_encoders import FILE, IMAGE, TOWER
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/mine.py").write_text(FILE)
+    (tmp_path / "there/towers.py").write_text(TOWER.replace("self.vision_tower_name, ", "'', "))
+    (tmp_path / "there/mine.yaml").write_text(
+        f"vision_tower: mine.py:Plain\nvision_tower_image: {json.dumps(IMAGE)}\nmm_projector_type: mlp2x_gelu\n"
+    )
+    values = {"image_size": 42, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    monkeypatch.chdir(tmp_path)
+    for name in ("there/mine.yaml", "there/towers.py:Restoring"):
+        row = describe(name)
+        assert row["loads"] == "here", row["reason"]
+        assert (row["patch"], row["image_size"], row["tokens"], row["grid"]) == (14, 42, 9, [3, 3]) and row["params"]
+    refused = describe("there/mine.py:Plain")
+    assert refused["loads"] == "refused" and "vision_tower_image: missing" in refused["reason"]
+
+
+def test_timm_needs_its_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    row = describe("timm:vit_small_patch14_dinov2")
+    assert row["loads"] == "needs_extra" and "needs the package timm" in row["reason"]
+
+
+def test_a_narrow_terminal():
+    row = dict.fromkeys(FIELDS) | {"name": "a" * 30, "model_type": "b" * 20, "loads": "refused", "reason": "c " * 90}
+    wide = {columns: table([row], columns).splitlines() for columns in (200, 120, 100, 80)}
+    assert "model_type" in wide[200][0] and "model_type" not in wide[100][0]
+    for columns, lines in wide.items():
+        assert max(map(len, lines)) <= columns and lines[0].startswith("name") and lines[1].endswith("refused")
+        assert "".join(lines[2:]).count("c") == 90 and all(line.startswith("    c") for line in lines[2:])
+    assert "grid" in wide[100][0] and wide[80][0].split()[:3] == ["name", "pixels", "tokens"]
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, capsys, reached):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example:8080")
+    asked = []
+
+    def connect(address, timeout):
+        asked.append(address)
+        if not reached:
+            raise OSError("no route")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    _ask_no_hub_in_vain()
+    assert asked == [("mirror.example", 8080)] and (os.environ.get("HF_HUB_OFFLINE") == "1") != reached
+    assert ("mirror.example is out of reach (no route)" in capsys.readouterr().err) != reached
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _ask_no_hub_in_vain()
+    assert len(asked) == 1

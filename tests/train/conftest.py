@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import tiny
+from tests.model import own_encoders
 from tests.support.garbage import leave_imported_alone
 
 
@@ -20,6 +21,8 @@ class Kit:
         self.clip_fine = tiny.tower(folder / "clip_fine", side=56)  # 4 x 4 tokens
         self.siglip = tiny.tower(folder / "siglip", kind="siglip")
         self.hevc_vit = tiny.tower(folder / "hevc_vit", kind="hevc_vit")
+        (folder / "mine.py").write_text(own_encoders.FILE)
+        self.own = f"{folder}/mine.py:Plain"
         self.projector = tiny.projector(folder / "mm_projector.safetensors")
         self.data: dict[str, str] = {}
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.model import own_encoders
 
 ROOT = Path(__file__).parents[2]
 # Global batch 8 in 2 accumulated micro-batches. With two ranks of 2 rows, rank 1's first micro-batch has no image, and
@@ -59,6 +60,7 @@ EVALUATED = {  # five batches of two for two ranks, some without an image; after
     **{"load_best_model_at_end": True, "metric_for_best_model": "eval_exact_match", "save_total_limit": 1},
     **{"save_strategy": "steps", "save_steps": 1},
 }
+OWN = {"vision_tower": "own", "vision_tower_image": json.dumps(own_encoders.IMAGE)}  # with parts that get no gradient
 ROWS = {"pack_sequences": True}  # the samples of a step share its four rows; one process has them padded
 SHORT = ROWS | {"kinds": "iittimti" + "miittiti" + "it"}  # the last step has a sample for each of two rows, of four
 PROJECTOR_ALONE = {"mm_tunable_parts": "mm_mlp_adapter", "gradient_checkpointing": True}
@@ -89,6 +91,7 @@ CASES = {  # name -> ZeRO stage, keys
     "zero3-packed-adaptive": (3, ADAPTIVE),
     "zero3-lora": (3, LORA),
     "zero3-compressor": (3, COMPRESSED),
+    "zero3-own-tower": (3, OWN),
     "ddp-rows": (None, ROWS),
     "zero2-rows-left-empty": (2, SHORT),
     "zero3-rows-left-empty": (3, SHORT),

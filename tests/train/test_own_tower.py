@@ -128,3 +128,25 @@ def test_a_fault_is_told_before_training(demo, page, tmp_path, capsys):  # noqa:
     told = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2 and len(told) == 1
     assert "it returned [1, 19, 96]" in told[0] and "(no class token)" in told[0]
+
+
+def test_any_size(demo, page, tmp_path, capsys):  # noqa: F811
+    """The page's tower made one of any size, on pictures at their own size and aspect: trained, loaded, asked."""
+    from llava.eval.exact_match import main
+
+    text = (page / "my_tower.py").read_text()
+    changed = text.replace("class MyTower(VisionTower):", "class MyTower(VisionTower):\n    any_size = True\n")
+    rows = "x + vit.positions[torch.arange(x.shape[1]) % len(vit.positions)]"  # as many as there are tokens
+    changed = changed.replace(" + vit.positions", f"\n        x = {rows}")
+    changed = changed.replace("import torch.nn", "import torch\nimport torch.nn", 1)
+    assert changed.count("any_size") == changed.count(rows) == 1
+    (page / "my_tower.py").write_text(changed)
+    named = f"{page}/my_tower.py:MyTower"
+    keys = {"image_aspect_ratio": "native", "min_pixels": 28 * 28, "max_pixels": 84 * 84, "vision_tower": named}
+    keys |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_patch_merge_type": "spatial_unpad"}
+    run(demo, tmp_path / "out", max_steps=2, logging_steps=1, per_device_train_batch_size=4, **keys)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["image_aspect_ratio"] == "native" and config["mm_vision_tower"] == named
+    words = ["--model-path", tmp_path / "out", "--data-path", demo / "heldout.json", "--image-folder", demo / "images"]
+    main([str(word) for word in (*words, "--limit", 2, "--conv-mode", "qwen_1_5", "--vision_tower", named)])
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["n"] == 2

@@ -54,7 +54,7 @@ def rates_of(optimizer, model) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_rate_of_each_block(kit, deep, tmp_path, spy, given):
+def test_rate_of_each_block(kit, deep, tmp_path, spy, capsys, given):
     rate = {"mm_vision_tower_lr": RATE} if given else {}
     flags = {"mm_vision_tower_layer_decay": DECAY, "mm_projector_lr": 3e-4, "weight_decay": 0.1, **rate}
     kit.run(tmp_path / "out", max_steps=1, vision_tower=deep["clip"], **flags)
@@ -68,6 +68,9 @@ def test_rate_of_each_block(kit, deep, tmp_path, spy, given):
         else:
             assert value == (3e-4 if "mm_projector" in name else 1e-3), name
     assert seen == {1, 2, 3, 4, 5}
+    levels = ("before the blocks", *range(4))  # nothing behind them learns here
+    told = ", ".join(f"{level} {base / 2 ** (5 - number):.2e}" for number, level in enumerate(levels))
+    assert f"vision tower, learning rates of 4 blocks (layer decay 0.5): {told}\n" in capsys.readouterr().out
     assert found.keys() == {name for name, value in spy.trainer.model.named_parameters() if value.requires_grad}
     decays = {group["weight_decay"] for group in spy.trainer.optimizer.param_groups if group["initial_lr"] == base / 2}
     assert decays == {0.1, 0.0}  # biases and norms have none, in their block's groups too

@@ -69,7 +69,7 @@ def try_out(tower, what: str) -> None:
     tokens = tower.token_grid(side, side)[0] if compressor is None else compressor.input_grid_size**2
     why = f"B images, {tokens} tokens of each by its config's image_size {side} and patch_size, feature_size channels"
     _try_size(tower, what, (side, side), tokens, why)
-    if tower.any_size and compressor is None:
+    if tower.any_size and compressor is None and "cls_patch" not in tower.select_feature:
         size = side + patch, side + 2 * patch
         tokens = tower.token_grid(*size)[0]
         why = f"it says any_size, and {tokens} tokens are those of {size[0] // patch} x {size[1] // patch} patches"
