@@ -313,6 +313,10 @@ def test_save_and_load(kind, folders, tmp_path):
     assert after.config == before.config and after.image_processor.to_dict() == before.image_processor.to_dict()
     with torch.no_grad():
         assert after(images).equal(before(images)) and again.encode_images(images).equal(model.encode_images(images))
+    # in half precision too, with rotary tables and masks that no checkpoint holds
+    half = type(model).from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).eval().get_vision_tower()
+    with torch.no_grad():
+        assert half(images.bfloat16()).equal(before.bfloat16()(images.bfloat16()))
 
 
 def test_arguments_are_kept(folders, tmp_path):

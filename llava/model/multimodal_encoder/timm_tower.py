@@ -176,6 +176,10 @@ class TimmTower(VisionTower):
         stages = [self.vision_tower.get_submodule(each["module"]) for each in info]
         return [block for stage in stages for block in find_blocks(stage)]
 
+    @property
+    def no_split_modules(self):
+        return {type(self).__name__, *(type(block).__name__ for block in find_blocks(self.vision_tower))}
+
     # --- features ---
 
     @property
