@@ -3,9 +3,9 @@
     python playground/make_demo_model.py --output playground/demo --seed 0
 
 Reads the texts that `make_demo_data.py` wrote and leaves beside them `llm/` (Qwen2 architecture, with the tokenizer),
-`clip_tower/`, `siglip_tower/`, `hevc_vit_tower/` (vision towers of one size, with their image processors) and
-`clip_fine_tower/` (CLIP with patches of half the side: four times the tokens), and `qwen2_vl/`, a whole Qwen2-VL of
-that size, as stock folders are.
+`clip_tower/`, `siglip_tower/`, `hevc_vit_tower/` (vision towers of one size, with their image processors),
+`clip_fine_tower/` (CLIP with patches of half the side: four times the tokens) and `dinov2_tower/`, `siglip2_tower/`
+(NaFlex), `aimv2_tower/`, and `qwen2_vl/`, a whole Qwen2-VL of that size, as stock folders are.
 """
 
 import argparse
@@ -36,6 +36,7 @@ IMAGE_STATISTICS = {
     "siglip": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
 }
 KINDS = ("clip", "siglip", "hevc_vit", "clip_fine")
+LATER_KINDS = ("dinov2", "siglip2", "aimv2")  # made last, so that the others' weights are those of earlier versions
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN2_VL_VISION = {"depth": 4, "embed_dim": 96, "num_heads": 4, "mlp_ratio": 3}
 QWEN2_VL_LLM = LLM | {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -114,7 +115,7 @@ def make_llm(folder: Path, tokenizer) -> None:
 
 
 def make_encoder(kind: str):
-    """A random vision encoder of one of `KINDS`."""
+    """A random vision encoder of one of `KINDS` or `LATER_KINDS`."""
     sizes = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **TOWER}
     if kind in ("clip", "clip_fine"):
         from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -125,15 +126,35 @@ def make_encoder(kind: str):
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
         return SiglipVisionModel(SiglipVisionConfig(**sizes))
+    if kind in LATER_KINDS:
+        return _later_encoder(kind, sizes)
     from llavavit import LlavaViTConfig, LlavaViTModel
 
     heads = {"num_attention_heads": 3}  # its heads come in widths of 32
     return LlavaViTModel(LlavaViTConfig(**sizes | heads, initializer_range=SPREAD))
 
 
+def _later_encoder(kind: str, sizes: dict):
+    """Of those that `hf_vision` takes; all at their own size, where no positions are interpolated."""
+    if kind == "dinov2":
+        from transformers import Dinov2Config, Dinov2Model
+
+        return Dinov2Model(Dinov2Config(**sizes | {"mlp_ratio": 3}, initializer_range=SPREAD))
+    if kind == "siglip2":  # NaFlex has a table of positions and no size, and its initialisation knows no spread
+        from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+        side = IMAGE_SIZE // PATCH_SIZE
+        return Siglip2VisionModel(Siglip2VisionConfig(**TOWER, patch_size=PATCH_SIZE, num_patches=side**2))
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+    return Aimv2VisionModel(Aimv2VisionConfig(**sizes, is_native=True, initializer_range=SPREAD))
+
+
 def make_tower(folder: Path, kind: str) -> None:
-    """A random vision tower with its image processor."""
+    """A random vision tower with its image processor; `LATER_KINDS` have none, and get their published statistics."""
     make_encoder(kind).save_pretrained(folder)
+    if kind in LATER_KINDS:
+        return
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     mean, std = IMAGE_STATISTICS["siglip" if kind == "siglip" else "clip"]
     processor = {
@@ -203,6 +224,8 @@ def make(output: Path, seed: int) -> None:
     for kind in KINDS:
         make_tower(output / f"{kind}_tower", kind)
     make_qwen2_vl(output / "qwen2_vl", tokenizer)
+    for kind in LATER_KINDS:
+        make_tower(output / f"{kind}_tower", kind)
 
 
 def main() -> None:
@@ -214,7 +237,7 @@ def main() -> None:
     if missing:
         parser.error(f"{args.output} lacks {' and '.join(missing)}: run playground/make_demo_data.py first")
     make(args.output, args.seed)
-    print(f"{args.output}: llm, {', '.join(f'{kind}_tower' for kind in KINDS)}, qwen2_vl")
+    print(f"{args.output}: llm, {', '.join(f'{kind}_tower' for kind in KINDS + LATER_KINDS)}, qwen2_vl")
 
 
 if __name__ == "__main__":

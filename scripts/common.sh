@@ -342,10 +342,22 @@ demo_stage() {
     esac
 }
 
+# own_tower CONFIG [FLAG...]: the option with which a command loads what that run has trained, where its encoder is a class
+# of the user's own: a checkpoint's word alone runs no code.
+own_tower() {
+    "$PYTHON" - "$@" <<'PY'
+import sys
+from llava.config.own_tower import own_classes
+from llava.config.resolve import resolve
+for name in own_classes(*resolve(sys.argv[1:]).named_towers)[:1]:
+    print(f"--vision_tower={name}")
+PY
+}
+
 # run_demo FIRST CONFIG SECOND CONFIG [FLAG...]: both stages into OUTPUT, unless they are there; the held-out questions,
 # asked with these flags of llava.eval.exact_match; the report; and the line that says it all.
 run_demo() {
-    local first="$1" first_config="$2" second="$3" second_config="$4" folder
+    local first="$1" first_config="$2" second="$3" second_config="$4" folder own
     shift 4
     folder="$OUTPUT/$second"
     if [[ "$OVERWRITE" == yes ]]; then
@@ -358,8 +370,9 @@ run_demo() {
     make_demo
     demo_stage "$first" "$first_config"
     demo_stage "$second" "$second_config" --model_name_or_path "$OUTPUT/$first"
+    own="$(own_tower "$second_config" ${OVERRIDES[@]+"${OVERRIDES[@]}"})"
     "$PYTHON" -m llava.eval.exact_match --model-path "$folder" --data-path playground/demo/heldout.json \
-        --image-folder playground/demo/images --blank-images ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} "$@"
+        --image-folder playground/demo/images --blank-images ${own:+"$own"} ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} "$@"
     "$PYTHON" -m llava.eval.report --model-path "$folder" --stage "$OUTPUT/$first/trainer_state.json" \
         --stage "$folder/trainer_state.json"
     "$PYTHON" - "$folder/eval.json" <<'PY'

@@ -32,9 +32,10 @@ rm -rf "$OUTPUT/lora_merged"
 use_environment train,demo torch transformers deepspeed peft sklearn
 make_demo
 demo_stage lora configs/train/demo_lora.yaml --model_name_or_path "$OUTPUT/finetune"
+own="$(own_tower configs/train/demo_lora.yaml ${OVERRIDES[@]+"${OVERRIDES[@]}"})"
 "$PYTHON" -m llava.tools.merge_lora --model-path "$OUTPUT/lora" --model-base "$OUTPUT/finetune" \
-    --save-model-path "$OUTPUT/lora_merged"
+    --save-model-path "$OUTPUT/lora_merged" ${own:+"$own"}
 for folder in lora lora_merged; do # two ways to the same answers
     "$PYTHON" -m llava.eval.exact_match --model-path "$OUTPUT/$folder" --data-path playground/demo/heldout.json \
-        --image-folder playground/demo/images ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"}
+        --image-folder playground/demo/images ${own:+"$own"} ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"}
 done

@@ -63,6 +63,11 @@ def class_path(name) -> ClassPath | None:
     return found
 
 
+def own_classes(*names) -> list[str]:
+    """Those of the names that stand for a class."""
+    return [name for name in names if class_path(name) is not None]
+
+
 def same_class(a, b) -> bool:
     """Whether two names stand for one class of a user's, whose file may have been moved."""
     if not (isinstance(a, str) and isinstance(b, str)) or (":" not in a and ":" not in b):

@@ -47,6 +47,12 @@ class Run:
     def source(self, name: str) -> str:
         return self.settings[name].source if name in self.settings else DEFAULT
 
+    @property
+    def named_towers(self) -> list[str]:
+        """What the run's own YAML or command line names as vision tower or its type, not its checkpoint."""
+        names = ("vision_tower", "mm_vision_tower_type")
+        return [self[name] for name in names if self[name] and self.source(name) not in (CHECKPOINT, DEFAULT)]
+
     def group(self, name: str) -> dict[str, Any]:
         """{key: value} of the group model, data, train or trainer."""
         return {key: setting.value for key, setting in self.settings.items() if all_keys()[key].group == name}

@@ -18,6 +18,7 @@ import time
 from llava.data.records import read_file
 from llava.errors import LlavaError, report_errors
 from llava.eval.questions import Question, chance, is_correct, read_questions, score
+from llava.inference import own_code
 
 
 class Answerer:
@@ -176,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-absolute-paths", action="store_true", help="let image paths leave the image folder")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", help="default: float32 on cpu, else bfloat16")
+    own_code.add_options(parser)
     return parser
 
 
@@ -204,7 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     from llava.inference.engine import Inference
 
     inference = Inference.load(
-        args.model_path, args.model_base, version=args.conv_mode, device=args.device, dtype=args.dtype
+        *(args.model_path, args.model_base),
+        **{"version": args.conv_mode, "device": args.device, "dtype": args.dtype, **own_code.overrides(args)},
     )
     template = inference.template
     questions = read_questions(records, args.data_path, args.image_folder, template, args.allow_absolute_paths)

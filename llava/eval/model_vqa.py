@@ -27,6 +27,7 @@ from llava.data.records import read_file
 from llava.errors import LlavaError, report_errors
 from llava.eval import answer_file
 from llava.eval.questions import Question, add_images, read_questions
+from llava.inference import own_code
 
 
 @dataclass
@@ -233,7 +234,8 @@ def run(args: argparse.Namespace) -> list[str]:
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     inference = Inference.load(
-        args.model_path, args.model_base, version=args.conv_mode, device=device, dtype=args.dtype
+        *(args.model_path, args.model_base),
+        **{"version": args.conv_mode, "device": device, "dtype": args.dtype, **own_code.overrides(args)},
     )
     everything = read_question_file(args.question_file, args.image_folder, inference, args.allow_absolute_paths)
     mine = chunk(everything, args.num_chunks, args.chunk_idx)
@@ -285,6 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-absolute-paths", action="store_true", help="let image paths leave the image folder")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", help="default: float32 on cpu, else bfloat16")
+    own_code.add_options(parser)
     return parser
 
 

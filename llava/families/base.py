@@ -341,31 +341,9 @@ class Family(ABC):
             groups: all of the run's learning rate.
             args: the `TrainingArguments`.
         """
-        from llava.model.vision_blocks import block_levels, block_rate
+        from llava.families.rates import split_by_rate
 
-        rates = {
-            "mm_vision_tower": args.mm_vision_tower_lr,
-            "mm_token_compressor": args.mm_token_compressor_lr,
-            "mm_mlp_adapter": args.mm_projector_lr,
-        }
-        decay, blocks, levels = args.mm_vision_tower_layer_decay, [], {}
-        if decay != 1:
-            encoder, blocks = self.vision_blocks(model)
-            levels = block_levels(encoder, blocks)
-        if not levels and all(rate is None for rate in rates.values()):
-            return groups
-        part = {id(parameter): self.part_of(name) for name, parameter in model.named_parameters()}
-        split = []
-        for group in groups:
-            by_rate: dict[float, list] = {}
-            for parameter in group["params"]:
-                rate = rates.get(part[id(parameter)])
-                rate = group["lr"] if rate is None else rate
-                if part[id(parameter)] == "mm_vision_tower" and id(parameter) in levels:
-                    rate = block_rate(rate, decay, len(blocks), levels[id(parameter)])
-                by_rate.setdefault(rate, []).append(parameter)
-            split += [{**group, "params": params, "lr": rate} for rate, params in by_rate.items()]
-        return split
+        return split_by_rate(self, groups, model, args)
 
     def vision_blocks(self, model) -> tuple[Any, list]:
         """(the vision encoder, its blocks that the features come through, first to last); (None, []) without one."""
@@ -378,6 +356,17 @@ class Family(ABC):
     def float32_inputs(self, model) -> tuple[str, ...]:
         """Entries of a batch that must not be cast to the model's dtype."""
         return ()
+
+    def check_precision(self, model, precision) -> None:
+        """Refuse a model whose code does not compute in the dtypes of the run; they are settled now.
+
+        Args:
+            precision: the run's `Precision`, which has been applied.
+
+        Raises:
+            LlavaError: what does not.
+        """
+        return
 
     def on_prepared(self, model) -> None:
         """The model is ready to be trained, and DeepSpeed has it, if the run uses DeepSpeed; no step has been taken."""

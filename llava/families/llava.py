@@ -320,6 +320,23 @@ class Llava(Family):
         tower = model.get_vision_tower()
         return () if tower is None or tower.patch_chooser is None else ("images",)
 
+    def check_precision(self, model, precision):
+        import torch
+
+        from llava.model.multimodal_encoder.trial import check_dtype
+        from llava.utils import rank0_print
+
+        tower = model.get_vision_tower()
+        own = getattr(tower, "own_class", None)
+        if own is None or precision.frozen == torch.float32:
+            return
+        try:
+            check_dtype(tower, f"vision tower {own}", precision.frozen)
+        except LlavaError as error:
+            if tower.dtype == precision.frozen:
+                raise
+            rank0_print(f"warning: {error}; autocast covers that in this run, not where the model is used")
+
     def on_prepared(self, model):
         model.announce_newline()
 

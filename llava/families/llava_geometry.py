@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from llava.config.own_tower import same_class
+from llava.config.own_tower import own_classes, same_class
+from llava.config.resolve import CHECKPOINT
 from llava.errors import LlavaError
 from llava.families.geometry import Geometry, View
 from llava.families.llava_layout import vision_layout
@@ -110,7 +111,11 @@ def run_config(run) -> SimpleNamespace:
     if not values.get("vision_tower"):
         raise LlavaError(f"{run.config or 'command line'}: names no vision_tower, expected one")
     stored = _stored_tower(values["model_name_or_path"], values["vision_tower"])
-    return SimpleNamespace(**{**values, "mm_vision_tower": values["vision_tower"], **stored})
+    cfg = SimpleNamespace(**{**values, "mm_vision_tower": values["vision_tower"], **stored})
+    own = next((key for key in ("vision_tower", "mm_vision_tower_type") if own_classes(values[key])), None)
+    if own and run.source(own) == CHECKPOINT:
+        cfg._name_or_path = values["model_name_or_path"]  # whose word alone runs no code
+    return cfg
 
 
 def _stored_tower(checkpoint: str | None, tower: str) -> dict:
@@ -155,7 +160,7 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
         raise
     tower, rules, token_grid = layout.tower, layout.rules, layout.token_grid
     kind, compressor = tower_type(cfg, cfg.mm_vision_tower), tower.token_compressor
-    parts = [f"{cfg.mm_vision_tower} ({kind}), patch {tower.config.patch_size} px"]
+    parts = [f"{cfg.mm_vision_tower} ({kind}), patch {tower.patch_size} px"]
     if compressor is not None:
         parts.append(
             f"compressed {compressor.input_grid_size}x{compressor.input_grid_size} -> "
@@ -172,7 +177,7 @@ def config_geometry(cfg, source: str, crop: int | None = None, patch: int | None
         rules=rules,
         token_grid=token_grid,
         native=layout.native,
-        patch=tower.config.patch_size,
+        patch=tower.patch_size,
         layout="; ".join(parts),
         stock=kind in ("clip", "siglip") and compressor is None and not token_grid.merges,
         choice=chooser and chooser.choice,

@@ -37,7 +37,7 @@ class VisionLayout:
     def counter(self):
         from llava.model.visual_merge import VisualTokenCounter
 
-        return VisualTokenCounter(self.rules, self.token_grid, self.tower.config.patch_size)
+        return VisualTokenCounter(self.rules, self.token_grid, self.tower.patch_size)
 
     @property
     def crop(self) -> int:
@@ -73,6 +73,12 @@ def vision_layout(cfg, crop: int | None = None, patch: int | None = None) -> Vis
         raise LlavaError(
             f"image_aspect_ratio native: the tower {cfg.mm_vision_tower} takes images of one size; expected one that "
             "takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
+        )
+    side = tower.image_size
+    if rules.native and tower.token_grid(side, side)[1] is None:
+        raise LlavaError(
+            f"image_aspect_ratio native: mm_vision_select_feature {tower.select_feature} of {cfg.mm_vision_tower} has "
+            "a class token, which has no place in rows of tokens; expected patch"
         )
     if "anyres" in rules.image_aspect_ratio:  # a range is counted in crops of the whole image's side, as in training
         cfg.image_grid_pinpoints = parse_grid_pinpoints(
@@ -165,7 +171,7 @@ def check_layout(layout: VisionLayout, kind: str) -> None:
 def _check_crop(layout: VisionLayout) -> None:
     """The image processor's square is one that the encoder takes."""
     tower, side = layout.tower, layout.crop
-    patch = tower.config.patch_size
+    patch = tower.patch_size
     if tower.any_size and side % patch:
         raise LlavaError(
             f"vision tower {tower.vision_tower_name}: its image processor makes {side}x{side} pixels, expected a "

@@ -16,6 +16,7 @@ from llava.images.processing import processor_sides
 from llava.model import builder
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 from llava.model.generation import generation_settings
+from llava.model.multimodal_encoder.trust import naming
 
 _SAVED_MODEL_KEYS = (
     *("mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_use_im_start_end"),
@@ -33,7 +34,7 @@ def load_model(model_args, data_args, training_args):
     model_class, config_class = model_classes(architecture)
     config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
     dtype = Precision.of(training_args).to_load(training_args, tunable_parts(model_args, training_args))
-    with readable_weights(path):
+    with readable_weights(path), naming(*training_args.run_config.named_towers):
         model = model_class.from_pretrained(
             path,
             config=config,

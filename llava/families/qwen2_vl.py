@@ -74,7 +74,19 @@ class Qwen2VL(QwenChat, QwenBatches, Family):
 
     # --- models ---
 
-    def load(self, path, *, base=None, dtype=None, device=None, load_8bit=False, load_4bit=False, **overrides):
+    def load(
+        self,
+        path,
+        *,
+        base=None,
+        dtype=None,
+        device=None,
+        load_8bit=False,
+        load_4bit=False,
+        vision_tower=None,
+        trust_remote_code=False,  # there is none that it would run
+        **overrides,
+    ):
         """As the contract; `overrides` are `from_pretrained`'s."""
         from llava.model.builder import (
             base_of_adapter,
@@ -86,6 +98,8 @@ class Qwen2VL(QwenChat, QwenBatches, Family):
         )
         from llava.model.lora import is_lora, load_lora
 
+        if vision_tower is not None:
+            raise LlavaError(f"vision_tower: found {vision_tower}, but {path} is a {self.title} with its own encoder")
         adapted = is_lora(path)
         if not adapted and base is not None:
             raise LlavaError(f"model-base: {path} is no LoRA adapter, expected no base")

@@ -154,3 +154,35 @@ class NativeResolution:
             limit = self.max_pixels // unit**2  # where a side cannot go below one unit, the other gives way
             across, down = (min(max(math.floor(side * scale), 1), limit) for side in (width, height))
         return across * unit, down * unit
+
+
+class NaflexResolution(NativeResolution):
+    """Sizes of Siglip 2's NaFlex checkpoints (arXiv 2502.14786): the most that a number of patches holds.
+
+    The published rule scales a picture, its aspect kept and both sides rounded up to whole patches, by the largest
+    factor at which it has at most `max_num_patches`, here `max_pixels` in patches, small pictures too. It is followed
+    to the digit where `min_pixels` is as much; pictures between the two bounds keep their size, rounded up.
+    """
+
+    def __call__(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) to resize an image to."""
+        square = self.multiple**2
+        scale = self._largest_scale(width, height, self.max_pixels // square)
+        if scale > 1.0 and self.min_pixels < self.max_pixels:
+            smallest = self._largest_scale(width, height, max(self.min_pixels // square, 1))
+            scale = max(smallest, 1.0)
+        across, down = self._patches(width, height, scale)
+        return across * self.multiple, down * self.multiple
+
+    def _patches(self, width: int, height: int, scale: float) -> tuple[int, int]:
+        across, down = (max(math.ceil(side * scale / self.multiple), 1) for side in (width, height))
+        return across, down
+
+    def _largest_scale(self, width: int, height: int, budget: int) -> float:
+        """The factor, by halving an interval as often as the published rule does, since sizes hang on it."""
+        low, high = 1e-6, 100.0
+        while high - low >= 1e-5:
+            middle = (low + high) / 2
+            across, down = self._patches(width, height, middle)
+            low, high = (middle, high) if across * down <= budget else (low, middle)
+        return low

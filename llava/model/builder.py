@@ -11,8 +11,9 @@ from llava.errors import LlavaError, OutOfReach
 from llava.model.checkpoint import PROJECTOR_KEYS, find_projector, load_projector, read_weights
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 from llava.model.lora import is_lora, load_lora, recorded_base
-from llava.model.multimodal_encoder.own_class import trusting_checkpoints
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
+from llava.model.multimodal_encoder.trial import check_dtype
+from llava.model.multimodal_encoder.trust import check_own_class, naming, trusting_checkpoints
 from llava.utils import rank0_print
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -86,6 +87,7 @@ def load_pretrained_model(
     customized_config=None,
     overwrite_config=None,
     trust_remote_code=False,
+    vision_tower=None,
     **kwargs,
 ):
     """Load a checkpoint for inference.
@@ -102,14 +104,17 @@ def load_pretrained_model(
         attn_implementation: as transformers'; None takes the best available.
         customized_config: config object to use instead of the checkpoint's.
         overwrite_config: dict of config values to change.
-        trust_remote_code: run the class of a vision tower of its maker's own from the checkpoint's folder too.
+        trust_remote_code: run the class of a vision tower that the checkpoint alone names, from its folder too.
+        vision_tower: the class of your own that the checkpoint's vision tower is of (FILE.py:Class, pkg.module:Class or
+            an entry point): its code is run because you name it.
         **kwargs: passed on to `from_pretrained`.
 
     Returns:
         (tokenizer, model, image_processor, context_len); image_processor is None without a vision tower.
 
     Raises:
-        LlavaError: no config, unknown architecture, missing weights.
+        LlavaError: no config, unknown architecture, missing weights, a vision tower of a class that nobody but the
+            checkpoint names.
     """
     kwargs.pop("multimodal", None)  # LLaVA-NeXT's evaluation passes it; every model here is
     on_cpu = not torch.cuda.is_available() or (isinstance(device_map, str) and device_map == "cpu")
@@ -119,7 +124,10 @@ def load_pretrained_model(
         model_base = base_of_adapter(model_path, model_base)
     architecture, config = _checkpoint_config(model_path, model_base, model_name, customized_config, overwrite_config)
     dtype = pick_dtype(torch_dtype, on_cpu)
-    with trusting_checkpoints(trust_remote_code):
+    changed = overwrite_config or {}
+    named = (vision_tower, changed.get("mm_vision_tower"), changed.get("mm_vision_tower_type"))
+    check_own_class(vision_tower, config, model_path)
+    with trusting_checkpoints(trust_remote_code), naming(*named):
         model, missing = load_weights(
             model_classes(architecture)[0],
             model_base or model_path,
@@ -143,6 +151,8 @@ def load_pretrained_model(
         model.config.conversation_template = LANGUAGE_MODELS[architecture].template
 
     tower = model.get_vision_tower()
+    if getattr(tower, "own_class", None) and dtype != torch.float32:
+        check_dtype(tower, f"vision tower {tower.own_class}", dtype)
     if tower is not None:
         model.initialize_vision_tokenizer(model.config, tokenizer)
     return tokenizer, model, tower and tower.image_processor, context_length(model.config)

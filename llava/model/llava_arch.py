@@ -16,6 +16,7 @@ from llava.model.checkpoint import whole
 from llava.model.host import HostCopies, needs_no_mask, segments, send, supervised_places
 from llava.model.image_encoding import ImageEncoding
 from llava.model.loss import supervised_loss
+from llava.model.multimodal_encoder.trust import naming
 from llava.model.ranks import is_partitioned
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
@@ -48,10 +49,14 @@ class LlavaMetaForCausalLM(ImageEncoding):
     # --- checkpoints ---
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        """As transformers'; a tower whose weights the checkpoint does not hold is loaded from its own source."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model._complete_vision(set(info["missing_keys"]))
+    def from_pretrained(cls, *args, output_loading_info=False, vision_tower=None, **kwargs):
+        """As transformers'; a tower whose weights the checkpoint does not hold is loaded from its own source.
+
+        vision_tower: the class of your own that the checkpoint's tower is of; see `load_pretrained_model`.
+        """
+        with naming(vision_tower):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            model._complete_vision(set(info["missing_keys"]))
         return (model, info) if output_loading_info else model
 
     def _complete_vision(self, missing: set[str]):
@@ -88,7 +93,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
         """Function (pixel shape, (width, height), modality) -> tokens that one `<image>` becomes."""
         rules, tower = MergeRules.from_config(self.config), self.get_vision_tower()
         scales = tuple(getattr(tower, "s2_scales", ()))
-        return VisualTokenCounter(rules, self._projected_grid, tower.config.patch_size, self._chooser, scales)
+        return VisualTokenCounter(rules, self._projected_grid, tower.patch_size, self._chooser, scales)
 
     def _visual_tokens(self, images, modalities, image_sizes, patch_alphas=None, patch_levels=None):
         """The visual tokens of each image: list of [N_i, D], in order."""

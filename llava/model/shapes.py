@@ -4,11 +4,13 @@ A weight here is a number of a matrix that tokens are multiplied with; norms, bi
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from llava.errors import LlavaError
 
 MERGED = 4  # tokens that a merging projector makes one of
+_GATED = ("aimv2", "aimv2_vision_model", "pixtral")  # encoders whose MLP is gated without a word of it in their config
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,11 @@ def _tower(config, values: dict) -> VisionShape:
     from llava.model.multimodal_encoder.base import select_layers
     from llava.model.multimodal_encoder.hf_facts import FACTS
 
-    lacking = [name for name in ("num_hidden_layers", "hidden_size", "intermediate_size") if name not in values]
+    if "spatial_merge_size" in values and "depth" in values:  # a Qwen-VL encoder taken alone, before its merger
+        return _part_of_own(config, SimpleNamespace(**values))
+    lacking = [name for name in ("num_hidden_layers", "hidden_size") if name not in values]
+    if "intermediate_size" not in values and "mlp_ratio" not in values:
+        lacking.append("intermediate_size")
     if lacking:
         raise LlavaError(
             f"{config.mm_vision_tower}: found no {', '.join(lacking)} in its encoder's config, by which operations are "
@@ -183,13 +189,38 @@ def _tower(config, values: dict) -> VisionShape:
     extra = int(kind == "clip_vision_model")
     if kind in FACTS:
         extra = sum(values[n] if isinstance(n, str) else n for n in FACTS[kind].prefix_tokens)
+    intermediate, gated = _mlp(kind, values)
     return VisionShape(
         layers=used,
         hidden=values["hidden_size"],
-        intermediate=values.get("intermediate_size") or int(values["hidden_size"] * values.get("mlp_ratio", 4)),
+        intermediate=intermediate,
         patch_values=values.get("num_channels", 3) * patch**2,
+        gated=gated,
         extra=extra,
     )
+
+
+def _part_of_own(config, vision) -> VisionShape:
+    from llava.model.multimodal_encoder.base import select_layers
+
+    feature = getattr(config, "mm_vision_select_feature", None) or "patch"
+    used = max(select_layers(feature, config.mm_vision_select_layer, vision.depth + 1))
+    shape, _ = _own_vision(vision)
+    whole = getattr(vision, "fullatt_block_indexes", None)
+    windowed = 0 if whole is None else used - len({layer for layer in whole if layer < used})
+    return replace(shape, layers=used, windowed=windowed, merge=1)
+
+
+def _mlp(kind: str | None, values: dict) -> tuple[int, bool]:
+    """(width of a block's MLP, whether it is gated) of an encoder's config."""
+    from llava.model.multimodal_encoder.hf_facts import FACTS
+
+    if "mlp_ratio" not in values or (kind not in FACTS and values.get("intermediate_size")):
+        return values["intermediate_size"], kind in _GATED or bool(values.get("use_gated_mlp"))
+    wide = int(values["hidden_size"] * values["mlp_ratio"])  # of transformers' encoders that have a ratio, it counts
+    if values.get("use_swiglu_ffn"):
+        return (int(wide * 2 / 3) + 7) // 8 * 8, True
+    return wide, False
 
 
 def _projector(config, vision: VisionShape) -> ProjectorShape:

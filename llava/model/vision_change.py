@@ -29,8 +29,11 @@ VISION_KEYS = (
     "adaptive_patches",
 )
 # of them, what describes one encoder and no other
-SAID_OF_TOWER = ("mm_vision_tower_type", "tower_args", "vision_tower_image", "vision_tower_weights")
-_TOWER_KEYS = {"mm_vision_tower", *SAID_OF_TOWER, "image_size", "vision_tower_stage", "s2", "s2_scales"}
+SAID_OF_TOWER = (
+    *("mm_vision_tower_type", "tower_args", "vision_tower_image", "vision_tower_weights"),
+    *("image_size", "vision_tower_stage"),
+)
+_TOWER_KEYS = {"mm_vision_tower", *SAID_OF_TOWER, "s2", "s2_scales"}
 _FEATURE_KEYS = _TOWER_KEYS | {"mm_vision_select_layer", "mm_vision_select_feature"}
 _COMPRESSION_KEYS = {"use_token_compression", "compression_input_size", "compression_output_size"}
 

@@ -8,6 +8,7 @@ from llava.model.checkpoint import load_projector
 from llava.model.multimodal_encoder.base import config_values
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
+from llava.model.multimodal_encoder.trust import naming
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.vision_change import SAID_OF_TOWER, VISION_KEYS, VisionChange, same_tower
 from llava.model.vision_settings import check_combination
@@ -83,7 +84,8 @@ class LlavaMetaModel:
             if had_vision:
                 rank0_print(f"vision tower: {before['mm_vision_tower']} is replaced by {config.mm_vision_tower}")
             config.mm_vision_config = config.mm_image_processor_config = None  # those of the tower that goes
-            self.vision_tower = build_vision_tower(config)
+            with naming(model_args.vision_tower, getattr(model_args, "mm_vision_tower_type", None)):
+                self.vision_tower = build_vision_tower(config)
         tower = self.vision_tower
         tower.set_features(config)
         if not change.new_tower:

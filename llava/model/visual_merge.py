@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llava.errors import LlavaError
-from llava.images.geometry import NativeResolution, get_anyres_image_grid_shape
+from llava.images.geometry import NaflexResolution, NativeResolution, get_anyres_image_grid_shape
 from llava.images.processing import PixelOptions
 from llava.model.adaptive_patches import PatchChoice
 from llava.model.multimodal_projector.builder import MERGERS
@@ -63,8 +63,11 @@ def native_resolution(config) -> NativeResolution | None:
     """The sizes that images of a model keep; None where `image_aspect_ratio` is not native."""
     if getattr(config, "image_aspect_ratio", None) != "native":
         return None
+    values = config.mm_vision_config
     merge = 2 if getattr(config, "mm_projector_type", None) in MERGERS else 1
-    return NativeResolution(config.mm_vision_config["patch_size"] * merge, config.min_pixels, config.max_pixels)
+    merge = max(merge, values.get("spatial_merge_size") or 1)  # the Qwen-VL encoders' own
+    rule = NaflexResolution if values.get("model_type") == "siglip2_vision_model" else NativeResolution
+    return rule(values["patch_size"] * merge, config.min_pixels, config.max_pixels)
 
 
 def pixel_options(config) -> PixelOptions:

@@ -14,6 +14,7 @@ import sys
 import unicodedata
 
 from llava.errors import LlavaError, report_errors
+from llava.inference import own_code
 
 COMMANDS = """\
 /image PATH   show a picture with the next message (several: once each)
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     bits.add_argument("--load-4bit", action="store_true", help="quantise with bitsandbytes")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", help="default: float32 on cpu, else bfloat16")
+    own_code.add_options(parser)
     parser.add_argument("--debug", action="store_true", help="print every prompt on stderr")
     return parser
 
@@ -101,10 +103,10 @@ def load_chat(args):
     from llava.inference.engine import Inference
     from llava.serve.chat import Chat
 
-    quantised = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}
+    options = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit, **own_code.overrides(args)}
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the answers'
         inference = Inference.load(
-            args.model_path, args.model_base, version=args.conv_mode, device=args.device, dtype=args.dtype, **quantised
+            args.model_path, args.model_base, version=args.conv_mode, device=args.device, dtype=args.dtype, **options
         )
     if pictures and inference.image_processor is None:
         raise LlavaError(f"--image-file: {args.model_path} has no vision tower, expected text alone")

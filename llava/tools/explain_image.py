@@ -14,6 +14,7 @@ import sys
 from typing import NamedTuple
 
 from llava.errors import LlavaError, report_errors
+from llava.inference import own_code
 
 # options about sizes -> the training key that each stands for
 OPTIONS = {
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--conv-mode", help="conversation template of --prompt (default: the config's or checkpoint's)")
     parser.add_argument("--output", help="draw the walk into this file (.png, .jpg)")
     parser.add_argument("--all", action="store_true", help="list every candidate of a large grid")
+    own_code.add_options(parser)
     return parser
 
 
@@ -77,13 +79,15 @@ def read_geometry(args, rest: list[str]):
         from llava.config.resolve import resolve
 
         keys = {key: options.pop(name) for name, key in OPTIONS.items() if key is not None and name in options}
+        keys |= {} if args.vision_tower is None else {"vision_tower": args.vision_tower}
         run = resolve([args.config, *(f"--{key}={value}" for key, value in keys.items()), *rest])
         family = family_of_run(run)
         return family, family.geometry(run["model_name_or_path"], run, **options), run
     if rest:
         raise LlavaError(f"command line: {' '.join(rest)}: a training key needs --config; see --help")
     family = get_family("llava") if args.model_path is None else family_of(args.model_path)
-    return family, family.geometry(args.model_path, **options), None
+    with own_code.allowed(args):
+        return family, family.geometry(args.model_path, **options), None
 
 
 def read_prompt(args, family, run) -> Prompt:

@@ -7,6 +7,7 @@ import argparse
 import os
 
 from llava.errors import LlavaError, report_errors
+from llava.inference import own_code
 from llava.utils import rank0_print
 
 
@@ -16,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-base", help="the model it was trained on (default: as the adapter's config names it)")
     parser.add_argument("--save-model-path", required=True, help="folder to write; must not hold a model yet")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: the base's)")
+    own_code.add_options(parser)
     return parser
 
 
@@ -48,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pick_dtype(stored_dtype(base) if args.dtype == "auto" else args.dtype, device_is_cpu=False)
     settings = generation_settings(base)
     loaded = family_of(base).load(
-        args.model_path, base=args.model_base, dtype=dtype, device="cpu", generation_config=settings
+        args.model_path,
+        **{"base": args.model_base, "dtype": dtype, "device": "cpu", "generation_config": settings},
+        **own_code.overrides(args),
     )
     with torch.no_grad():
         loaded.model.save_pretrained(out)

@@ -91,7 +91,7 @@ def _facts(tower, cfg) -> dict:
     return {
         "model_type": getattr(tower.config, "model_type", None),
         "class": type(tower).__name__,
-        "patch": tower.config.patch_size,
+        "patch": tower.patch_size,
         "image_size": side,
         "tokens": tokens,
         "grid": grid and list(grid),

@@ -14,7 +14,7 @@ from llava.train.schedule import has_optimizer
 
 _VISION = (
     *("mm_vision_select_layer", "mm_vision_select_feature", "s2", "mm_projector_type"),
-    *("tower_args", "vision_tower_image"),
+    *("tower_args", "vision_tower_image", "image_size", "vision_tower_stage"),
     *("mm_use_im_start_end", "mm_use_im_patch_token"),
 )
 _COMPRESSION = ("compression_input_size", "compression_output_size")

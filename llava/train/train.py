@@ -116,9 +116,10 @@ def _train(model_args, data_args, training_args, make, state, stopping):
         model = adapt(model, model_args, training_args)
     parts = tunable_parts(model_args, training_args)
     set_trainable(model, parts, training_args.lora_bias, family, training_args.mm_vision_tower_trainable_blocks)
-    for part, origin in origins.items():
-        rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
-    Precision.of(training_args).apply(model)
+    _tell_parts(family, model, parts, origins, training_args)
+    precision = Precision.of(training_args)
+    precision.apply(model)
+    family.check_precision(model, precision)
     packing = _packing(data["train_dataset"], data_args, training_args, model.config)
     padded = replace(args, pack_sequences=False)
     evaluation = held_out and make_evaluation(*held_out, family, loaded, padded, training_args.eval_image_folder)
@@ -129,6 +130,17 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     )
     enter("preparation of the training")
     _take_steps(trainer, checkpoint)
+
+
+def _tell_parts(family, model, parts, origins, training_args) -> None:
+    """Where each part starts from, and the rates of the vision tower's blocks where they differ."""
+    from llava.families.rates import decay_preview
+
+    for part, origin in origins.items():
+        rank0_print(f"{part}: {origin} ({'trained' if part in parts else 'frozen'})")
+    preview = decay_preview(family, model, training_args) if "mm_vision_tower" in parts else None
+    if preview:
+        rank0_print(preview)
 
 
 def _packing(dataset, data_args, training_args, config):

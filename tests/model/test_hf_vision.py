@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.hf_facts import PACKED
 from llava.model.multimodal_encoder.hf_vision import FACTS
 from tests.model import small
 
@@ -104,7 +105,7 @@ def prefix(kind, config):
 
 
 def test_every_type_is_tried():
-    assert set(FACTS) == set(KINDS) | WHOLE
+    assert set(FACTS) == set(KINDS) | WHOLE | set(PACKED)  # the last in test_packed_vision.py
 
 
 @pytest.mark.parametrize(("layer", "larger"), [(-2, False), (-1, True)])

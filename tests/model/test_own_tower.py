@@ -96,7 +96,8 @@ def test_save_and_load_elsewhere(here, tmp_path, monkeypatch, name, changes):
     shutil.rmtree(tmp_path / "there" / "encoder")
     monkeypatch.chdir(tmp_path / "there")
     sys.modules.pop("mine", None)
-    again = type(model).from_pretrained(tmp_path / "saved").eval()
+    named = changes.get("mm_vision_tower_type", name)
+    again = type(model).from_pretrained(tmp_path / "saved", vision_tower=named).eval()
     images = small.pixels(2, 3, SIDE, SIDE)
     with torch.no_grad():
         expected = model.encode_images(images)
@@ -107,15 +108,19 @@ def test_save_and_load_elsewhere(here, tmp_path, monkeypatch, name, changes):
 
 
 def test_where_the_class_is_not(here, tmp_path, monkeypatch):
-    model = saved(tmp_path / "saved", "mine.py:Plain", vision_tower_image=IMAGE)
+    """Named by the user, and not there; what came with a checkpoint is not run, from within it neither."""
+    model, named = (
+        saved(tmp_path / "saved", "mine.py:Plain", vision_tower_image=IMAGE),
+        {"vision_tower": "mine.py:Plain"},
+    )
     (here / "mine.py").rename(tmp_path / "saved" / "mine.py")
-    for folder in (here, tmp_path / "saved"):  # what came with a checkpoint is not run, from within it neither
+    for folder in (here, tmp_path / "saved"):
         monkeypatch.chdir(folder)
         torch.ran = 0
         with pytest.raises(
             LlavaError, match=r"mine.py:Plain: found .*mine.py, which came with the checkpoint.*copy it"
         ):
-            type(model).from_pretrained(tmp_path / "saved")
+            type(model).from_pretrained(tmp_path / "saved", **named)
         assert torch.ran == 0
     tiny.llm(tmp_path / "llm")  # its tokenizer
     for file in (tmp_path / "llm").glob("token*"):
@@ -129,7 +134,7 @@ def test_where_the_class_is_not(here, tmp_path, monkeypatch):
         assert loaded[1].get_vision_tower()(images).equal(model.get_vision_tower()(images)) and torch.ran == 1
     (tmp_path / "saved" / "mine.py").unlink()
     with pytest.raises(LlavaError, match=r"^vision tower mine.py:Plain: found no file mine.py.*PYTHONPATH$"):
-        type(model).from_pretrained(tmp_path / "saved")
+        type(model).from_pretrained(tmp_path / "saved", **named)
 
 
 def test_every_kind_of_tower_is_recorded(tmp_path):
@@ -227,5 +232,5 @@ def test_an_entry_point(monkeypatch):
     point = metadata.EntryPoint("ours", "mine:Plain", "llava.towers")
     monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == "llava.towers" else [])
     tower = build("ours")
-    assert tower.recorded_type == "mine:Plain" and tower.num_patches == 9
+    assert tower.recorded_type == "ours" and tower.num_patches == 9
     assert not VisionChange.between({"mm_vision_tower": "ours"}, {"mm_vision_tower": "mine:Plain"}, None).new_tower

@@ -76,11 +76,13 @@ def test_a_plain_module(demo, page, tmp_path, capsys):  # noqa: F811
     evaluate = ["--model-path", tmp_path / "out", "--data-path", demo / "heldout.json", "--image-folder"]
     evaluate = [str(word) for word in (*evaluate, demo / "images", "--limit", 4, "--conv-mode", "qwen_1_5")]
     page.rename(tmp_path / "gone")
-    with pytest.raises(SystemExit):
-        main(evaluate)
-    assert "my_vit.py:MyViT: found no file" in capsys.readouterr().err
+    named = ["--vision_tower", "my_vit.py:MyViT"]
+    for words, fault in (([], "only the checkpoint"), (named, "my_vit.py:MyViT: found no file")):
+        with pytest.raises(SystemExit):
+            main(evaluate + words)
+        assert fault in capsys.readouterr().err
     shutil.copy(tmp_path / "gone" / "my_vit.py", ".")
-    main(evaluate)
+    main(evaluate + named)
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["n"] == 4
     capsys.readouterr()
     shutil.copy(tmp_path / "gone" / "my_tower.yaml", ".")
@@ -111,7 +113,8 @@ def test_a_vision_tower(demo, page, tmp_path, capsys, monkeypatch):  # noqa: F81
     assert f"trained: mm_vision_tower {trained / 1e6:.2f}M" in capsys.readouterr().out
     (page / "w.safetensors").unlink()  # the checkpoint has them
     path = str(tmp_path / "out")
-    model = load_pretrained_model(path, None, "llava_qwen", device_map="cpu", torch_dtype="float32")[1]
+    named = {"vision_tower": keys["vision_tower"], "device_map": "cpu", "torch_dtype": "float32"}
+    model = load_pretrained_model(path, None, "llava_qwen", **named)[1]
     tower, images = model.get_vision_tower(), torch.randn(2, 3, 56, 56)
     assert tower(images).shape == (2, 16, 96)
     assert tower.vision_tower.blocks[2].mlp[0].weight.equal(before["blocks.2.mlp.0.weight"])

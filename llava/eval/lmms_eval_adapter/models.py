@@ -54,6 +54,7 @@ class LlavaTowers(lmms):
         max_frames_num: frames taken of a video.
         max_new_tokens: longest answer to tasks that do not say.
         attn_implementation: as transformers'.
+        vision_tower, trust_remote_code: as `load_pretrained_model` takes them.
         max_batch_size: accepted, since lmms-eval passes it.
     """
 
@@ -70,6 +71,8 @@ class LlavaTowers(lmms):
         max_frames_num: int = 32,
         max_new_tokens: int = 1024,
         attn_implementation: str | None = None,
+        vision_tower: str | None = None,
+        trust_remote_code: bool = False,
         max_batch_size=None,
     ):
         from accelerate import Accelerator, InitProcessGroupKwargs
@@ -92,6 +95,8 @@ class LlavaTowers(lmms):
             device=device,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            **({} if vision_tower is None else {"vision_tower": vision_tower}),
+            **({"trust_remote_code": True} if trust_remote_code in (True, "True", "true") else {}),
         )
 
     @property

@@ -96,6 +96,11 @@ class PlainConfig(dict):
             raise AttributeError(f"config: no {name!r}, found {', '.join(map(str, self)) or 'nothing'}") from None
 
 
+def plain_config(config):
+    """A tower's config as an object with attributes, where it is a dict."""
+    return PlainConfig(config) if isinstance(config, dict) and not hasattr(config, "to_dict") else config
+
+
 def config_values(config) -> dict:
     """The values of a tower's config, for config.json: of one of transformers, a dataclass, a mapping, or an object
     with attributes.
@@ -136,6 +141,7 @@ class VisionTower(nn.Module, ABC):
     any_size = False  # takes images of any size, in multiples of its patch
     sees_time = False  # takes a clip as one sample, so that its frames see each other
     takes_adaptive_patches = False  # can keep large patches where an image holds little
+    sets_sizes = False  # `image_size` and `vision_tower_stage` of a run are for it
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False, **tower_args):
         super().__init__()
@@ -144,8 +150,7 @@ class VisionTower(nn.Module, ABC):
         self.is_loaded = False
         self.token_compressor = None  # a subclass's token layout asks for it
         self.read_config(args)
-        if isinstance(getattr(self, "config", None), dict) and not hasattr(self.config, "to_dict"):
-            self.config = PlainConfig(self.config)
+        self.config = plain_config(getattr(self, "config", None))
         self.set_compression(args)
         self.set_patch_choice(args)
         if delay_load:
@@ -313,6 +318,10 @@ class VisionTower(nn.Module, ABC):
     @property
     def token_grid(self) -> Callable[[int, int], tuple[int, tuple[int, int] | None]]:
         """Picklable function (height, width) in pixels -> (tokens, (h, w) or None)."""
+        if self.any_size and "cls_patch" not in self.select_feature:
+            compressor = self.token_compressor
+            sides = compressor and (compressor.input_grid_size, compressor.output_grid_size)
+            return PatchGrid(self.config.patch_size, sides)
         return FixedGrid(self.num_patches_per_side, "cls_patch" in self.select_feature)
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -351,6 +360,11 @@ class VisionTower(nn.Module, ABC):
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of a side of a token."""
+        return self.config.patch_size
 
     @property
     def grid_pixels(self) -> tuple[int, int]:

@@ -10,11 +10,11 @@ import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from llava.config.own_tower import TIMM_PREFIX, ClassPath, class_path
+from llava.config.own_tower import TIMM_PREFIX, class_path
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
-from .hf_facts import FACTS, REMOTE
+from .hf_facts import FACTS, PACKED, REMOTE
 
 __all__ = ["COMPRESSED", "TOWERS", "TowerEntry", "build_vision_tower", "tower_type", "uses_compression"]
 
@@ -54,17 +54,23 @@ TOWERS = {
         "clip_encoder:CLIPVisionTower", ("clip", "clip_vision_model"), ("clip", "openai", "laion", "ShareGPT4V")
     ),
     "clip_s2": TowerEntry("clip_encoder:CLIPVisionTowerS2"),
-    "hf_vision": TowerEntry("hf_vision:HFVisionBackboneTower", (*REMOTE, *FACTS)),
+    "packed_vision": TowerEntry("packed_vision:PackedVisionTower", tuple(PACKED)),
+    "hf_vision": TowerEntry(
+        "hf_vision:HFVisionBackboneTower", (*REMOTE, *(kind for kind in FACTS if kind not in PACKED))
+    ),
     "timm": TowerEntry("timm_tower:TimmTower", ("timm",)),
 }
 
 
 OWN_KEYS = ("tower_args", "vision_tower_image", "vision_tower_weights")  # for classes of the user's own
 TIMM_KEYS = ("tower_args", "vision_tower_weights")  # of them, what an encoder of timm takes too
+SIZE_KEYS = ("image_size", "vision_tower_stage")  # for towers that have a choice
+# whose class sees to S2 by itself; beside a SigLIP the key does nothing, as in LLaVA-NeXT, whose checkpoints rely on it
+OWN_S2 = ("clip_s2", "siglip")
 
 
-def _model_type(tower: str) -> str | None:
-    """`model_type` in the config.json of a local folder or a hub repository; None where there is none to read."""
+def _source_values(tower: str) -> dict:
+    """config.json of a local folder or a hub repository; {} where there is none to read."""
     if os.path.isdir(tower):
         path = os.path.join(tower, "config.json")
         if not os.path.isfile(path):
@@ -75,12 +81,12 @@ def _model_type(tower: str) -> str | None:
         try:
             path = cached_file(tower, "config.json", _raise_exceptions_for_missing_entries=False)
         except OSError:
-            return None  # offline, or no such repository: the name decides; loading will say what is missing
+            return {}  # offline, or no such repository: the name decides; loading will say what is missing
         if path is None:
-            return None
+            return {}
     with open(path) as file:
         try:
-            return json.load(file).get("model_type")
+            return json.load(file)
         except json.JSONDecodeError as error:
             raise LlavaError(f"{path}: not JSON ({error})") from None
 
@@ -92,7 +98,7 @@ def _by_name(name: str, keys) -> str | None:
 
 def tower_type(cfg, tower: str) -> str:
     """Registry id for a config: `mm_vision_tower_type`, else the encoder's `model_type`, else its name; of an encoder
-    of the user's own the path of its class.
+    of the user's own its class: a path, or the name of an installed entry point.
 
     Raises:
         LlavaError: nothing matches; the message lists the known ids.
@@ -102,7 +108,7 @@ def tower_type(cfg, tower: str) -> str:
 
 
 def recorded_type(cfg, tower: str) -> str:
-    """What a checkpoint keeps as `mm_vision_tower_type`, so that it loads where nothing else tells: the id or path,
+    """What a checkpoint keeps as `mm_vision_tower_type`, so that it loads where nothing else tells: the id or class,
     with what `use_token_compression` would say where the config has it there; S2 stays with its own key."""
     explicit = getattr(cfg, "mm_vision_tower_type", None) or ""
     return _plain_type(cfg, tower) + (COMPRESSED if explicit.endswith(COMPRESSED) else "")
@@ -121,21 +127,21 @@ def _plain_type(cfg, tower: str) -> str:
                 f"mm_vision_tower_type: found {explicit!r} beside the vision tower {tower}, a class of its own; "
                 "expected one of the two"
             )
-        return str(own)
+        return tower
     if tower.endswith(".py"):
         raise LlavaError(f"vision tower {tower!r}: names a file, expected the class in it too: {tower}:CLASS")
     if explicit:
-        own = None if explicit in TOWERS else class_path(explicit)
-        if explicit not in TOWERS and own is None:
+        if explicit not in TOWERS and class_path(explicit) is None:
             known = ", ".join(TOWERS)
             raise LlavaError(
                 f"mm_vision_tower_type: found {explicit!r}, expected one of {known} (or with {COMPRESSED}), or a class "
                 "of your own: FILE.py:Class, pkg.module:Class, an entry point of llava.towers"
             )
-        kind = explicit if own is None else str(own)
+        kind = explicit
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}
-        model_type = stored.get("model_type") or _model_type(tower)
+        values = stored if stored.get("model_type") else _source_values(tower)
+        model_type = values.get("model_type")
         if model_type is None:
             kind = _by_name(tower, TOWERS)
         else:
@@ -144,9 +150,14 @@ def _plain_type(cfg, tower: str) -> str:
             readers = [key for key, entry in TOWERS.items() if model_type in entry.also_reads and not stored]
             kind = _by_name(os.path.basename(tower.rstrip("/")), readers) or next(by_type, None)
         if kind is None:
-            found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
-            fault = LlavaError if model_type else OutOfReach
-            raise fault(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")
+            if values:
+                from .hf_refusals import no_tower
+
+                raise no_tower(tower, values)
+            raise OutOfReach(
+                f"vision tower {tower!r}: no config.json and a name that says nothing; set mm_vision_tower_type to one "
+                f"of {', '.join(TOWERS)}"
+            )
     return kind
 
 
@@ -168,18 +179,30 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
     if kind not in TOWERS:
         from .own_tower import build_own_tower
 
-        built = build_own_tower(ClassPath.parse(kind), tower, cfg, **kwargs)
+        built = build_own_tower(tower, cfg, kind, **kwargs)
     else:
-        _check_no_own_keys(cfg, tower, kind)
-        built = TOWERS[kind].load()(tower, cfg, **kwargs)
+        _check_keys(cfg, tower, kind)
+        tower_class = TOWERS[kind].load()
+        if getattr(cfg, "s2", False) and kind not in OWN_S2:
+            from .multi_scale import multi_scale
+
+            tower_class = multi_scale(tower_class, f"{tower}, of the type {kind},")
+        built = tower_class(tower, cfg, **kwargs)
     built.recorded_type = recorded_type(cfg, tower)
     return built
 
 
-def _check_no_own_keys(cfg, tower: str, kind: str) -> None:
+def _check_keys(cfg, tower: str, kind: str) -> None:
+    """Refuse what is said of another kind of tower, which would go unheard."""
     for key in OWN_KEYS:
         if getattr(cfg, key, None) and not (kind == "timm" and key in TIMM_KEYS):
             raise LlavaError(
                 f"{key}: found {getattr(cfg, key)!r}, which is for a class of your own in vision_tower, but {tower} is "
                 f"of the type {kind}"
+            )
+    for key in SIZE_KEYS:
+        if getattr(cfg, key, None) and not TOWERS[kind].load().sets_sizes:
+            raise LlavaError(
+                f"{key}: found {getattr(cfg, key)}, but {tower} is of the type {kind}, which has one size and no "
+                "stages; expected none"
             )

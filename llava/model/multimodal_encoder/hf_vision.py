@@ -1,9 +1,6 @@
 """Any vision backbone of transformers as a tower: its own forward, its hidden states, told by `model_type`.
 
 The encoder is the stock model, whole and under its own weight names. What differs between types stands in `FACTS`.
-
-Every type is shown pictures at exactly its size: the margin that some published processors resize to and then cut off
-belongs to classification, and would cut text off at a picture's edges.
 """
 
 import copy
@@ -11,28 +8,28 @@ import os
 
 import torch
 import torch.nn as nn
-from transformers import CLIPImageProcessorPil
+from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError, OutOfReach
 from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
 from .hf_backbone import quiet_loading
-from .hf_facts import FACTS, REMOTE, Facts
+from .hf_facts import FACTS, Facts, side_of
+from .hf_pixels import processor_class, read_processor
+from .hf_refusals import no_tower
+from .hf_states import as_tokens, hidden_states
 from .hf_tower import HFVisionTower
 
 __all__ = ["FACTS", "Facts", "HFVisionBackboneTower"]
 
+# DINOv3 moves its positions at random in training mode, which a frozen encoder is in too
+_AUGMENTATIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 RUN = "llava_tower"  # where the encoder's config holds what a run chose, so that a checkpoint says it by itself
 
 
-def side_of(value) -> int:
-    """A size in pixels that a config gives as a number or as [height, width]."""
-    return int(value[0] if isinstance(value, (list, tuple)) else value)
-
-
 class HFVisionBackboneTower(HFVisionTower):
-    processor_class = CLIPImageProcessorPil  # Pillow, with any size, statistics and interpolation
+    sets_sizes = True
 
     # --- config and pixels ---
 
@@ -41,6 +38,7 @@ class HFVisionBackboneTower(HFVisionTower):
         values = self.source_values() if stored is None else stored
         self.model_type = values.get("model_type")
         self.facts = self.facts_of(values)
+        self.processor_class = processor_class(self.facts)
         self.config_class, self.model_class = self.classes()
         self.config = self.config_class.from_dict(values.get("vision_config") or values)
         self.set_sizes(args)
@@ -72,18 +70,9 @@ class HFVisionBackboneTower(HFVisionTower):
         Raises:
             LlavaError: a type that there is no row for; one that runs code of its own repository.
         """
-        if self.model_type in FACTS:
-            return FACTS[self.model_type]
-        known = ", ".join(FACTS)
-        if self.model_type in REMOTE or values.get("auto_map"):
-            known = REMOTE.get(self.model_type, f"a checkpoint converted to one of {known}")
-            raise LlavaError(
-                f"vision tower {self.vision_tower_name!r}: model_type {self.model_type!r} is code of its own "
-                f"repository (auto_map), which is not run; expected {known}"
-            )
-        raise LlavaError(
-            f"vision tower {self.vision_tower_name!r}: found model_type {self.model_type!r}, expected one of {known}"
-        )
+        if self.model_type not in FACTS:
+            raise no_tower(self.vision_tower_name, values)
+        return FACTS[self.model_type]
 
     def classes(self):
         """(config class, model class) of this type.
@@ -111,14 +100,16 @@ class HFVisionBackboneTower(HFVisionTower):
         chosen = getattr(config, RUN, None) or {}
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0  # ViT-MAE masks in evaluation too
+        for name in _AUGMENTATIONS:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)
         self.stage = getattr(args, "vision_tower_stage", None) or chosen.get("stage")
-        self.patch = side_of(config.patch_size)
-        if facts.strides:
-            stages = len(config.depths)
-            self.stage = stages if self.stage is None else self.stage
-            if not 1 <= self.stage <= stages:
-                raise LlavaError(f"vision_tower_stage: found {self.stage}, expected 1 to {stages}")
-            self.patch *= 2 ** (self.stage - 1)
+        self.patch, strides = facts.patch_of(config), facts.stage_strides(config)
+        if strides:
+            self.stage = len(strides) if self.stage is None else self.stage
+            if not 1 <= self.stage <= len(strides):
+                raise LlavaError(f"vision_tower_stage: found {self.stage}, expected 1 to {len(strides)}")
+            self.patch = strides[self.stage - 1]
         elif self.stage is not None:
             raise LlavaError(
                 f"vision_tower_stage: found {self.stage}, but {self.model_type} has no stages; expected none"
@@ -135,6 +126,12 @@ class HFVisionBackboneTower(HFVisionTower):
                 f"image_size: found {self.side}, expected a multiple of {self.patch} (the pixels of a token of "
                 f"{self.model_type})"
             )
+        window = getattr(config, "window_size", 0) if facts.name == "Swin" else 0
+        if window and self.side < window * strides[-1]:  # its windows do not shrink with the map
+            raise LlavaError(
+                f"image_size: found {self.side}, expected {window * strides[-1]} or more: the last stage of this "
+                f"{self.model_type} has windows of {window} tokens"
+            )
         if self.cls_patch and facts.prefix(config)[0] > 1:
             raise LlavaError(
                 f"mm_vision_select_feature cls_patch: {self.model_type} has {facts.prefix(config)[0]} class tokens, "
@@ -144,32 +141,13 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def own_side(self) -> int:
         """The pixels of a side that the encoder was made for."""
-        side = getattr(self.config, "image_size", None)
+        side = self.facts.side or getattr(self.config, self.facts.size, None)
         if side is None:  # NaFlex: a table of positions, and no size
             return round(self.config.num_patches**0.5) * self.patch
         return side_of(side)
 
     def read_source_processor(self):
-        """Pillow processor from the encoder's preprocessor_config.json, or from the published statistics."""
-        from transformers.image_processing_base import ImageProcessingMixin
-
-        mean, std = self.facts.statistics
-        try:
-            values = ImageProcessingMixin.get_image_processor_dict(self.vision_tower_name)[0]
-        except (OSError, ValueError):
-            values = {}
-        square = {"height": self.side, "width": self.side}
-        squashed = values and "shortest_edge" not in (values.get("size") or {})
-        return self.processor_class(
-            size=square if squashed else {"shortest_edge": self.side},
-            crop_size=square,
-            do_center_crop=not squashed,
-            resample=values.get("resample", self.facts.resample),
-            image_mean=values.get("image_mean") or list(mean),
-            image_std=values.get("image_std") or list(std),
-            do_normalize=values.get("do_normalize", True),
-            rescale_factor=values.get("rescale_factor", 1 / 255),
-        )
+        return read_processor(self.vision_tower_name, self.facts, self.side)
 
     # --- weights ---
 
@@ -221,8 +199,10 @@ class HFVisionBackboneTower(HFVisionTower):
             return
         small = copy.deepcopy(self.config)
         small.num_hidden_layers = 1
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():
             fresh = dict(self.model_class(small).named_buffers())
+            if not lacking.keys() <= fresh.keys():  # each block has its own
+                fresh = dict(self.model_class(self.config).named_buffers())
         for name, buffer in lacking.items():
             with torch.no_grad():
                 buffer.copy_(fresh[name])
@@ -232,8 +212,10 @@ class HFVisionBackboneTower(HFVisionTower):
         last, encoder = max(self.layers()), self.vision_tower
         blocks = encoder.get_submodule(self.facts.blocks)
         yield from blocks[last:]
+        if self.facts.hidden_states == "before_merging" and blocks[last - 1].downsample is not None:
+            yield blocks[last - 1].downsample
         norm = self.facts.final_norm
-        if norm and not (self.facts.norm_in_states and last == len(blocks)):
+        if norm and not (self.facts.hidden_states == "normed" and last == len(blocks)):
             yield encoder.get_submodule(norm)
         for name in self.facts.unused:
             owner, _, leaf = name.rpartition(".")
@@ -254,16 +236,19 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def layers(self):
         if self.facts.strides:
+            if self.select_feature.startswith("slice"):
+                raise LlavaError(
+                    f"mm_vision_select_feature: found {self.select_feature!r}, but {self.model_type} has one feature "
+                    "map, that of vision_tower_stage; expected patch"
+                )
             return [self.stage]
         return select_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers + 1)
 
     def encode(self, images):
         self.check_pixels(images)
-        states = self.vision_tower(**self.inputs(images), output_hidden_states=True).hidden_states
-        picked = [states[i] for i in self.layers()]
-        if self.facts.strides:  # [B, D, h, w] -> tokens row by row
-            return picked[0].flatten(2).transpose(1, 2)
-        features = torch.cat(picked, dim=-1)
+        kind = self.facts.hidden_states
+        states = hidden_states(self.vision_tower, kind, self.inputs(images))
+        features = torch.cat([as_tokens(states[i], kind) for i in self.layers()], dim=-1)
         cls, registers = self.facts.prefix(self.config)
         patches = features[:, cls + registers :]
         return torch.cat([features[:, :1], patches], dim=1) if self.with_cls else patches
@@ -284,9 +269,13 @@ class HFVisionBackboneTower(HFVisionTower):
         if self.facts.name == "Siglip2Vision":  # NaFlex: patches, channels last, and the grid they come from
             rows = images.unflatten(3, (w, self.patch)).unflatten(2, (h, self.patch))
             rows = rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, h * w, patch * patch * C]
-            ones = torch.ones(rows.shape[:2], dtype=torch.long, device=images.device)
+            # the stock model reads the mask, and on the meta device there is nothing to read
+            ones = torch.ones(rows.shape[:2], dtype=torch.long, device="cpu" if images.is_meta else images.device)
             grids = torch.tensor([[h, w]] * len(images))
             return {"pixel_values": rows, "pixel_attention_mask": ones, "spatial_shapes": grids}
+        if self.facts.name == "VJEPA2":  # a clip of one picture, as long as what it makes one token of
+            clip = images[:, None].expand(-1, self.config.tubelet_size, -1, -1, -1)
+            return {"pixel_values_videos": clip, "skip_predictor": True}
         found = {"pixel_values": images}
         if self.facts.interpolates == "asked":
             found["interpolate_pos_encoding"] = True
@@ -314,11 +303,15 @@ class HFVisionBackboneTower(HFVisionTower):
 
     @property
     def feature_size(self):
-        return self.config.hidden_sizes[self.stage - 1] if self.facts.strides else super().feature_size
+        return self.facts.stage_width(self.config, self.stage) if self.facts.strides else super().feature_size
 
     @property
     def image_size(self):
         return self.side
+
+    @property
+    def patch_size(self):
+        return self.patch
 
     @property
     def grid_pixels(self):

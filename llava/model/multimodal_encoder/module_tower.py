@@ -17,7 +17,7 @@ from llava.errors import LlavaError
 from llava.model.checkpoint import read_weights
 from llava.utils import rank0_print
 
-from .base import FixedGrid, PlainConfig, VisionTower
+from .base import PlainConfig, VisionTower
 from .trial import check_features, evaluating, own_code, sample_images
 
 OWED = "[B, N, D] of N = h * w tokens on a square grid (no class token), or [B, D, h, w]"
@@ -72,7 +72,7 @@ class ModuleTower(VisionTower):
         first = next(module.parameters(), None)
         if first is None:
             raise LlavaError(f"{self.what}: has no parameters, expected an encoder with weights")
-        images = sample_images(side, first.device, first.dtype)
+        images = sample_images((side, side), first.device, first.dtype)
         with evaluating(module), torch.no_grad():
             found = module(images)
         ndim = found.ndim if isinstance(found, torch.Tensor) else 0
@@ -140,22 +140,30 @@ class ModuleTower(VisionTower):
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 
+    @property
+    def any_size(self):
+        """Whether the module takes pictures of any size, in multiples of its patch: its class says so."""
+        return getattr(self.module_class, "any_size", False) is True
+
     def encode(self, images):
-        side = self.config.image_size
-        if tuple(images.shape[-2:]) != (side, side):
+        side, patch, size = self.config.image_size, self.config.patch_size, tuple(images.shape[-2:])
+        if self.any_size and any(pixels % patch for pixels in size):
+            raise LlavaError(f"the vision tower takes images in multiples of {patch} pixels, got {size}")
+        if not self.any_size and size != (side, side):
             raise LlavaError(
-                f"the vision tower takes images of {side}x{side} pixels, got {tuple(images.shape[-2:])}; check the "
-                "image processor's size"
+                f"the vision tower takes images of {side}x{side} pixels, got {size}; check the image processor's size"
             )
         found = self.vision_tower(images)
         if isinstance(found, torch.Tensor) and found.ndim == 4:  # a feature map, row by row
             found = found.flatten(2).transpose(1, 2)
-        expected = (len(images), self.config.tokens_per_side**2, self.config.hidden_size)
+        tokens = size[0] // patch * (size[1] // patch) if self.any_size else self.config.tokens_per_side**2
+        expected = (len(images), tokens, self.config.hidden_size)
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != expected:
             shape = list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+            why = "one a patch, since its class says any_size" if self.any_size else "as when it was first tried"
             raise LlavaError(
                 f"{self.what}: for images {list(images.shape)} it returned {shape}, expected tokens {list(expected)}, "
-                "as when it was first tried"
+                f"{why}"
             )
         return found
 
@@ -173,10 +181,6 @@ class ModuleTower(VisionTower):
             if (path, name) in again:
                 new = again[path, name]
                 setattr(module, name, new.to(device, value.dtype if new.is_floating_point() else new.dtype))
-
-    @property
-    def token_grid(self):
-        return FixedGrid(self.num_patches_per_side)
 
     @property
     def num_patches_per_side(self):

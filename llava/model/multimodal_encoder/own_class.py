@@ -1,13 +1,12 @@
 """Finding and importing the class of an encoder that a user brings along.
 
-A run's YAML or command names the class. A checkpoint's config does too, and may come from anywhere: it finds what the
-user has installed or put beside the work, and nothing in the checkpoint's own folder or in the hub's cache, unless
-`trusting_checkpoints`. A file in which no such class is defined is not run at all.
+Whether it may be imported at all is for `trust.py` to say. It is found among what the user has installed or put beside
+the work; nothing is run from the checkpoint's own folder or the hub's cache, unless `trusting_checkpoints`, and no file
+in which no such class is defined.
 """
 
 import ast
 import contextlib
-import contextvars
 import hashlib
 import importlib
 import importlib.util
@@ -17,17 +16,7 @@ import sys
 from llava.config.own_tower import ClassPath
 from llava.errors import LlavaError
 
-_trusting = contextvars.ContextVar("trusting_checkpoints", default=False)
-
-
-@contextlib.contextmanager
-def trusting_checkpoints(trust: bool):
-    """Inside, code in a checkpoint's own folder is run (`trust_remote_code`)."""
-    token = _trusting.set(trust)
-    try:
-        yield
-    finally:
-        _trusting.reset(token)
+from .trust import trusts_checkpoints
 
 
 def load_class(path: ClassPath, checkpoint: str | None = None):
@@ -87,7 +76,7 @@ def _load_file(path: ClassPath, checkpoint: str | None):
 def _find_file(path: ClassPath, checkpoint: str | None) -> str:
     name = os.path.basename(path.source)
     places = [path.source, name, *(os.path.join(folder, name) for folder in sys.path if folder)]
-    if _trusting.get() and checkpoint:
+    if trusts_checkpoints() and checkpoint:
         places.append(os.path.join(checkpoint, name))
     files = [os.path.realpath(place) for place in places if os.path.isfile(place)]
     allowed = [file for file in files if _may_run(file, checkpoint)]
@@ -103,7 +92,7 @@ def _find_file(path: ClassPath, checkpoint: str | None) -> str:
 
 def _may_run(file: str, checkpoint: str | None) -> bool:
     """Code in a checkpoint's folder, or downloaded with one, is not run."""
-    if _trusting.get():
+    if trusts_checkpoints():
         return True
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -14,8 +14,10 @@ from llava.errors import LlavaError
 
 from .base import VisionTower
 from .module_tower import ModuleTower
+from .multi_scale import multi_scale
 from .own_class import load_class
 from .trial import own_code, try_out
+from .trust import permitted
 
 PAGE = "docs/your_encoder.md"
 _ASKED = {
@@ -24,21 +26,29 @@ _ASKED = {
 }
 
 
-def build_own_tower(path: ClassPath, tower: str, cfg, delay_load: bool = False) -> VisionTower:
+def build_own_tower(tower: str, cfg, name: str, delay_load: bool = False) -> VisionTower:
     """The tower of a class: a `VisionTower`, or a plain `nn.Module`, which `ModuleTower` goes around.
 
     Where no checkpoint has told its sizes, one image goes through it: on the meta device if it is built there and can
     compute there, else on the CPU.
 
     Args:
-        path: of the class.
-        tower: `vision_tower` of the run, the path too or a folder.
+        tower: `vision_tower` of the run, the class too or a folder.
         cfg: as `build_vision_tower`.
+        name: of the class, as `cfg` says it.
 
     Raises:
-        LlavaError: no such class, one that lacks something, or one that returns what is not expected.
+        LlavaError: no such class, one that may not be run, that lacks something, or that returns what is not expected.
     """
-    found = load_class(path, getattr(cfg, "_name_or_path", None) or None)
+    checkpoint = getattr(cfg, "_name_or_path", None) or None
+    path = permitted(name, checkpoint, "vision_tower" if name == tower else "mm_vision_tower_type")
+    found = load_class(path, checkpoint)
+    built = _built(found, path, tower, cfg, delay_load)
+    built.own_class = str(path)
+    return built
+
+
+def _built(found: type, path: ClassPath, tower: str, cfg, delay_load: bool) -> VisionTower:
     make = _maker(found, path, tower, cfg, delay_load)
     if getattr(cfg, "mm_vision_config", None) is not None and delay_load:
         built = _restore(make, found, path)  # it was tried when it was trained
@@ -56,9 +66,7 @@ def build_own_tower(path: ClassPath, tower: str, cfg, delay_load: bool = False) 
 
 
 def _maker(found: type, path: ClassPath, tower: str, cfg, delay_load: bool):
-    arguments = getattr(cfg, "tower_args", None) or {}
-    if getattr(cfg, "s2", False):
-        raise LlavaError(f"s2: found true, expected false: {path} is a class of its own, and S2 is of CLIP's towers")
+    arguments, scales = getattr(cfg, "tower_args", None) or {}, getattr(cfg, "s2", False)
     if not issubclass(found, nn.Module):
         raise LlavaError(
             f"vision tower {path}: {found.__name__} is no nn.Module, expected one, or a VisionTower ({PAGE})"
@@ -69,7 +77,8 @@ def _maker(found: type, path: ClassPath, tower: str, cfg, delay_load: bool):
         taken = {"module_class", "what"} & arguments.keys()
         if taken:
             raise LlavaError(f"tower_args: found {', '.join(taken)}, expected other names")
-        return functools.partial(ModuleTower, tower, cfg, delay_load, module_class=found, what=str(path), **arguments)
+        around = multi_scale(ModuleTower, str(path)) if scales else ModuleTower
+        return functools.partial(around, tower, cfg, delay_load, module_class=found, what=str(path), **arguments)
     lacking = sorted(found.__abstractmethods__)
     if lacking:
         raise LlavaError(
@@ -78,7 +87,8 @@ def _maker(found: type, path: ClassPath, tower: str, cfg, delay_load: bool):
     for key in ("vision_tower_image", "vision_tower_weights"):
         if getattr(cfg, key, None):
             raise LlavaError(f"{key}: {path} is a VisionTower, which sees to that itself; expected it in tower_args")
-    return functools.partial(found, tower, cfg, delay_load=delay_load, **arguments)
+    around = multi_scale(found, str(path)) if scales else found
+    return functools.partial(around, tower, cfg, delay_load=delay_load, **arguments)
 
 
 def _build(make, found: type, path: ClassPath) -> VisionTower:

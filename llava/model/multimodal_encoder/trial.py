@@ -48,29 +48,38 @@ def check_features(found, images: torch.Tensor, shape: tuple, what: str, why: st
         raise LlavaError(f"{given}, {wrong} of its {found.numel()} values not finite, expected finite numbers")
 
 
-def sample_images(side: int, device, dtype) -> torch.Tensor:
-    """[1, 3, side, side] of normally distributed pixels, the same each time; on the meta device of none."""
+def sample_images(size: tuple[int, int], device, dtype) -> torch.Tensor:
+    """[1, 3, *size] of normally distributed pixels, the same each time; on the meta device of none."""
     if torch.device(device).type == "meta":
-        return torch.empty(1, 3, side, side, device=device, dtype=dtype)
-    pixels = torch.randn(1, 3, side, side, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        return torch.empty(1, 3, *size, device=device, dtype=dtype)
+    pixels = torch.randn(1, 3, *size, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     return pixels.to(device, dtype)
 
 
 def try_out(tower, what: str) -> None:
-    """One image through a tower.
+    """One image through a tower; through one that takes any size, another that is not square too.
 
     Raises:
         LlavaError: its class fails, or returns what the model does not expect.
     """
     if next(tower.vision_tower.parameters(), None) is None:
         raise LlavaError(f"{what}: its vision_tower has no parameters, expected an encoder with weights")
-    side = tower.image_size
-    images = sample_images(side, tower.device, tower.dtype)
+    side, patch = tower.grid_pixels
     compressor = tower.token_compressor
     tokens = tower.token_grid(side, side)[0] if compressor is None else compressor.input_grid_size**2
+    why = f"B images, {tokens} tokens of each by its config's image_size {side} and patch_size, feature_size channels"
+    _try_size(tower, what, (side, side), tokens, why)
+    if tower.any_size and compressor is None:
+        size = side + patch, side + 2 * patch
+        tokens = tower.token_grid(*size)[0]
+        why = f"it says any_size, and {tokens} tokens are those of {size[0] // patch} x {size[1] // patch} patches"
+        _try_size(tower, what, size, tokens, why)
+
+
+def _try_size(tower, what: str, size: tuple[int, int], tokens: int, why: str) -> None:
+    images = sample_images(size, tower.device, tower.dtype)
     with evaluating(tower), torch.no_grad():
         found = tower.encode(images)
-    why = f"B images, {tokens} tokens of each by its config's image_size {side} and patch_size, feature_size channels"
     check_features(found, images, (1, tokens, tower.feature_size), what, why)
 
 
@@ -95,6 +104,29 @@ def own_code(what: str, file: str | None = None):
         raise
     except Exception as error:
         raise LlavaError(f"{what}: {reading(error, file)}") from error
+
+
+def check_dtype(tower, what: str, dtype: torch.dtype) -> None:
+    """Whether a class computes in a dtype, with its weights in that dtype, whatever they are held in.
+
+    Under ZeRO-3 there are no weights to compute with, and float16 is half done on CPUs: there no values are computed,
+    and a class that cannot do without is left alone.
+
+    Raises:
+        LlavaError: it fails in this dtype, or returns another.
+    """
+    parameters = list(tower.vision_tower.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return
+    no_values = dtype == torch.float16 and tower.device.type == "cpu"
+    device = "meta" if no_values or any(hasattr(parameter, "ds_id") for parameter in parameters) else None
+    if device is not None and _used(tower, device) is None:
+        return
+    images, weights, buffers = _standing_in(tower, device, dtype)
+    told = str(dtype).removeprefix("torch.")
+    with own_code(f"{what}: with weights and images in {told}"), evaluating(tower), torch.no_grad():
+        found = torch.func.functional_call(_Encode(tower), {**weights, **buffers}, (images,))
+    check_features(found, images, (1, None, None), what, "[B, N, D]")
 
 
 # --- what gets no gradient ---
@@ -129,22 +161,36 @@ def unused_parts(tower) -> Iterator[nn.Module]:
 def _used(tower, device: str | None) -> set[int] | None:
     """Ids of the weights that get a gradient; None where the class cannot compute on that device."""
     named = dict(tower.vision_tower.named_parameters(prefix="tower.vision_tower"))
-    stand_ins = {name: _stand_in(parameter, device).requires_grad_() for name, parameter in named.items()}
-    buffers = {name: _stand_in(value, device) for name, value in tower.named_buffers(prefix="tower")}
-    images = sample_images(tower.image_size, device or tower.device, tower.dtype)
+    images, weights, buffers = _standing_in(tower, device)
+    for weight in weights.values():
+        weight.requires_grad_()
     try:
         with evaluating(tower), torch.enable_grad():
-            features = torch.func.functional_call(_Encode(tower), {**stand_ins, **buffers}, (images,))
-            gradients = torch.autograd.grad(features.sum(), list(stand_ins.values()), allow_unused=True)
+            features = torch.func.functional_call(_Encode(tower), {**weights, **buffers}, (images,))
+            gradients = torch.autograd.grad(features.sum(), list(weights.values()), allow_unused=True)
     except Exception:  # whatever a user's class raises on a device that it was not written for
         return None
-    return {id(named[name]) for name, found in zip(stand_ins, gradients, strict=True) if found is not None}
+    return {id(named[name]) for name, found in zip(weights, gradients, strict=True) if found is not None}
 
 
-def _stand_in(value: torch.Tensor, device: str | None) -> torch.Tensor:
+def _standing_in(tower, device: str | None, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, dict, dict]:
+    """An image, and for the encoder's weights and the tower's buffers what stands in for them: on the meta device, or
+    (`device` None) themselves; floating-point ones in `dtype`, if one is given."""
+    images = sample_images((tower.grid_pixels[0],) * 2, device or tower.device, dtype or tower.dtype)
+    weights = tower.vision_tower.named_parameters(prefix="tower.vision_tower")
+    named = [{name: _stand_in(value, device, dtype) for name, value in part} for part in (weights, _buffers(tower))]
+    return images, *named
+
+
+def _buffers(tower) -> Iterator[tuple[str, torch.Tensor]]:
+    return tower.named_buffers(prefix="tower")
+
+
+def _stand_in(value: torch.Tensor, device: str | None, dtype: torch.dtype | None) -> torch.Tensor:
+    dtype = dtype if dtype is not None and value.is_floating_point() else value.dtype
     if device is not None:
-        return torch.empty(getattr(value, "ds_shape", value.shape), dtype=value.dtype, device=device)
-    return value.detach()
+        return torch.empty(getattr(value, "ds_shape", value.shape), dtype=dtype, device=device)
+    return value.detach().to(dtype)
 
 
 def _largest(module: nn.Module, used: set[int]) -> Iterator[nn.Module]:

@@ -21,7 +21,7 @@ from llava.model.stock import FrozenForgets
 from llavavit.varlen_attention import pack_lengths, varlen_attention
 
 
-class _PackedAttention:
+class PackedAttention:
     """The vision encoder's attention, all segments in one call; transformers' goes one by one without flash-attn.
 
     For `attn_implementation` sdpa (the usual one) and varlen; with others it is transformers'.
@@ -41,11 +41,11 @@ class _PackedAttention:
         return self.proj(mixed.flatten(1))
 
 
-class PackedVisionAttention(_PackedAttention, VisionAttention):
+class PackedVisionAttention(PackedAttention, VisionAttention):
     """Qwen2-VL's."""
 
 
-class PackedVisionAttention2_5(_PackedAttention, Qwen2_5_VLVisionAttention):
+class PackedVisionAttention2_5(PackedAttention, Qwen2_5_VLVisionAttention):
     """Qwen2.5-VL's."""
 
 

@@ -3,8 +3,9 @@
 import os
 from typing import NamedTuple
 
+from llava.config.own_tower import own_classes
 from llava.errors import LlavaError
-from llava.tools.hf.layouts import OUTPUT, TOWER, choose_format, is_buffer
+from llava.tools.hf.layouts import AUTO, OUTPUT, TOWER, choose_format, is_buffer
 from llava.tools.hf.streaming import Stored, Weights
 
 
@@ -50,6 +51,9 @@ def read_source(path: str, template: str | None = None) -> Source:
     architecture = resolve_architecture(values, get_model_name_from_path(path), path)
     model_class, config_class = model_classes(architecture)
     config = make_config(path, config_class, values)
+    own = own_classes(values.get("mm_vision_tower"), values.get("mm_vision_tower_type"))
+    if own:  # before its code would be run
+        raise LlavaError(f"{path}: vision tower {own[0]}, a class of its own: {AUTO}")
     expected, tower = expected_weights(model_class, config)
     form = choose_format(path, config, tower)
     template = template or getattr(config, "conversation_template", None) or LANGUAGE_MODELS[architecture].template
