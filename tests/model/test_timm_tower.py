@@ -290,6 +290,16 @@ def test_compression(kind, folders):
     assert tower(small.pixels(2, 3, side, side)).shape == (2, 4, tower.hidden_size) and tower.num_patches == 4
 
 
+def test_several_scales(folders):
+    """S2 goes around it as around any tower of squares: the base scale's part is the tower's own."""
+    tower = build(folders("eva02"), s2=True, s2_scales="42,84")
+    images = small.pixels(2, 3, 84, 84)
+    found = tower(images)
+    assert found.shape == (2, 9, 64) == (2, tower.num_patches, tower.hidden_size)
+    base = torch.nn.functional.interpolate(images, size=(42, 42), mode="bicubic")
+    assert torch.allclose(found[..., :32], build(folders("eva02"))(base), atol=1e-5)
+
+
 # --- checkpoints ---
 
 

@@ -27,6 +27,7 @@ class TimmTower(VisionTower):
     """`tower_args` go to `timm.create_model`; `vision_tower_weights`, a .safetensors file, replaces the published
     weights. Read from `args`, as is `image_size`."""
 
+    sets_sizes = True
     gradient_checkpointing = False  # set by transformers, on every module that has it
 
     # --- config and pixels ---
