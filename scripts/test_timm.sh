@@ -22,4 +22,6 @@ cd "$ROOT"
 export HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
 bare=()
 "$PYTHON" -c "import torchvision" 2>/dev/null || bare=(-p tests.support.bare_torchvision)
-"$PYTHON" -m pytest -q ${bare[@]+"${bare[@]}"} -k timm tests/model tests/tools/test_towers.py "$@"
+"$PYTHON" -m pytest -q ${bare[@]+"${bare[@]}"} -k timm tests/model/test_timm_source.py tests/model/test_timm_tower.py \
+    tests/model/test_tower_contract.py tests/model/test_devices.py tests/model/test_packed_rows.py tests/families/test_lengths.py \
+    tests/model/test_vision_blocks.py tests/tools/test_towers.py tests/train/test_timm_training.py "$@"

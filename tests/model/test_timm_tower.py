@@ -290,6 +290,16 @@ def test_compression(kind, folders):
     assert tower(small.pixels(2, 3, side, side)).shape == (2, 4, tower.hidden_size) and tower.num_patches == 4
 
 
+def test_several_scales(folders):
+    """S2 goes around it as around any tower of squares: the base scale's part is the tower's own."""
+    tower = build(folders("eva02"), s2=True, s2_scales="42,84")
+    images = small.pixels(2, 3, 84, 84)
+    found = tower(images)
+    assert found.shape == (2, 9, 64) == (2, tower.num_patches, tower.hidden_size)
+    base = torch.nn.functional.interpolate(images, size=(42, 42), mode="bicubic")
+    assert torch.allclose(found[..., :32], build(folders("eva02"))(base), atol=1e-5)
+
+
 # --- checkpoints ---
 
 
@@ -313,6 +323,10 @@ def test_save_and_load(kind, folders, tmp_path):
     assert after.config == before.config and after.image_processor.to_dict() == before.image_processor.to_dict()
     with torch.no_grad():
         assert after(images).equal(before(images)) and again.encode_images(images).equal(model.encode_images(images))
+    # in half precision too, with rotary tables and masks that no checkpoint holds
+    half = type(model).from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).eval().get_vision_tower()
+    with torch.no_grad():
+        assert half(images.bfloat16()).equal(before.bfloat16()(images.bfloat16()))
 
 
 def test_arguments_are_kept(folders, tmp_path):

@@ -11,7 +11,7 @@ from llava.model.vision_blocks import block_levels, block_rate, find_blocks, use
 from tests import tiny
 
 LAYERS = 4
-BLOCK = re.compile(r"\blayers?\.(\d+)\.")  # encoders of transformers name their list of blocks one way or the other
+BLOCK = re.compile(r"\b(?:layers?|blocks)\.(\d+)\.")  # encoders name their list of blocks one way or another
 
 
 @pytest.fixture(scope="module", params=TOWERS)
@@ -41,7 +41,7 @@ def test_levels(tower):
         if found := BLOCK.search(name):
             expected = int(found[1])
         else:  # embeddings and the norm before the blocks; the norm and pooling behind them
-            expected = -1 if any(word in name for word in ("embed", "patch", "pre")) else 3
+            expected = -1 if any(word in name for word in ("embed", "patch", "pre", "token")) else 3
         assert levels[id(parameter)] == expected, name
 
 

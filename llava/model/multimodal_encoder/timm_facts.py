@@ -99,9 +99,10 @@ def _maps(model: nn.Module, side: int, source: TimmSource) -> list[tuple[int, in
             "forward_intermediates), expected an encoder that gives tokens or feature maps"
         )
     first = next(model.parameters())
+    images = sample_images((side, side), first.device, first.dtype)
     try:
         with evaluating(model), torch.no_grad():
-            states = intermediates(model, sample_images(side, first.device, first.dtype), None)
+            states = intermediates(model, images, None)
     except Exception as error:
         said = " ".join(str(error).split())[:160]
         raise LlavaError(

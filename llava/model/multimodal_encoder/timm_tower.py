@@ -27,6 +27,7 @@ class TimmTower(VisionTower):
     """`tower_args` go to `timm.create_model`; `vision_tower_weights`, a .safetensors file, replaces the published
     weights. Read from `args`, as is `image_size`."""
 
+    sets_sizes = True
     gradient_checkpointing = False  # set by transformers, on every module that has it
 
     # --- config and pixels ---
@@ -175,6 +176,10 @@ class TimmTower(VisionTower):
         info = self.vision_tower.feature_info[: self.config.stage]
         stages = [self.vision_tower.get_submodule(each["module"]) for each in info]
         return [block for stage in stages for block in find_blocks(stage)]
+
+    @property
+    def no_split_modules(self):
+        return {type(self).__name__, *(type(block).__name__ for block in find_blocks(self.vision_tower))}
 
     # --- features ---
 
