@@ -64,7 +64,7 @@ def test_kinds_of_features(kind, tmp_path):
     kinds["slice_m25811_f6_patch"] = [-2, -5, -8, -11, 6]
     deep = encoders.folder(tmp_path / "tower", kind, **({} if kind in encoders.MAPS else {"num_hidden_layers": DEPTH}))
     plain = build(deep)
-    states, before = encoders.states(kind, deep, pixels(plain)), encoders.prefix(kind, plain.config)
+    states, before = encoders.own_states(kind, deep, pixels(plain)), encoders.prefix(kind, plain.config)
     for feature, layers in kinds.items():
         if kind in encoders.MAPS or (kind == "radio" and "cls" in feature):
             fault = f"found '{feature}'.*one feature map" if kind in encoders.MAPS else "3 class tokens"

@@ -12,7 +12,7 @@ from PIL import Image
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder.hf_vision import FACTS
 from tests.model import small
-from tests.model.hf_encoders import KINDS, MAPS, WHOLE, build, naflex, own_states, stock
+from tests.support.encoders import KINDS, MAPS, WHOLE, build, naflex, own_states, stock
 
 ROOT = Path(__file__).parents[2] / "configs" / "towers"
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8))

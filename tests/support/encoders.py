@@ -1,4 +1,4 @@
-"""A tiny random checkpoint of every type of encoder that the tower of transformers' backbones takes, made on the spot.
+"""A tiny random model of every type that the tower for transformers' vision backbones takes, and its own states.
 
 A new type of `FACTS` joins the tests by one row of `KINDS`.
 """
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from llava.model.multimodal_encoder.hf_facts import FACTS
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.hf_vision import FACTS
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
 PLAIN = dict(**SIZES, image_size=42, patch_size=14)
-STAGES = dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], image_size=64)
+STAGES = dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1])
+WINDOWS = dict(embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], image_size=64, window_size=2)
+SAM = dict(**PLAIN, window_size=2, global_attn_indexes=[1], num_pos_feats=16, output_channels=16)
 # model_type -> what its config is made with: 3 x 3 patches, or a last feature map of 2 x 2
 KINDS = {
     "dinov2": PLAIN,
@@ -24,33 +27,77 @@ KINDS = {
     "radio": dict(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=42, patch_size=14, max_img_size=84
     ),
-    "convnext": STAGES,
-    "convnextv2": STAGES,
+    "convnext": {**STAGES, "image_size": 64},
+    "convnextv2": {**STAGES, "image_size": 64},
+    "dinov3_convnext": {**STAGES, "image_size": 64},
     "vit": PLAIN,
     "vit_mae": PLAIN,
+    "vit_msn": PLAIN,
+    "deit": PLAIN,
     "metaclip_2_vision_model": PLAIN,
+    "altclip_vision_model": PLAIN,
+    "chinese_clip_vision_model": PLAIN,
+    "blip_vision_model": PLAIN,
+    "blip_2_vision_model": PLAIN,
     "ijepa": PLAIN,
+    "beit": {**PLAIN, "use_relative_position_bias": True},
+    "data2vec-vision": {**PLAIN, "use_relative_position_bias": True},
+    "pixio": {**PLAIN, "n_cls_tokens": 4},
+    "tipsv2_vision_model": PLAIN,
+    "sam_vision_model": SAM,
+    "sam_hq_vision_model": SAM,
+    "vjepa2": dict(
+        **SIZES,
+        crop_size=42,
+        patch_size=14,
+        mlp_ratio=2.0,
+        pred_hidden_size=16,
+        pred_num_hidden_layers=1,
+        pred_num_attention_heads=2,
+    ),
+    "swin": WINDOWS,
+    "swinv2": WINDOWS,
+    "hiera": dict(embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 1, 2, 2], image_size=[64, 64]),
+    "resnet": {**STAGES, "embedding_size": 8, "layer_type": "basic"},
+    "regnet": {**STAGES, "embedding_size": 8, "groups_width": 8},
+    "segformer": {**STAGES, "num_attention_heads": [1, 1, 2, 2]},
+    "pvt_v2": {**STAGES, "num_attention_heads": [1, 1, 2, 2], "image_size": 64},
+    "cvt": dict(embed_dim=[8, 16, 24], depths=[1, 1, 2], num_heads=[1, 1, 2]),
 }
-# class tokens and registers before the patches, where they are not one
-PREFIX = {"dinov2_with_registers": 3, "dinov3_vit": 3, "siglip2_vision_model": 0, "aimv2_vision_model": 0, "ijepa": 0}
-MAPS = {"convnext", "convnextv2"}  # types of feature maps
-WHOLE = {"siglip2", "aimv2", "metaclip_2", "internvl", "mlcd"}  # the same encoders under their larger models' names
+# the same encoders under their larger models' names
+WHOLE = {
+    *("siglip2", "aimv2", "metaclip_2", "internvl", "mlcd", "altclip", "chinese_clip", "blip", "blip-2"),
+    *("tipsv2", "sam", "sam_hq"),
+}
+# tokens before the patches
+PREFIX = {
+    **{"dinov2_with_registers": 3, "dinov3_vit": 3, "deit": 2, "pixio": 4, "tipsv2_vision_model": 2},
+    **dict.fromkeys(("siglip2_vision_model", "aimv2_vision_model", "ijepa", "vjepa2"), 0),
+    **dict.fromkeys(("sam_vision_model", "sam_hq_vision_model"), 0),
+}
+MAPS = ("convnext", "convnextv2", "dinov3_convnext", "swin", "swinv2", "hiera", "resnet", "regnet", "segformer")
+MAPS += ("pvt_v2", "cvt")
+FIXED = ("hiera", "sam_vision_model", "sam_hq_vision_model", "vjepa2")  # of one size
+NO_SIZE = ("resnet", "regnet", "segformer", "cvt")  # whose config says none, so that its own is large
 
 
 def classes(kind: str) -> list[type]:
-    """transformers' config class and model class of a type."""
+    """(config class, model class) of transformers."""
     import transformers
 
     return [getattr(transformers, FACTS[kind].name + end) for end in ("Config", "Model")]
 
 
-def stock(kind: str, **changes):
-    """The stock model, with random weights also where its own begin at zero (positions, layer scales)."""
+def stock(kind, **changes):
+    """A random model in which every weight counts."""
     config, model = classes(kind)
     torch.manual_seed(1)
     made = model(config(**{**KINDS[kind], **changes})).eval()
-    for parameter in made.parameters():
+    for parameter in made.parameters():  # also those that start at zero, such as positions and layer scales
         torch.nn.init.normal_(parameter, std=0.1)
+    for name, buffer in made.named_buffers():
+        if name.endswith("running_mean"):
+            torch.nn.init.normal_(buffer, std=0.1)
     return made
 
 
@@ -60,39 +107,77 @@ def folder(path: Path, kind: str, **changes) -> str:
     return str(path)
 
 
-def prefix(kind: str, config) -> int:
-    """Tokens before the patches."""
-    return config.num_cls_tokens + config.num_registers if kind == "radio" else PREFIX.get(kind, 1)
+def side_of(kind):
+    """A side in pixels for tests: the encoder's own, where that is small."""
+    return 64 if kind in MAPS else 42
+
+
+def build(folder, kind=None, **values):
+    if kind in NO_SIZE:
+        values.setdefault("image_size", 64)
+    return build_vision_tower({"mm_vision_tower": str(folder), "mm_vision_select_layer": -2, **values}).eval()
+
+
+def naflex(images, patch=14):
+    """Arguments of Siglip2's forward."""
+    b, _, height, width = images.shape
+    h, w = height // patch, width // patch
+    patches = [
+        image[:, patch * y : patch * (y + 1), patch * x : patch * (x + 1)].permute(1, 2, 0).reshape(-1)
+        for image in images
+        for y in range(h)
+        for x in range(w)
+    ]
+    return dict(
+        pixel_values=torch.stack(patches).view(b, h * w, -1),
+        pixel_attention_mask=torch.ones(b, h * w, dtype=torch.long),
+        spatial_shapes=torch.tensor([[h, w]] * b),
+    )
 
 
 def inputs(kind: str, images: torch.Tensor) -> dict:
     """What the stock model takes in place of [B, C, H, W], written without the tower's code."""
-    b, _, height, width = images.shape
     if kind == "siglip2_vision_model":
-        h, w = height // 14, width // 14
-        patches = [
-            image[:, 14 * y : 14 * y + 14, 14 * x : 14 * x + 14].permute(1, 2, 0).reshape(-1)
-            for image in images
-            for y in range(h)
-            for x in range(w)
-        ]
-        return {
-            "pixel_values": torch.stack(patches).view(b, h * w, -1),
-            "pixel_attention_mask": torch.ones(b, h * w, dtype=torch.long),
-            "spatial_shapes": torch.tensor([[h, w]] * b),
-        }
+        return naflex(images)
+    if kind == "vjepa2":
+        return {"pixel_values_videos": torch.stack([images, images], dim=1)}
     found = {"pixel_values": images}
     if FACTS[kind].interpolates == "asked":
         found["interpolate_pos_encoding"] = True
     if kind == "vit_mae":
-        found["noise"] = torch.arange(height * width // 196.0).expand(b, -1)
+        found["noise"] = torch.arange(images.shape[2] * images.shape[3] // 196.0).expand(len(images), -1)
     return found
 
 
-def states(kind: str, source: str, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def own_states(kind: str, source, images: torch.Tensor):
     """Hidden states as the stock model gives them, with no code of the tower."""
     model = classes(kind)[1].from_pretrained(source).eval()
+    b, _, height, width = images.shape
     if kind == "vit_mae":
         model.config.mask_ratio = 0.0
+    stages = []
+    if kind in ("swin", "swinv2"):  # what its last block hands on, before the patches of four are merged
+        for stage in model.encoder.layers:
+            stage.blocks[-1].register_forward_hook(lambda _, __, found: stages.append(found[0]))
     with torch.no_grad():
-        return model(**inputs(kind, images), output_hidden_states=True).hidden_states
+        found = model(**inputs(kind, images), output_hidden_states=True)
+    if stages:
+        sides = [(height // 4 // 2**i, width // 4 // 2**i) for i in range(4)]
+        return [None, *(s.unflatten(1, grid).permute(0, 3, 1, 2) for s, grid in zip(stages, sides, strict=True))]
+    if kind == "hiera":
+        return [state.permute(0, 3, 1, 2) for state in found.reshaped_hidden_states]
+    if kind.startswith("sam"):
+        return [state.reshape(b, -1, state.shape[-1]) for state in found.hidden_states]
+    return found.hidden_states
+
+
+def expected_tokens(kind, states, config, layer=-1):
+    """[B, N, D] of the patches of a hidden state, row by row; of feature maps the last stage's."""
+    if kind in MAPS:
+        state = states[-1]
+        return torch.stack([state[:, :, y, x] for y in range(state.shape[2]) for x in range(state.shape[3])], dim=1)
+    return states[layer][:, prefix(kind, config) :]
+
+
+def prefix(kind, config):
+    return config.num_cls_tokens + config.num_registers if kind == "radio" else PREFIX.get(kind, 1)

@@ -155,8 +155,8 @@ def _plain_type(cfg, tower: str) -> str:
 
                 raise no_tower(tower, values)
             raise OutOfReach(
-                f"vision tower {tower!r}: no config.json in reach, and a name that says nothing; set mm_vision_tower_type "
-                f"to one of {', '.join(TOWERS)}"
+                f"vision tower {tower!r}: no config.json in reach, and a name that says nothing; set "
+                f"mm_vision_tower_type to one of {', '.join(TOWERS)}"
             )
     return kind
 
