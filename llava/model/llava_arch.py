@@ -310,6 +310,12 @@ class LlavaMetaForCausalLM(ImageEncoding):
             out.loss = torch.where(supervised, out.loss, torch.zeros_like(out.loss))
         return out
 
+    def enable_input_require_grads(self):
+        """As transformers', also where what embeds gives more than one tensor, as the embeddings of some encoders do."""
+        super().enable_input_require_grads()
+        for hook in self._require_grads_hooks:
+            hook.hooks_dict_ref()[hook.id] = _first_requires_grad
+
     def announce_newline(self) -> None:
         """Tell ZeRO-3, once DeepSpeed has the model, of the one weight that this forward takes from another module.
 
@@ -390,6 +396,10 @@ class LlavaMetaForCausalLM(ImageEncoding):
             added += tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
         grow_embeddings(self, tokenizer)
         return added
+
+
+def _first_requires_grad(module, given, output) -> None:
+    (output[0] if isinstance(output, (tuple, list)) else output).requires_grad_(True)
 
 
 def _packed(host: HostCopies | None) -> bool:
