@@ -115,8 +115,8 @@ class ModelKeys(KeyGroup):
     )
     image_size: int | None = key(
         None,
-        "side in pixels at which an encoder of transformers (hf_vision) sees a picture, its positions interpolated; "
-        "not given: its own",
+        "side in pixels at which an encoder of transformers (hf_vision, packed_vision) sees a picture, its positions "
+        "interpolated; not given: its own",
         tower_part=True,
         checkpoint=True,
         within=POSITIVE,

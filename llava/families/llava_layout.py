@@ -72,7 +72,7 @@ def vision_layout(cfg, crop: int | None = None, patch: int | None = None) -> Vis
     if rules.native and not tower.any_size:
         raise LlavaError(
             f"image_aspect_ratio native: the tower {cfg.mm_vision_tower} takes images of one size; expected one that "
-            "takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
+            "takes any (hevc_vit, hevc_vit_packing, packed_vision, dinov2), or square, pad or anyres"
         )
     if "anyres" in rules.image_aspect_ratio:  # a range is counted in crops of the whole image's side, as in training
         cfg.image_grid_pinpoints = parse_grid_pinpoints(
