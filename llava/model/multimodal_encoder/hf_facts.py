@@ -34,6 +34,8 @@ class Facts:
     hidden_states: how they come, a key of `hf_states.KINDS`, which says of each whether the last has the final norm.
     statistics, resample: mean and std, interpolation.
     unused: modules and parameters that no hidden state needs.
+    embeds_tuples: its patch embedding returns more than a tensor, of which transformers' hook for gradient
+        checkpointing, which asks a gradient of it, knows nothing.
     weight_prefix: what stands before the encoder's weights in the checkpoint of a larger model.
     """
 
@@ -53,6 +55,7 @@ class Facts:
     final_norm: str = "layernorm"
     unused: tuple[str, ...] = ()
     weight_prefix: str = ""
+    embeds_tuples: bool = False
 
     def prefix(self, config) -> tuple[int, int]:
         """(class tokens, registers) of a config."""
@@ -178,6 +181,7 @@ _SWIN = dict(
     processor=_VIT,
     hidden_states="before_merging",
     unused=_TOKENS,
+    embeds_tuples=True,
 )
 _CONVOLUTIONS = _CONVNEXT | dict(patch="", side=224, unused=("pooler",), final_norm="")
 _OF_STAGES = _CONVOLUTIONS | dict(hidden_states="stages")
@@ -216,7 +220,7 @@ FACTS = {
     "deit": Facts("DeiT", (1, 1), **{**_VIT_LIKE, "processor": "DeiTImageProcessorPil"}),
     "ijepa": Facts("IJepa", (0, 0), **_VIT_LIKE),
     "beit": Facts("Beit", blocks="layers", resample=BILINEAR, **_BEIT),
-    "data2vec-vision": Facts("Data2VecVision", **_BEIT),
+    "data2vec-vision": Facts("Data2VecVision", embeds_tuples=True, **_BEIT),
     "dinov2": Facts("Dinov2", processor=_BIT, **_DINOV2),
     "dinov2_with_registers": Facts("Dinov2WithRegisters", (1, "num_register_tokens"), processor=_BIT, **_DINOV2),
     "dinov3_vit": Facts(
@@ -263,6 +267,7 @@ FACTS = {
         hidden_states="rerolled",
         final_norm="",
         unused=("pooler",),
+        embeds_tuples=True,
     ),
 }
 

@@ -30,6 +30,10 @@ _AUGMENTATIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 RUN = "llava_tower"  # where the encoder's config holds what a run chose, so that a checkpoint says it by itself
 
 
+def _no_embeddings() -> None:
+    """In place of an encoder's `get_input_embeddings`: nothing for transformers to hang its hook on."""
+
+
 class HFVisionBackboneTower(HFVisionTower):
     processor_class = CLIPImageProcessorPil  # until the type is known
 
@@ -191,7 +195,7 @@ class HFVisionBackboneTower(HFVisionTower):
                 f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.facts.name}Model's"
                 f", such as {missing[0]}"
             )
-        self.vision_tower = encoder
+        self.vision_tower = self.wrap(encoder)
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 
@@ -202,6 +206,8 @@ class HFVisionBackboneTower(HFVisionTower):
         return found if known.get(found, True) else None
 
     def wrap(self, encoder):
+        if self.facts.embeds_tuples:
+            encoder.get_input_embeddings = _no_embeddings
         return encoder
 
     def reset_buffers(self):
