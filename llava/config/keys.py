@@ -120,7 +120,7 @@ class ModelKeys(KeyGroup):
     )
     image_size: int | None = key(
         None,
-        "side in pixels at which an encoder of transformers (hf_vision) or of timm sees a picture, its positions "
+        "side in pixels at which an encoder of transformers or timm sees a picture, its positions "
         "interpolated; not given: its own",
         tower_part=True,
         checkpoint=True,

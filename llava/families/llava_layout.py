@@ -72,7 +72,7 @@ def vision_layout(cfg, crop: int | None = None, patch: int | None = None) -> Vis
     if rules.native and not tower.any_size:
         raise LlavaError(
             f"image_aspect_ratio native: the tower {cfg.mm_vision_tower} takes images of one size; expected one that "
-            "takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
+            "takes any (hevc_vit, hevc_vit_packing, packed_vision, dinov2), or square, pad or anyres"
         )
     side = tower.image_size
     if rules.native and tower.token_grid(side, side)[1] is None:

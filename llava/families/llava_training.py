@@ -110,7 +110,7 @@ def describe(model, model_args, data_args, training_args):
         if not model.get_vision_tower().any_size:
             raise LlavaError(
                 f"image_aspect_ratio native: the tower {config.mm_vision_tower} takes images of one size; expected one "
-                "that takes any (hevc_vit, hevc_vit_packing), or square, pad or anyres"
+                "that takes any (hevc_vit, hevc_vit_packing, packed_vision, dinov2), or square, pad or anyres"
             )
     if "anyres" in data_args.image_aspect_ratio:
         side = processor_sides(model.get_vision_tower().image_processor)[1]

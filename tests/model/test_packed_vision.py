@@ -144,6 +144,21 @@ def test_save_and_load(kind, folder, tmp_path):
         assert all(a.equal(b) for a, b in zip(again.encode_images(images), model.encode_images(images), strict=True))
 
 
+def test_buffers_that_no_checkpoint_holds(kind, folder):
+    """As they are where a model was made without computing them."""
+    tower = build(folder)
+    images = pictures(kind)
+    before = tower(images)
+    saved = set(tower.vision_tower.state_dict())
+    lacking = [buffer for name, buffer in tower.vision_tower.named_buffers() if name not in saved]
+    assert len(lacking) == (0 if kind == "siglip2_vision_model" else 2)
+    for buffer in lacking:
+        buffer.fill_(7.0)
+    assert not lacking or not close(tower(images)[0], before[0])
+    tower.reset_buffers()
+    assert all(a.equal(b) for a, b in zip(tower(images), before, strict=True))
+
+
 def test_compression(kind, folder):
     """The compressor takes pictures of its one size, listed or batched."""
     m = MULTIPLE.get(kind, 14)
@@ -209,10 +224,14 @@ def test_weights_by_prefix(kind, larger, prefix, tmp_path):
     text = {"language_model.norm.weight": torch.ones(4), "model.layers.0.mlp.weight": torch.ones(4)}
     save_file({prefix + k: v for k, v in source.items()} | text, tmp_path / "model.safetensors", {"format": "pt"})
     inner = json.loads((tmp_path / "config.json").read_text())
-    if larger.startswith("qwen"):
+    if larger == "qwen2_5_vl":
         del inner["model_type"]
+    elif larger.startswith("qwen"):
+        inner["model_type"] = larger
     (tmp_path / "config.json").write_text(json.dumps({"model_type": larger, "vision_config": inner}))
-    found = build(tmp_path).vision_tower.state_dict()
+    tower = build(tmp_path)
+    assert tower.config.to_dict()["model_type"] == kind
+    found = tower.vision_tower.state_dict()
     assert len(found) > 20 and all(value.equal(source[name]) for name, value in found.items())
 
 

@@ -18,16 +18,17 @@ CASES = {
 
 @pytest.mark.parametrize("kind", CASES)
 def test_native(kit, tmp_path, spy, kind):
-    """All parts learn, gradient checkpointing changes nothing, and the folder that results makes the same pixels."""
+    """All parts learn, gradient checkpointing and packed samples change nothing, and the folder that results makes the
+    same pixels."""
     from llava.mm_utils import process_images
     from llava.model.builder import load_pretrained_model
 
     unit = 28 if kind.startswith("qwen") else 14
     stock(kind).save_pretrained(tmp_path / "encoder")
     losses = []
-    for checkpointing in (False, True):
+    for saving in (False, True):
         out = kit.run(
-            tmp_path / f"out_{checkpointing}",
+            tmp_path / f"out_{saving}",
             "imti",
             vision_tower=tmp_path / "encoder",
             image_aspect_ratio="native",
@@ -35,7 +36,8 @@ def test_native(kit, tmp_path, spy, kind):
             min_pixels=2 * unit**2,
             max_pixels=6 * unit**2,
             max_steps=2,
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=saving,
+            pack_sequences=saving,
             **CASES[kind],
         )
         assert spy.moved_parts() == ALL

@@ -263,7 +263,7 @@ FACTS = {
         hidden_states="rerolled",
         final_norm="",
         unused=("pooler",),
-    ),
+        ),
 }
 
 # types that exist only as code of their own repository -> what to take in their place

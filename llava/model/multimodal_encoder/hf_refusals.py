@@ -19,7 +19,6 @@ INSTEAD = {
     "smolvlm": "the SigLIP that it was made from (siglip)",
     "paligemma": "the SigLIP that it was made from (siglip)",
     "gemma3": "the SigLIP that it was made from (siglip)",
-    "llava": "the encoder that it was made with (clip)",
     "llava_next": "the encoder that it was made with (clip)",
     "llava_onevision": "the encoder that it was made with (siglip)",
     "dpt": "the ViT that it was made from (vit), or dinov2",
