@@ -1,6 +1,6 @@
 """Two ranks under ZeRO-3 with unlike batches: the gradients are those of one process with both.
 
-`main([TOWER])` on each of two ranks. One has eight images and many labels, the other a text with a single one, so that
+`main([TOWER])`, or `encoders([CHECKPOINT, ...])` for LLaVA models, on each of two ranks. One has eight images and many labels, the other a text with a single one, so that
 their chunks of images and of logits differ in number.
 """
 
@@ -14,7 +14,7 @@ from llava.model import chunked_loss
 from llava.model.vision_chunks import set_micro_batch
 from tests.model import small
 from tests.model.test_chunked_loss import Adapted
-from tests.model.test_training_forward import batch
+from tests.model.test_training_forward import SIDE, batch
 
 TEXT = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100, 8]])}
 ZERO3 = {
@@ -24,18 +24,22 @@ ZERO3 = {
 }
 
 
-def batches() -> list[dict]:
+def batches(side: int = SIDE) -> list[dict]:
+    """Of each rank; `side`: pixels of a crop."""
     pictures = batch()
+    pictures["images"] = [small.pixels(*image.shape[:-2], side, side, seed=image.ndim) for image in pictures["images"]]
+    pictures["image_sizes"] = [(w * side // SIDE, h * side // SIDE) for w, h in pictures["image_sizes"]]
     pictures["labels"] = pictures["input_ids"].masked_fill(~pictures["attention_mask"], -100)
     return [pictures, TEXT | {"attention_mask": torch.ones(1, 4, dtype=torch.bool)}]
 
 
-def compare(tower: str, adapted: bool) -> None:
-    model = small.model(tower, image_grid_pinpoints="(1x1),...,(2x2)").train().requires_grad_(True)
+def compare(model, adapted: bool = False) -> None:
+    model.train().requires_grad_(True)
     if adapted:
         model.lm_head = Adapted(model.lm_head)
-    alone, count = copy.deepcopy(model), sum(int((b["labels"][:, 1:] >= 0).sum()) for b in batches())
-    for inputs in batches():
+    given = batches(model.get_vision_tower().image_size)
+    alone, count = copy.deepcopy(model), sum(int((b["labels"][:, 1:] >= 0).sum()) for b in given)
+    for inputs in given:
         alone(**inputs, num_items_in_batch=count).loss.backward()
     chunked_loss.LOGITS_BYTES = 3 * 4 * small.VOCAB  # of three rows
     set_micro_batch(model, 3)
@@ -43,7 +47,7 @@ def compare(tower: str, adapted: bool) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ZERO3)[0]
     for _ in range(2):  # the second time DeepSpeed fetches ahead what the first one used
-        loss = engine(**batches()[rank], num_items_in_batch=count).loss
+        loss = engine(**given[rank], num_items_in_batch=count).loss
         engine.backward(loss)
         named, compared = dict(engine.module.named_parameters()), 0
         for name, expected in alone.named_parameters():
@@ -59,10 +63,41 @@ def compare(tower: str, adapted: bool) -> None:
         engine.optimizer.zero_grad()
 
 
-def main(words: list[str]) -> None:
+def load_split(checkpoint: str, plain) -> None:
+    """A checkpoint that is read in parts computes what it does in one: what no checkpoint holds is right too."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    settings = HfDeepSpeedConfig(ZERO3)  # as long as it lives, models are split as they are made
+    model = type(plain).from_pretrained(checkpoint).eval()
+    tower = model.get_vision_tower()
+    whole = [name for name, parameter in tower.named_parameters() if not hasattr(parameter, "ds_id")]
+    assert not whole, whole
+    with deepspeed.zero.GatheredParameters(list(model.parameters())), torch.no_grad():
+        images = small.pixels(2, 3, tower.image_size, tower.image_size)
+        assert model.encode_images(images).equal(plain.encode_images(images)), checkpoint
+    del settings
+
+
+def begin() -> None:
     backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute it is PyTorch itself
     backend.build_shm_op = lambda: None  # gloo's own collectives: nothing is compiled
     deepspeed.init_distributed("gloo")
+
+
+def main(words: list[str]) -> None:
+    begin()
     for head in (False, True):
-        compare(words[0], head)
+        compare(small.model(words[0], image_grid_pinpoints="(1x1),...,(2x2)"), head)
+    torch.distributed.destroy_process_group()
+
+
+def encoders(words: list[str]) -> None:
+    from llava.model import LlavaQwenForCausalLM
+
+    begin()
+    for checkpoint in words:
+        print(checkpoint, flush=True)
+        load_split(checkpoint, LlavaQwenForCausalLM.from_pretrained(checkpoint).eval())
+        # one that has not run yet: transformers' hooks for hidden states come behind DeepSpeed's, as in a training run
+        compare(LlavaQwenForCausalLM.from_pretrained(checkpoint))
     torch.distributed.destroy_process_group()
