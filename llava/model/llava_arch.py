@@ -311,7 +311,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
         return out
 
     def enable_input_require_grads(self):
-        """As transformers', also where what embeds gives more than one tensor, as the embeddings of some encoders do."""
+        """As transformers', also where embeddings give more than one tensor, as those of some encoders do."""
         super().enable_input_require_grads()
         for hook in self._require_grads_hooks:
             hook.hooks_dict_ref()[hook.id] = _first_requires_grad

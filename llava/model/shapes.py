@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from llava.errors import LlavaError
 
 MERGED = 4  # tokens that a merging projector makes one of
+# encoders whose operations their config does not tell: windows that are padded, clips of one picture
+_UNCOUNTED = ("sam_vision_model", "sam_hq_vision_model", "vjepa2")
 _GATED = ("aimv2", "aimv2_vision_model", "pixtral")  # encoders whose MLP is gated without a word of it in their config
 
 
@@ -179,6 +181,8 @@ def _tower(config, values: dict) -> VisionShape:
             "counted"
         )
     kind, layers = values.get("model_type"), values["num_hidden_layers"]
+    if kind in _UNCOUNTED:
+        raise LlavaError(f"{config.mm_vision_tower}: the config of a {kind} is not enough for operations to be counted")
     if kind == "siglip_vision_model":  # its last layer does not exist, whatever is selected
         used = layers - 1
     else:

@@ -4,10 +4,12 @@ A level says where in the encoder a parameter lies: -1 before the first block (p
 their norm), i in block i or between it and the next, `len(blocks)` behind the last (a norm).
 """
 
+import re
 from collections.abc import Iterable
 
 import torch.nn as nn
 
+_LISTED = re.compile(r"\.\d+\.")
 _BEFORE = ("embed", "patch", "position", "pos_", "token", "stem")
 
 
@@ -28,6 +30,12 @@ def find_blocks(encoder: nn.Module) -> list[nn.Module]:
     return max(alike, key=len, default=[])
 
 
+def stage_blocks(stage: nn.Module) -> list[nn.Module]:
+    """The blocks of one stage of a hierarchical encoder: the first of its own lists of modules of one class."""
+    lists = [list(part) for part in stage.children() if isinstance(part, (nn.ModuleList, nn.Sequential))]
+    return next((blocks for blocks in lists if len({type(block) for block in blocks}) == 1), [])
+
+
 def used_blocks(encoder: nn.Module, unused: Iterable[nn.Module]) -> list[nn.Module]:
     """Those of an encoder's blocks that are not wholly `unused`, first to last."""
     without = {id(parameter) for module in unused for parameter in _parameters(module)}
@@ -38,7 +46,8 @@ def block_levels(encoder: nn.Module, blocks: list[nn.Module]) -> dict[int, int]:
     """id of a parameter of the encoder -> its level.
 
     Outside the blocks by the order in which the encoder defines its modules, which need not be that of its forward:
-    what is named as an embedding is before the first block wherever it is defined.
+    what is named as an embedding is before the first block wherever it is defined, unless it is one of a list, as the
+    patch embedding of a later stage is.
     """
     levels, level = {}, -1
     of_block = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
@@ -47,7 +56,7 @@ def block_levels(encoder: nn.Module, blocks: list[nn.Module]) -> dict[int, int]:
         if id(parameter) in of_block:
             level, left = of_block[id(parameter)], left - 1
             levels[id(parameter)] = level
-        elif any(word in name for word in _BEFORE):
+        elif any(word in _LISTED.split(name)[0] for word in _BEFORE):
             levels[id(parameter)] = -1
         else:
             levels[id(parameter)] = level if left else len(blocks)

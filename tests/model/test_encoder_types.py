@@ -19,6 +19,8 @@ from tests.model import small
 from tests.support import encoders
 
 COMPRESSED = {"use_token_compression": True, "compression_input_size": 4, "compression_output_size": 2}
+# convolutions, whose blocks transformers computes once
+WITHOUT_CHECKPOINTING = ("convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet", "cvt")
 DEPTH = 12  # that every kind of features has its layers
 # types whose blocks are compiled here, which takes seconds each; scripts/test_long.sh tries all
 COMPILED = encoders.KINDS if os.environ.get("LLAVA_LONG_TESTS") else ("dinov3_vit", "siglip2_vision_model", "convnext")
@@ -40,10 +42,6 @@ def build(folder, **values):
 
 def pixels(tower, count=2):
     return small.pixels(count, 3, tower.image_size, tower.image_size)
-
-
-def test_every_type_is_tried():
-    assert set(FACTS) == set(encoders.KINDS) | encoders.WHOLE
 
 
 @pytest.mark.parametrize(("aspect", "merge"), [("pad", "flat"), ("anyres", "spatial_unpad")])
@@ -97,8 +95,8 @@ def test_gradient_checkpointing_changes_nothing(kind, folder):
     tower = model.get_vision_tower().requires_grad_(True)
     plain = gradients(tower)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    blocks = [block for block in tower.blocks() if getattr(block, "gradient_checkpointing", False)]
-    assert len(blocks) == (0 if kind in encoders.MAPS else 2)
+    blocks = [block for block in tower.modules() if getattr(block, "gradient_checkpointing", False)]
+    assert bool(blocks) == (kind not in WITHOUT_CHECKPOINTING)
     again = gradients(tower)
     assert again.keys() == plain.keys()
     assert all(torch.allclose(again[name], plain[name], atol=1e-6) for name in plain)
@@ -121,7 +119,12 @@ def test_compiled_blocks_change_nothing(kind, tmp_path):
 
 
 def test_compression(kind, folder):
-    side = 4 * (32 if kind in encoders.MAPS else 14)
+    patch, own = build(folder).patch, build(folder).image_size
+    side = own if kind in encoders.FIXED else 4 * patch
+    if side // patch != 4:
+        with pytest.raises(LlavaError, match=f"^compression_input_size: found 4, expected {side // patch}, the side"):
+            build(folder, **COMPRESSED)
+        return
     tower, plain = build(folder, image_size=side, **COMPRESSED), build(folder, image_size=side)
     images = pixels(tower)
     assert tower(images).equal(tower.token_compressor(plain(images)))
@@ -129,12 +132,25 @@ def test_compression(kind, folder):
     assert tower.token_grid(side, side) == (4, (2, 2))
 
 
-def test_what_there_is_not_is_refused(kind, folder):
-    with pytest.raises(LlavaError, match=r"^s2: found true, expected false: .*hf_vision"):
-        build(folder, s2=True, s2_scales="42,84")
+def test_several_scales(kind, folder):
+    """The smallest scale's features, and pooled to their grid those of the four tiles of the next."""
+    plain = build(folder, **({"image_size": 64} if kind in encoders.NO_SIZE else {}))
+    side, grid = plain.image_size, plain.num_patches_per_side
+    tower = build(folder, s2=True, s2_scales=f"{side},{2 * side}", image_size=side)
+    images = small.pixels(1, 3, 2 * side, 2 * side)
+    small_one = torch.nn.functional.interpolate(images, size=(side, side), mode="bicubic")
+    halves = [images[..., y : y + side, x : x + side] for y in (0, side) for x in (0, side)]
+    tiles = [plain(half).unflatten(1, (grid, grid)) for half in halves]  # [1, h, w, D]
+    whole = torch.cat([torch.cat(tiles[:2], dim=2), torch.cat(tiles[2:], dim=2)], dim=1)
+    pooled = whole.unflatten(2, (grid, 2)).unflatten(1, (grid, 2)).mean((2, 4)).flatten(1, 2)
+    assert torch.allclose(tower(images), torch.cat([plain(small_one), pooled], dim=-1), atol=1e-5)
+    assert tower.hidden_size == 2 * plain.hidden_size and tower.image_size == 2 * side
+
+
+def test_there_is_no_class_of_transformers_to_export_to(kind, folder):
     config = SimpleNamespace(image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad")
     config.mm_projector_type = "mlp2x_gelu"
-    with pytest.raises(LlavaError, match="vision tower of the kind HFVisionBackbone, not CLIP or SigLIP"):
+    with pytest.raises(LlavaError, match=r"vision tower of the kind (HFVisionBackbone|Packed), not CLIP or SigLIP"):
         choose_format(folder, config, build(folder))
 
 

@@ -62,7 +62,7 @@ KINDS = {
     "regnet": {**STAGES, "embedding_size": 8, "groups_width": 8},
     "segformer": {**STAGES, "num_attention_heads": [1, 1, 2, 2]},
     "pvt_v2": {**STAGES, "num_attention_heads": [1, 1, 2, 2], "image_size": 64},
-    "cvt": dict(embed_dim=[8, 16, 24], depths=[1, 1, 2], num_heads=[1, 1, 2]),
+    "cvt": dict(embed_dim=[8, 16, 32], depth=[1, 2, 3], num_heads=[1, 1, 2]),
 }
 # the same encoders under their larger models' names
 WHOLE = {

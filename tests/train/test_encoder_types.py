@@ -11,8 +11,17 @@ from tests.train.test_tower_part import rates_of
 
 TOWER = "model.vision_tower.vision_tower."
 RATE, DECAY = 2e-4, 0.5
-STAGES = ("0.layers.0", "1.layers.0", "2.layers.0", "2.layers.1", "3.layers.0")  # the blocks of `encoders.STAGES`
-BETWEEN = "encoder.stages.3.downsampling_layer."  # behind the block before the last
+BLOCKS = "3.layers.0", "2.layers.1"
+# of types of stages: the last block, the one before it, what lies between them, what lies behind
+LAST = {
+    **dict.fromkeys(("convnext", "convnextv2"), ("encoder.stages", *BLOCKS, ("3.downsampling_layer",), ())),
+    "dinov3_convnext": ("model.stages", *BLOCKS, ("3.downsample_layers",), ()),
+    **dict.fromkeys(("hiera", "resnet", "regnet"), ("encoder.stages", *BLOCKS, (), ())),
+    **dict.fromkeys(("swin", "swinv2"), ("encoder.layers", "3.blocks.0", "2.blocks.0", ("2.downsample",), ())),
+    "segformer": ("stages", "3.blocks.0", "2.blocks.1", ("2.layer_norm", "3.patch_embeddings"), ("3.layer_norm",)),
+    "pvt_v2": ("encoder.layers", "3.blocks.0", "2.blocks.1", ("2.layer_norm", "3.patch_embedding"), ("3.layer_norm",)),
+    "cvt": ("encoder.stages", "2.layers.2", "2.layers.1", (), ()),
+}
 SETTINGS = dict(
     mm_vision_select_layer=-1,
     mm_vision_tower_trainable_blocks=2,
@@ -30,11 +39,11 @@ SETTINGS = dict(
 @pytest.mark.parametrize("kind", encoders.KINDS)
 def test_the_last_blocks_learn_and_no_others(kit, tmp_path, spy, kind):
     keys = {**SETTINGS, "vision_tower": encoders.folder(tmp_path / "tower", kind)}
+    keys |= {"image_size": 64} if kind in encoders.NO_SIZE else {}
     out = kit.run(tmp_path / "out", "iiit", **keys)
-    last, before = (STAGES if kind in encoders.MAPS else ("0", "1", "2"))[:-3:-1]
-    rates = {f"{TOWER}{FACTS[kind].blocks}.{last}.": RATE / 2, f"{TOWER}{FACTS[kind].blocks}.{before}.": RATE / 4}
-    if kind in encoders.MAPS:
-        rates[TOWER + BETWEEN] = RATE / 4
+    within, last, before, between, behind = LAST.get(kind, (FACTS[kind].blocks, "2", "1", (), ()))
+    rates = {last: RATE / 2, before: RATE / 4} | dict.fromkeys(between, RATE / 4) | dict.fromkeys(behind, RATE)
+    rates = {f"{TOWER}{within}.{name}.": rate for name, rate in rates.items()}
     expected = {name: rate for name in spy.before for start, rate in rates.items() if name.startswith(start)}
     assert set(rates) == {start for name in expected for start in rates if name.startswith(start)}
     found = rates_of(spy.trainer.optimizer, spy.trainer.model)

@@ -66,8 +66,8 @@ class Facts:
         """Pixels of a side of a token at each stage that a config has; () of an encoder without stages."""
         if not self.strides:
             return ()
-        patch = self.patch_of(config)
-        return tuple(patch * stride // self.strides[0] for stride in self.strides[: len(config.depths)])
+        patch, depths = self.patch_of(config), getattr(config, "depths", None) or config.depth  # CvT's name for it
+        return tuple(patch * stride // self.strides[0] for stride in self.strides[: len(depths)])
 
     def stage_width(self, config, stage: int) -> int:
         """Channels of a token at a stage, from 1."""
@@ -263,7 +263,7 @@ FACTS = {
         hidden_states="rerolled",
         final_norm="",
         unused=("pooler",),
-        ),
+    ),
 }
 
 # types that exist only as code of their own repository -> what to take in their place

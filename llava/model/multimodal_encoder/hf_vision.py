@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil
 from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError, OutOfReach
-from llava.model.vision_blocks import find_blocks
+from llava.model.vision_blocks import stage_blocks
 from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
@@ -255,7 +255,7 @@ class HFVisionBackboneTower(HFVisionTower):
         if not self.facts.strides:
             return super().blocks()
         stages = self.vision_tower.get_submodule(self.facts.blocks)[: self.stage]
-        return [block for stage in stages for block in find_blocks(stage)]
+        return [block for stage in stages for block in stage_blocks(stage)]
 
     # --- features ---
 
