@@ -63,6 +63,7 @@ def check_features(kind, folder, layer, side):
     found = tower(images)
     assert found.shape == expected.shape == (2, tower.num_patches, tower.hidden_size)
     assert torch.allclose(found, expected, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3  # it looks at the pixels
     count, (h, w) = tower.token_grid(side, side)
     assert count == h * w == tower.num_patches == (side // tower.patch) ** 2
     return tower, images

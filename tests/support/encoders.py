@@ -95,9 +95,12 @@ def stock(kind, **changes):
     made = model(config(**{**KINDS[kind], **changes})).eval()
     for parameter in made.parameters():  # also those that start at zero, such as positions and layer scales
         torch.nn.init.normal_(parameter, std=0.1)
-    for name, buffer in made.named_buffers():
-        if name.endswith("running_mean"):
-            torch.nn.init.normal_(buffer, std=0.1)
+        if parameter.ndim == 4:  # a convolution: enough for the pixels to come through many of them
+            torch.nn.init.kaiming_normal_(parameter)
+    for module in made.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, mean=1.0, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
     return made
 
 
