@@ -146,7 +146,10 @@ def test_save_and_load(kind, folder, tmp_path):
     assert type(after.image_processor) is type(before.image_processor) and after.side == side
     assert after.image_processor.to_dict() == before.image_processor.to_dict()
     with torch.no_grad():
-        assert after(images).equal(before(images)) and again.encode_images(images).equal(model.encode_images(images))
+        for found, expected in ((after, before), (again.encode_images, model.encode_images)):
+            # close: where a weight lies in memory decides how convolutions are summed
+            scale = max(1, expected(images).abs().max().item())
+            assert torch.allclose(found(images), expected(images), atol=1e-5 * scale)
 
 
 def test_buffers_that_no_checkpoint_holds(kind, tower):

@@ -42,7 +42,7 @@ def images_for(tower, count=3):
 
 
 def close(a, b):
-    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5 * max(1, b.abs().max().item()))
 
 
 def test_batch(tower):
@@ -124,7 +124,10 @@ def test_save_and_load(kind, folder, tmp_path):
     assert after.image_processor.to_dict() == before.image_processor.to_dict()
     images = images_for(before)
     with torch.no_grad():
-        assert after(images).equal(before(images))
-        assert again.encode_images(images).equal(model.encode_images(images))
+        # close: where a weight lies in memory decides how convolutions are summed
+        assert close(after(images), before(images))
+        assert close(again.encode_images(images), model.encode_images(images))
         listed = [model.encode_images(list(images)) for model in (model, again)]
-    assert all(a.equal(b) for a, b in zip(*listed, strict=True))
+    assert all(close(a, b) for a, b in zip(*listed, strict=True))
+    saved, read = before.state_dict(), after.state_dict()
+    assert saved.keys() == read.keys() and all(value.equal(read[name]) for name, value in saved.items())

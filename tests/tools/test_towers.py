@@ -36,7 +36,7 @@ def test_a_row_is_what_the_tower_does(tmp_path, kind):
     assert features.shape == (1, row["tokens"], row["hidden_size"]) and row["grid"] == list(grids[0])
     assert row["params"] == sum(p.numel() for p in tower.parameters())
     assert row["gflops"] == counter.get_total_flops() / 1e9 > 0
-    assert row["class"] == type(tower).__name__ and row["patch"] == tower.image_size // row["grid"][0]
+    assert row["class"] == type(tower).__name__ and row["patch"] == tower.grid_pixels[0] // row["grid"][0]
     assert row["export_class"] == ("LlavaNextForConditionalGeneration" if kind in ("clip", "siglip") else None)
     assert (row["any_size"], row["s2"]) == (tower.any_size, [28, 56] if kind == "clip_s2" else None)
 
