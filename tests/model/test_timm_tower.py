@@ -149,6 +149,12 @@ def test_class_token(kind, folders):
     assert tower.token_grid(42, 42)[1] is None
 
 
+def test_a_class_token_that_joins_behind_the_blocks(tmp_path):
+    folder = tiny.timm_tower(tmp_path, name="cait_xxs24_224", **SIZES)
+    tower, images = build(folder, mm_vision_select_feature="cls_patch"), small.pixels(1, 3, 42, 42)
+    assert tower(images).equal(build(folder)(images)) and tower.num_patches == 9
+
+
 def test_two_class_tokens_are_refused(tmp_path):
     folder = tiny.timm_tower(tmp_path, name="deit_tiny_distilled_patch16_224", **SIZES)
     assert build(folder).num_patches == 9
@@ -274,9 +280,11 @@ def test_a_model_without_checkpointing_goes_on(folders, monkeypatch, capsys):
 
 
 def test_batch_norms_keep_their_statistics(folders):
-    tower = build(folders("resnet"))
+    """From the first batch on, before anything is said of training, and in it."""
+    tower, again = build(folders("resnet")), build_vision_tower({"mm_vision_tower": f"timm:{folders('resnet')}"})
     images = small.pixels(2, 3, tower.image_size, tower.image_size)
     before, state = tower(images), {k: v.clone() for k, v in tower.vision_tower.state_dict().items()}
+    assert again.training and again(images).equal(before)
     tower.train()
     assert tower(images).equal(before) and tower.training
     assert all(value.equal(state[name]) for name, value in tower.vision_tower.state_dict().items())

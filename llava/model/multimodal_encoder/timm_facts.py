@@ -3,6 +3,8 @@
 Shapes: B images, h x w tokens, D channels.
 """
 
+import inspect
+
 import torch
 import torch.nn as nn
 
@@ -35,17 +37,15 @@ def measure(source: TimmSource, args: dict, side: int | None, stage: int | None)
     model = without_weights(lambda: source.create(args))
     cfg, own = model.pretrained_cfg, _own_side(model, source)
     side = side or own
-    if side != own and cfg.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False):
-        model = without_weights(lambda: _resized(source, {**args, "img_size": side}, own))
-    maps = _maps(model, side, source)
+    fixed = cfg.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False)
+    model, maps = _look(source, {**args, "img_size": side} if side != own and fixed else args, side, own)
     stage, (channels, h, w) = _pick(maps, stage, source)
     patch = _patch(model, -1 if stage is None else stage - 1, side, h)
     if h != w or h * patch != side:
         raise LlavaError(
             f"image_size: found {side}, expected a multiple of {patch} (the pixels of a token of {source.tower})"
         )
-    registers = getattr(model, "reg_token", None)  # [1, registers, D]
-    registers = 0 if registers is None else registers.shape[1]
+    cls, registers = _prefix(model)
     return PlainConfig(
         model_type="timm",
         architecture=cfg["architecture"],
@@ -57,7 +57,7 @@ def measure(source: TimmSource, args: dict, side: int | None, stage: int | None)
         hidden_size=channels,
         stage=stage,
         num_hidden_layers=len(maps),
-        prefix_tokens=[getattr(model, "num_prefix_tokens", 0) - registers, registers],
+        prefix_tokens=[cls, registers],
         any_size=bool(getattr(model, "dynamic_img_size", False)),
         has_weights=any(cfg.get(key) for key in ("url", "file", "hf_hub_id")),
     )
@@ -76,39 +76,38 @@ def _own_side(model: nn.Module, source: TimmSource) -> int:
     return height
 
 
-def _resized(source: TimmSource, args: dict, own: int) -> nn.Module:
-    try:
-        return source.create(args)
-    except LlavaError as error:
-        if "img_size" not in str(error):
-            raise
-        raise LlavaError(
-            f"image_size: found {args['img_size']}, expected {own}: {source.tower} has no rule for another size"
-        ) from None
-
-
-def _maps(model: nn.Module, side: int, source: TimmSource) -> list[tuple[int, int, int]]:
-    """(D, h, w) of all maps that an encoder gives of an image.
+def _look(source: TimmSource, args: dict, side: int, own: int) -> tuple[nn.Module, list[tuple[int, int, int]]]:
+    """(model, (D, h, w) of all maps that it gives of an image).
 
     Raises:
         LlavaError: it gives none, or takes no image of this size.
     """
-    if not hasattr(model, "forward_intermediates"):
-        raise LlavaError(
-            f"vision tower {source.tower!r}: timm gives no features of {type(model).__name__} (it lacks "
-            "forward_intermediates), expected an encoder that gives tokens or feature maps"
-        )
-    first = next(model.parameters())
-    images = sample_images((side, side), first.device, first.dtype)
-    try:
+
+    def look():
+        model = source.create(args)
+        if not hasattr(model, "forward_intermediates"):
+            raise LlavaError(
+                f"vision tower {source.tower!r}: timm gives no features of {type(model).__name__} (it lacks "
+                "forward_intermediates), expected an encoder that gives tokens or feature maps"
+            )
+        first = next(model.parameters())
+        images = sample_images((side, side), first.device, first.dtype)
         with evaluating(model), torch.no_grad():
-            states = intermediates(model, images, None)
-    except Exception as error:
+            return model, [tuple(features.shape[1:]) for features, _ in intermediates(model, images, None)]
+
+    try:
+        return without_weights(look)
+    except LlavaError as error:
+        if "img_size" not in args or "img_size" not in str(error):
+            raise
+        raise LlavaError(
+            f"image_size: found {side}, expected {own}: {source.tower} has no rule for another size"
+        ) from None
+    except Exception as error:  # whatever timm's code says of it
         said = " ".join(str(error).split())[:160]
         raise LlavaError(
             f"image_size: {source.tower} does not take images of {side}x{side} pixels ({type(error).__name__}: {said})"
         ) from None
-    return [tuple(features.shape[1:]) for features, _ in states]
 
 
 def intermediates(model, images, indices, prefix: bool = False) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -143,6 +142,15 @@ def _patch(model: nn.Module, index: int, side: int, grid: int) -> int:
         reduction = info[index]["reduction"]
         return int(reduction[0] if isinstance(reduction, (list, tuple)) else reduction)
     return side // grid
+
+
+def _prefix(model: nn.Module) -> tuple[int, int]:
+    """(class tokens, registers) before the patches; none where the class token joins behind the blocks (CaiT, XCiT)."""
+    if "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:
+        return 0, 0
+    registers = getattr(model, "reg_token", None)  # [1, registers, D]
+    registers = 0 if registers is None else registers.shape[1]
+    return getattr(model, "num_prefix_tokens", 0) - registers, registers
 
 
 def _plain(values: dict) -> dict:

@@ -199,12 +199,12 @@ def quiet():
 
 
 def without_weights(make):
-    """`make()` on the meta device, or on the CPU where that fails."""
+    """`make()` on the meta device, or on the CPU where its code cannot compute there."""
     try:
         with torch.device("meta"):
             return make()
-    except LlavaError:
-        raise
-    except Exception:  # whatever code raises that was not written for it
+    except Exception as error:
+        if isinstance(error, LlavaError) or "meta" not in str(error):  # of PyTorch's words for it
+            raise
         with torch.device("cpu"):
             return make()

@@ -140,6 +140,7 @@ class TimmTower(VisionTower):
         for module in encoder.modules():
             if self.eager and hasattr(module, "fused_attn"):
                 module.fused_attn = False
+        self.train(self.training)
 
     def check_missing(self, missing: list[str]) -> None:
         """Refuse weights that lack some that the features need; a head that they do not may be any."""
@@ -171,11 +172,12 @@ class TimmTower(VisionTower):
 
     def blocks(self):
         """The blocks that the features come through; of a hierarchical encoder those of all of its stages, in a row."""
-        if self.config.stage is None:
-            return super().blocks()
-        info = self.vision_tower.feature_info[: self.config.stage]
-        stages = [self.vision_tower.get_submodule(each["module"]) for each in info]
-        return [block for stage in stages for block in find_blocks(stage)]
+        found = []
+        if self.config.stage is not None:
+            parts = dict(self.vision_tower.named_modules())
+            names = [each["module"] for each in self.vision_tower.feature_info[: self.config.stage]]
+            found = [block for name in names if name in parts for block in find_blocks(parts[name])]
+        return found or super().blocks()
 
     @property
     def no_split_modules(self):
