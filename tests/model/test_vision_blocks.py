@@ -1,5 +1,7 @@
 """The blocks of encoders, and where in them their parameters lie."""
 
+import re
+
 import pytest
 import torch
 import torch.nn as nn
@@ -9,6 +11,7 @@ from llava.model.vision_blocks import block_levels, block_rate, find_blocks, use
 from tests import tiny
 
 LAYERS = 4
+BLOCK = re.compile(r"layers?\.(\d+)\.")
 
 
 @pytest.fixture(scope="module", params=TOWERS)
@@ -25,7 +28,7 @@ def test_blocks_that_the_features_come_through(tower):
     tower.vision_tower.requires_grad_(True)
     tower(torch.randn(1, 3, tower.image_size, tower.image_size)).square().sum().backward()
     reached = {name for name, value in tower.vision_tower.named_parameters() if value.grad is not None}
-    layers = {name.split("layers.")[1].split(".")[0] for name in reached if "layers." in name}
+    layers = {BLOCK.search(name)[1] for name in reached if BLOCK.search(name)}
     names = {module: name for name, module in tower.vision_tower.named_modules()}
     assert [names[block].split(".")[-1] for block in tower.blocks()] == sorted(layers) == ["0", "1", "2"]
     tower.zero_grad(set_to_none=True)
@@ -35,8 +38,8 @@ def test_blocks_that_the_features_come_through(tower):
 def test_levels(tower):
     levels = block_levels(tower.vision_tower, tower.blocks())
     for name, parameter in tower.vision_tower.named_parameters():
-        if "layers." in name:
-            expected = int(name.split("layers.")[1].split(".")[0])
+        if BLOCK.search(name):
+            expected = int(BLOCK.search(name)[1])
         else:  # embeddings and the norm before the blocks; the norm and pooling behind them
             expected = -1 if "embed" in name or "pre" in name else 3
         assert levels[id(parameter)] == expected, name

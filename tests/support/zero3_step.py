@@ -1,7 +1,7 @@
 """Two ranks under ZeRO-3 with unlike batches: the gradients are those of one process with both.
 
-`main([TOWER])`, or `encoders([CHECKPOINT, ...])` for LLaVA models, on each of two ranks. One has eight images and many labels, the other a text with a single one, so that
-their chunks of images and of logits differ in number.
+`main([TOWER])`, or `encoders([CHECKPOINT, ...])` with LLaVA models, on each of two ranks. One has eight images and many
+labels, the other a text with a single one, so that their chunks of images and of logits differ in number.
 """
 
 import copy
