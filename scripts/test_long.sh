@@ -15,5 +15,5 @@ cd "$ROOT"
 mapfile -t longer < <(grep -rl --include='test_*.py' LLAVA_LONG_TESTS tests)
 LLAVA_LONG_TESTS=1 "$PYTHON" -m pytest -q scripts/long_tests "${longer[@]}"
 [[ -z "${TIMM-yes}" ]] || bash scripts/test_timm.sh
-"$PYTHON" scripts/test_long.py --seeds ${SEEDS-0 1 2 3 4} --towers ${TOWERS-demo_hevc_vit demo_hevc_vit_packing demo_clip_toconv} \
+"$PYTHON" scripts/test_long.py --seeds ${SEEDS-0 1 2 3 4} --towers ${TOWERS-demo_hevc_vit demo_hevc_vit_packing demo_clip_toconv demo_dinov2 demo_siglip2 demo_aimv2} \
     --qwen2-vl-seeds ${QWEN2_VL_SEEDS-0} "$@"

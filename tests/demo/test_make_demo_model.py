@@ -74,6 +74,18 @@ def test_hevc_vit_tower(demo):
     assert processor["crop_size"] == {"height": 56, "width": 56}
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "siglip2", "aimv2"])
+def test_tower_of_transformers(demo, kind):
+    """16 tokens of width 96 at its own size, as the others; the YAML names the folder."""
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+
+    yaml = (ROOT / f"configs/towers/demo_{kind}.yaml").read_text()
+    assert f"vision_tower: playground/demo/{kind}_tower\n" in yaml
+    tower = build_vision_tower({"mm_vision_tower": str(demo / f"{kind}_tower"), "mm_vision_select_layer": -2})
+    assert (tower.image_size, tower.num_patches, tower.hidden_size, tower.patch_size) == (56, 16, 96, 14)
+    assert type(tower).__name__ == "HFVisionBackboneTower" and len(tower.blocks()) == 3
+
+
 def test_needs_the_data_first(tmp_path):
     program = [sys.executable, str(ROOT / "playground" / "make_demo_model.py"), "--output", str(tmp_path)]
     done = subprocess.run(program, capture_output=True, text=True)

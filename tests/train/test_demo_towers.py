@@ -15,6 +15,8 @@ TOWERS = [  # tower config, encoder, its model type
 if os.environ.get("LLAVA_LONG_TESTS"):  # the first one's encoder without adaptive patches
     TOWERS += [("demo_hevc_vit", "hevc_vit_tower", "llava_vit")]
     TOWERS += [("demo_hevc_vit_packing", "hevc_vit_tower", "llava_vit_packing")]
+    TOWERS += [("demo_dinov2", "dinov2_tower", "dinov2"), ("demo_aimv2", "aimv2_tower", "aimv2_vision_model")]
+    TOWERS += [("demo_siglip2", "siglip2_tower", "siglip2_vision_model")]
 
 
 @pytest.fixture(scope="module")
