@@ -144,7 +144,9 @@ def test_any_size(demo, page, tmp_path, capsys):  # noqa: F811
     named = f"{page}/my_tower.py:MyTower"
     keys = {"image_aspect_ratio": "native", "min_pixels": 28 * 28, "max_pixels": 84 * 84, "vision_tower": named}
     keys |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_patch_merge_type": "spatial_unpad"}
-    run(demo, tmp_path / "out", max_steps=2, logging_steps=1, per_device_train_batch_size=4, **keys)
+    keys |= {"logging_steps": 1, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+    assert len(run(demo, tmp_path / "out", max_steps=1, **keys)) == 1
+    assert len(run(demo, tmp_path / "out", max_steps=2, **keys)) == 2  # from checkpoint-1, whose class the run names
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["image_aspect_ratio"] == "native" and config["mm_vision_tower"] == named
     words = ["--model-path", tmp_path / "out", "--data-path", demo / "heldout.json", "--image-folder", demo / "images"]
