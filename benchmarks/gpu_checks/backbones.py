@@ -15,6 +15,7 @@ from gpu_checks.numerics import relative
 from gpu_checks.registry import Context, Result, check
 
 DEPTH = {True: 2, False: 12}  # small or not: blocks at most, so that no type takes minutes
+SMALL = 5e9  # weights times tokens that a CPU computes with in seconds
 FLOAT32, BF16 = 1e-4, 5e-2  # relative: the device against the CPU in float32, bf16 against float32
 SAME_GRADIENT = 1e-3  # relative, of all gradients as one
 
@@ -24,15 +25,22 @@ def make_tower(kind: str, folder: Path, depth: int):
     import transformers
 
     from llava.model.multimodal_encoder.builder import build_vision_tower
-    from llava.model.multimodal_encoder.hf_facts import FACTS
+    from llava.model.multimodal_encoder.hf_facts import FACTS, PACKED
 
-    classes = [getattr(transformers, FACTS[kind].name + end, None) for end in ("Config", "Model")]
-    if None in classes:
-        return None
-    blocks = classes[0]().to_dict().get("num_hidden_layers", 0)
-    config = classes[0](**({"num_hidden_layers": depth} if blocks > depth and not FACTS[kind].strides else {}))
+    if kind in PACKED:
+        from llava.model.multimodal_encoder.packed_encoders import ENCODERS
+
+        model_class = ENCODERS[PACKED[kind].name]
+        config_class = model_class.config_class
+    else:
+        config_class, model_class = (getattr(transformers, FACTS[kind].name + end, None) for end in ("Config", "Model"))
+        if config_class is None or model_class is None:
+            return None
+    own = config_class().to_dict()
+    blocks = next((name for name in ("num_hidden_layers", "depth") if isinstance(own.get(name), int)), None)
+    config = config_class(**({blocks: depth} if blocks and own[blocks] > depth and "depths" not in own else {}))
     torch.manual_seed(0)
-    classes[1](config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     return build_vision_tower({"mm_vision_tower": str(folder), "mm_vision_select_layer": -1}).eval()
 
 
@@ -85,33 +93,42 @@ def measure(tower, device: str, count: int) -> dict:
     return {f"{name}_images_per_s": rate for name, rate in rates.items()}
 
 
+def own_names() -> list[str]:
+    """Every type by its own name: some go by that of the larger model too that they are half of, which comes first."""
+    from llava.model.multimodal_encoder.hf_facts import FACTS, PACKED
+
+    return list({facts.name: kind for kind, facts in (FACTS | PACKED).items()}.values())
+
+
+def check_type(kind: str, context: Context, result: Result) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        tower = make_tower(kind, Path(folder), DEPTH[context.small])
+    if tower is None:
+        result.figure(kind, lacking="not in the installed transformers")
+        return
+    if context.small and parameters(tower) * tower.num_patches > SMALL:
+        result.figure(kind, left_out="too large for a CPU")
+        return
+    side = tower.image_size
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    result.below(kind, **compare(tower, images, context.device))
+    if context.device != "cuda":
+        return
+    here = images.to("cuda")
+    waited = waits_of(lambda: tower(here).square().mean().backward())
+    result.test(f"{kind}, no wait for the device", not waited, waited or "forward and backward")
+    tower.zero_grad(set_to_none=True)
+    count = max(2, 32 * min(576, tower.num_patches) // tower.num_patches)  # fewer of large ones
+    shape = {"pixels": side, "tokens": tower.num_patches}
+    result.figure(f"{kind}, bf16, {count} images", **shape, **measure(tower, "cuda", count))
+
+
 @check("backbones")
 def backbones(context: Context, result: Result):
     """Each type of transformers' vision backbones: features and gradients as on the CPU, bf16, no wait, images/s."""
-    from llava.model.multimodal_encoder.hf_facts import FACTS
-
-    seen = set()
-    for kind, facts in FACTS.items():
-        if facts.name in seen:  # under the name of the larger model that it is half of
-            continue
-        seen.add(facts.name)
-        with tempfile.TemporaryDirectory() as folder:
-            tower = make_tower(kind, Path(folder), DEPTH[context.small])
-        if tower is None:
-            result.figure(kind, lacking="not in the installed transformers")
-            continue
-        side = tower.image_size
-        if context.small and parameters(tower) > 50e6:
-            result.figure(kind, left_out="too large for a CPU")
-            continue
-        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-        result.below(kind, **compare(tower, images, context.device))
-        if context.device == "cuda":
-            here = images.to("cuda")
-            waited = waits_of(lambda tower=tower, here=here: tower(here).square().mean().backward())
-            result.test(f"{kind}, no wait for the device", not waited, waited or "forward and backward")
-            tower.zero_grad(set_to_none=True)
-            shape = {"pixels": side, "tokens": tower.num_patches}
-            result.figure(f"{kind}, bf16, 32 images", **shape, **measure(tower, "cuda", 32))
-        del tower
+    for kind in own_names():
+        try:
+            check_type(kind, context, result)
+        except Exception as error:  # the others are still tried
+            result.test(kind, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         free_memory(context.device)
