@@ -123,7 +123,8 @@ class ModelKeys(KeyGroup):
     )
     vision_tower_stage: int | None = key(
         None,
-        "stage of a hierarchical encoder (ConvNeXt) whose feature map becomes the tokens, from 1; not given: the last",
+        "stage of a hierarchical encoder (ConvNeXt, Swin, ...) whose feature map becomes the tokens, from 1; not "
+        "given: the last",
         tower_part=True,
         checkpoint=True,
         within=POSITIVE,

@@ -1,57 +1,31 @@
 """The tower for any vision backbone of transformers, against the stock models' own forward."""
 
-import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from llava.errors import LlavaError
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import TOWERS
+from llava.model.multimodal_encoder.hf_facts import REMOTE
+from llava.model.multimodal_encoder.hf_states import KINDS as STATES
 from llava.model.multimodal_encoder.hf_vision import FACTS
 from tests.model import small
+from tests.model.hf_encoders import (
+    FIXED,
+    KINDS,
+    MAPS,
+    WHOLE,
+    build,
+    expected_tokens,
+    own_states,
+    prefix,
+    side_of,
+    stock,
+)
 
-SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
-PLAIN = dict(**SIZES, image_size=42, patch_size=14)
-STAGES = dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], image_size=64)
-KINDS = {
-    "dinov2": PLAIN,
-    "dinov2_with_registers": {**PLAIN, "num_register_tokens": 2},
-    "dinov3_vit": {**PLAIN, "num_register_tokens": 2},
-    "siglip2_vision_model": {**SIZES, "patch_size": 14, "num_patches": 9},
-    "aimv2_vision_model": {**PLAIN, "is_native": True},
-    "mlcd_vision_model": PLAIN,
-    "internvl_vision": {**PLAIN, "image_size": [42, 42], "patch_size": [14, 14]},
-    "radio": dict(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=42, patch_size=14, max_img_size=84
-    ),
-    "convnext": STAGES,
-    "convnextv2": STAGES,
-    "vit": PLAIN,
-    "vit_mae": PLAIN,
-    "metaclip_2_vision_model": PLAIN,
-    "ijepa": PLAIN,
-}
-# class tokens, then registers
-PREFIX = {"dinov2_with_registers": 3, "dinov3_vit": 3, "siglip2_vision_model": 0, "aimv2_vision_model": 0, "ijepa": 0}
-WHOLE = {"siglip2", "aimv2", "metaclip_2", "internvl", "mlcd"}  # the same encoders under their larger models' names
-
-
-def names(kind):
-    import transformers
-
-    return [getattr(transformers, FACTS[kind].name + end) for end in ("Config", "Model")]
-
-
-def stock(kind, **changes):
-    config, model = names(kind)
-    torch.manual_seed(1)
-    made = model(config(**{**KINDS[kind], **changes})).eval()
-    for parameter in made.parameters():  # also those that start at zero, such as positions and layer scales
-        torch.nn.init.normal_(parameter, std=0.1)
-    return made
+SEVERAL = ("radio", "pixio")  # class tokens
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -66,118 +40,99 @@ def folder(kind, tmp_path_factory):
     return path
 
 
-def build(folder, **values):
-    return build_vision_tower({"mm_vision_tower": str(folder), "mm_vision_select_layer": -2, **values}).eval()
+@pytest.fixture(scope="module")
+def tower(kind, folder):
+    return build(folder, kind)
 
 
-def own_states(kind, folder, images):
-    """Hidden states as the stock model gives them, with no code of the tower."""
-    model = names(kind)[1].from_pretrained(folder).eval()
-    b, _, height, width = images.shape
-    if kind == "siglip2_vision_model":
-        h, w = height // 14, width // 14
-        patches = [
-            image[:, 14 * y : 14 * y + 14, 14 * x : 14 * x + 14].permute(1, 2, 0).reshape(-1)
-            for image in images
-            for y in range(h)
-            for x in range(w)
-        ]
-        rows = torch.stack(patches).view(b, h * w, -1)
-        given = dict(
-            pixel_values=rows,
-            pixel_attention_mask=torch.ones(b, h * w, dtype=torch.long),
-            spatial_shapes=torch.tensor([[h, w]] * b),
-        )
-    else:
-        given = {"pixel_values": images}
-        if FACTS[kind].interpolates == "asked":
-            given["interpolate_pos_encoding"] = True
-    if kind == "vit_mae":
-        model.config.mask_ratio = 0.0
-        given["noise"] = torch.arange(height * width // 196.0).expand(b, -1)
-    with torch.no_grad():
-        return model(**given, output_hidden_states=True).hidden_states
-
-
-def prefix(kind, config):
-    return config.num_cls_tokens + config.num_registers if kind == "radio" else PREFIX.get(kind, 1)
+def larger(kind):
+    """Another side than the encoder's own, where it can take one."""
+    return side_of(kind) + (0 if kind in FIXED else 32 if kind in MAPS else 28)
 
 
 def test_every_type_is_tried():
-    assert set(FACTS) == set(KINDS) | WHOLE
+    taken = set(TOWERS["hf_vision"].model_types) - set(REMOTE)
+    assert len(taken) > 40 and taken <= set(KINDS) | WHOLE <= set(FACTS)
+    assert {FACTS[kind].hidden_states for kind in KINDS} == set(STATES)
 
 
-@pytest.mark.parametrize(("layer", "larger"), [(-2, False), (-1, True)])
-def test_features_are_the_stock_ones(kind, folder, layer, larger):
-    """At the encoder's own size, and at another one."""
-    maps = kind.startswith("convnext")
-    side = (64 if maps else 42) + larger * (32 if maps else 28)
-    tower = build(folder, mm_vision_select_layer=layer, image_size=side)
+def check_features(kind, folder, layer, side):
+    tower = build(folder, kind, mm_vision_select_layer=layer, image_size=side)
     images = small.pixels(2, 3, side, side)
-    states = own_states(kind, folder, images)
-    if maps:
-        expected = torch.stack([states[-1][:, :, y, x] for y in range(side // 32) for x in range(side // 32)], dim=1)
-    else:
-        expected = states[layer][:, prefix(kind, tower.config) :]
+    expected = expected_tokens(kind, own_states(kind, folder, images), tower.config, layer)
     found = tower(images)
     assert found.shape == expected.shape == (2, tower.num_patches, tower.hidden_size)
     assert torch.allclose(found, expected, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3  # it looks at the pixels
     count, (h, w) = tower.token_grid(side, side)
     assert count == h * w == tower.num_patches == (side // tower.patch) ** 2
+    return tower, images
 
 
-def test_stages_are_for_feature_maps(tmp_path):
-    stock("dinov2").save_pretrained(tmp_path)
-    with pytest.raises(LlavaError, match=r"vision_tower_stage.*no stages"):
-        build(tmp_path, vision_tower_stage=1)
-
-
-@pytest.mark.parametrize("kind", ["convnext", "convnextv2"])
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_stage_becomes_tokens_row_by_row(kind, tmp_path, stage):
-    folder = tmp_path / "tower"
-    stock(kind).save_pretrained(folder)
-    tower = build(folder, vision_tower_stage=stage)
-    images = small.pixels(1, 3, 64, 64)
-    expected = own_states(kind, folder, images)[stage]
-    found = tower(images)
-    side = 64 // (4 * 2 ** (stage - 1))
-    assert found.shape == (1, side**2, [8, 16, 24, 32][stage - 1]) == (1, tower.num_patches, tower.hidden_size)
-    assert torch.allclose(found[0, side + side // 2 - 1], expected[0, :, 1, side // 2 - 1], atol=1e-5)
-    with pytest.raises(LlavaError, match="vision_tower_stage: found 5, expected 1 to 4"):
-        build(folder, vision_tower_stage=5)
-
-
-def test_class_token(kind, folder):
-    if kind == "radio":
-        with pytest.raises(LlavaError, match="class tokens"):
-            build(folder, mm_vision_select_feature="cls_patch")
-        return
-    tower = build(folder, mm_vision_select_feature="cls_patch")
-    images = small.pixels(1, 3, tower.side, tower.side)
-    found, plain = tower(images), build(folder)(images)
-    if FACTS[kind].prefix(tower.config)[0] == 0:
-        assert found.equal(plain) and tower.num_patches == plain.shape[1]
-        return
-    states = own_states(kind, folder, images)[-2]
-    assert torch.allclose(found[:, 0], states[:, 0], atol=1e-5) and torch.allclose(found[:, 1:], plain, atol=1e-5)
-    assert tower.num_patches == found.shape[1] == tower.token_grid(tower.side, tower.side)[0]
-
-
-@pytest.mark.parametrize("layer", [-1, -2])
-def test_gradient_reaches_what_counts_as_trained(kind, folder, layer):
-    tower = build(folder, mm_vision_select_layer=layer)
+@pytest.mark.parametrize("layer", [-2, -1])
+def test_features_and_gradients_are_the_stock_ones(kind, folder, layer):
+    """At the encoder's own size (layer -2), and at another one; what counts as trained gets a gradient."""
+    tower, images = check_features(kind, folder, layer, side_of(kind) if layer == -2 else larger(kind))
     tower.requires_grad_(True)
     unused = {id(p) for module in tower.unused_modules() for p in module.parameters()}
-    tower(small.pixels(2, 3, tower.side, tower.side)).square().sum().backward()
+    tower(images).square().sum().backward()
     without = {name for name, p in tower.named_parameters() if p.grad is None}
     assert without == {name for name, p in tower.named_parameters() if id(p) in unused}
+    assert len(without) < sum(1 for _ in tower.parameters())
+
+
+@pytest.mark.parametrize("kind", set(KINDS) - set(MAPS))
+def test_class_token(kind, tmp_path):
+    stock(kind).save_pretrained(tmp_path)
+    if kind in SEVERAL:
+        with pytest.raises(LlavaError, match="class tokens"):
+            build(tmp_path, mm_vision_select_feature="cls_patch")
+        return
+    tower = build(tmp_path, mm_vision_select_feature="cls_patch")
+    images = small.pixels(1, 3, 42, 42)
+    states = own_states(kind, tmp_path, images)
+    patches = expected_tokens(kind, states, tower.config, -2)
+    found = tower(images)
+    if prefix(kind, tower.config) == 0:
+        assert torch.allclose(found, patches, atol=1e-5) and tower.num_patches == patches.shape[1]
+        return
+    assert torch.allclose(found[:, 0], states[-2][:, 0], atol=1e-5)
+    assert torch.allclose(found[:, 1:], patches, atol=1e-5)
+    assert tower.num_patches == found.shape[1] == tower.token_grid(42, 42)[0]
+
+
+def test_training_mode_changes_nothing(kind, folder, tower):
+    """A frozen encoder is in it too: no block is dropped, no statistics of a batch are taken."""
+    images = small.pixels(2, 3, tower.side, tower.side)
+    before = tower(images)
+    buffers = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    assert tower.train()(images).equal(before) and tower.training
+    assert all(buffer.equal(buffers[name]) for name, buffer in tower.named_buffers())
+    tower.eval()
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vjepa2", "sam_vision_model", "data2vec-vision", "swin", "swinv2", "hiera"])
+def test_gradient_checkpointing_changes_nothing(kind, tmp_path):
+    side = side_of(kind)
+    stock(kind).save_pretrained(tmp_path)
+    model = small.model(tmp_path, image_aspect_ratio="pad", mm_patch_merge_type="flat", image_size=side).train()
+    tower, images = model.get_vision_tower().requires_grad_(True), small.pixels(2, 3, side, side)
+    found = []
+    for _ in range(2):
+        tower.zero_grad(set_to_none=True)
+        tower(images).square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None})
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()  # as LoRA asks for
+    plain, again = found
+    assert again.keys() == plain.keys()
+    assert all(torch.allclose(again[name], plain[name], atol=1e-5, rtol=1e-4) for name in plain)
 
 
 def test_save_and_load(kind, folder, tmp_path):
     """A whole checkpoint, at another size, when the encoder's folder is gone."""
     source = shutil.copytree(folder, tmp_path / "encoder")
-    side = 96 if kind.startswith("convnext") else 70
+    side = larger(kind)
     model = small.model(source, image_aspect_ratio="pad", mm_patch_merge_type="flat", image_size=side)
     model.get_model().describe_vision()
     with torch.no_grad():
@@ -188,13 +143,29 @@ def test_save_and_load(kind, folder, tmp_path):
     again = type(model).from_pretrained(tmp_path / "saved").eval()
     before, after = model.get_vision_tower(), again.get_vision_tower()
     images = small.pixels(2, 3, side, side)
-    assert after.image_processor.to_dict() == before.image_processor.to_dict() and after.side == side
+    assert type(after.image_processor) is type(before.image_processor) and after.side == side
+    assert after.image_processor.to_dict() == before.image_processor.to_dict()
     with torch.no_grad():
         assert after(images).equal(before(images)) and again.encode_images(images).equal(model.encode_images(images))
 
 
-def test_sizes(kind, folder):
-    tower = build(folder)
+def test_buffers_that_no_checkpoint_holds(kind, tower):
+    """They come back as the encoder made them, whatever loading left in them."""
+    saved = set(tower.vision_tower.state_dict())
+    buffers = {name: b for name, b in tower.vision_tower.named_buffers() if name not in saved}
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    for buffer in buffers.values():
+        buffer.zero_()
+    tower.reset_buffers()
+    assert all(buffer.equal(before[name]) for name, buffer in buffers.items())
+    assert bool(buffers) == (kind in BUFFERS)
+
+
+BUFFERS = {"dinov3_vit", "mlcd_vision_model", "metaclip_2_vision_model", "altclip_vision_model", "swin", "swinv2"}
+BUFFERS |= {"chinese_clip_vision_model", "aimv2_vision_model"}
+
+
+def test_sizes(kind, folder, tower):
     patch, side = tower.patch, tower.side
     wide = small.pixels(1, 3, side, side + patch)
     if tower.any_size:
@@ -206,66 +177,15 @@ def test_sizes(kind, folder):
     else:
         with pytest.raises(LlavaError, match=f"takes images of {side}x{side} pixels"):
             tower(wide)
-    with pytest.raises(LlavaError, match=f"image_size: found {side + 1}, expected a multiple of {patch}"):
+    fixed = f"{side}: positions of this {kind} do not interpolate"
+    multiple = f"a multiple of {patch} "
+    with pytest.raises(
+        LlavaError, match=f"image_size: found {side + 1}, expected {fixed if kind in FIXED else multiple}"
+    ):
         build(folder, image_size=side + 1)
 
 
-def test_pixels_are_pillow(kind, folder):
-    processor = build(folder).image_processor
-    side = processor.crop_size["height"]
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8))
-    resized = np.asarray(picture.resize((side, side), FACTS[kind].resample), dtype=np.float32) / 255
-    mean, std = (np.array(v, dtype=np.float32) for v in FACTS[kind].statistics)
-    found = processor.preprocess(picture, return_tensors="pt")["pixel_values"][0]
-    assert np.allclose(found.permute(1, 2, 0).numpy(), (resized - mean) / std, atol=1e-5)
-
-
-def test_fixed_positions_are_refused(tmp_path):
-    stock("aimv2_vision_model", is_native=False).save_pretrained(tmp_path / "fixed")
-    assert build(tmp_path / "fixed").num_patches == 9
-    with pytest.raises(LlavaError, match="image_size: found 70, expected 42: positions"):
-        build(tmp_path / "fixed", image_size=70)
-
-
-@pytest.mark.parametrize("prefix", ["vision_tower.", "model.vision_tower."])
-def test_vision_half_by_prefix(tmp_path, prefix):
-    from safetensors.torch import load_file, save_file
-
-    stock("internvl_vision").save_pretrained(tmp_path / "half")
-    source = load_file(tmp_path / "half" / "model.safetensors")
-    whole = shutil.copytree(tmp_path / "half", tmp_path / "whole")
-    text = {"language_model.norm.weight": torch.ones(4)}
-    save_file({prefix + k: v for k, v in source.items()} | text, whole / "model.safetensors", {"format": "pt"})
-    config = json.loads((whole / "config.json").read_text())
-    (whole / "config.json").write_text(json.dumps({"model_type": "internvl", "vision_config": config}))
-    found = build(whole).vision_tower.state_dict()
-    assert len(source) > 30 and all(torch.equal(found[key], source[key]) for key in source)
-
-
-def test_weights_that_lack_blocks_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    stock("dinov2").save_pretrained(tmp_path)
-    source = load_file(tmp_path / "model.safetensors")
-    kept = {k: v for k, v in source.items() if "layer.1." not in k}
-    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LlavaError, match=r"lack \d+ of Dinov2Model's"):
-        build(tmp_path)
-
-
-def test_types_that_cannot_be(tmp_path, monkeypatch):
-    import transformers
-
-    stock("dinov2").save_pretrained(tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(LlavaError, match="not in the installed transformers"):
-        patched.setattr(transformers, "Dinov2Model", None)
-        build(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "intern_vit_6b", "auto_map": {"AutoModel": "x.Y"}}')
-    with pytest.raises(LlavaError, match=r"auto_map.*internvl"):
-        build(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["dinov2", "siglip2_vision_model", "radio"])
+@pytest.mark.parametrize("kind", ["dinov2", "siglip2_vision_model", "radio", "pixio", "tipsv2_vision_model"])
 def test_native_through_the_model(tmp_path, kind):
     """Pictures of any size as the pipeline makes them: every token of each comes out."""
     from llava.images.processing import process_image
@@ -283,3 +203,6 @@ def test_native_through_the_model(tmp_path, kind):
     with torch.no_grad():
         features = model.encode_images(images)
     assert [len(f) for f in features] == [i.shape[1] * i.shape[2] // 196 for i in images] and len(features[0]) > 1
+    model.config.min_pixels = model.config.max_pixels = 14 * 14 - 1
+    with pytest.raises(LlavaError, match="at least 196, the smallest image this model takes"):
+        native_resolution(model.config)

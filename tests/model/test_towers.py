@@ -236,8 +236,8 @@ def test_folders_that_are_no_towers(tmp_path, clip):
     (tmp_path / "clip-empty").mkdir()
     with pytest.raises(LlavaError, match=r"clip-empty.*no config\.json"):
         build(tmp_path / "clip-empty")
-    with pytest.raises(LlavaError, match=r"model_type 'resnet'.*mm_vision_tower_type"):
-        build(retyped(clip, tmp_path / "clip-not", "resnet"))
+    with pytest.raises(LlavaError, match=r"model_type 'efficientnet', an image classifier.*expected an encoder"):
+        build(retyped(clip, tmp_path / "clip-not", "efficientnet"))
     with pytest.raises(LlavaError, match="a name that says nothing"):
         build(tmp_path / "absent")
     with pytest.raises(LlavaError, match=r"no usable config\.json in the hub or its cache"):

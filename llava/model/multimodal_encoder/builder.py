@@ -63,8 +63,8 @@ SIZE_KEYS = ("image_size", "vision_tower_stage")  # for towers that have a choic
 S2_TYPES = ("clip", "clip_s2", "siglip")  # LLaVA-NeXT leaves the key alone beside a SigLIP
 
 
-def _model_type(tower: str) -> str | None:
-    """`model_type` in the config.json of a local folder or a hub repository; None where there is none to read."""
+def _source_values(tower: str) -> dict | None:
+    """config.json of a local folder or a hub repository; None where there is none to read."""
     if os.path.isdir(tower):
         path = os.path.join(tower, "config.json")
         if not os.path.isfile(path):
@@ -80,7 +80,7 @@ def _model_type(tower: str) -> str | None:
             return None
     with open(path) as file:
         try:
-            return json.load(file).get("model_type")
+            return json.load(file)
         except json.JSONDecodeError as error:
             raise LlavaError(f"{path}: not JSON ({error})") from None
 
@@ -131,7 +131,8 @@ def _plain_type(cfg, tower: str) -> str:
         kind = explicit if own is None else str(own)
     else:
         stored = getattr(cfg, "mm_vision_config", None) or {}
-        model_type = stored.get("model_type") or _model_type(tower)
+        values = stored if stored.get("model_type") else _source_values(tower)
+        model_type = None if values is None else values.get("model_type")
         if model_type is None:
             kind = _by_name(tower, TOWERS)
         else:
@@ -140,9 +141,14 @@ def _plain_type(cfg, tower: str) -> str:
             readers = [key for key, entry in TOWERS.items() if model_type in entry.also_reads and not stored]
             kind = _by_name(os.path.basename(tower.rstrip("/")), readers) or next(by_type, None)
         if kind is None:
-            found = f"model_type {model_type!r}" if model_type else "no config.json and a name that says nothing"
-            fault = LlavaError if model_type else OutOfReach
-            raise fault(f"vision tower {tower!r}: {found}; set mm_vision_tower_type to one of {', '.join(TOWERS)}")
+            if values is not None:
+                from .hf_refusals import no_tower
+
+                raise no_tower(tower, values)
+            raise OutOfReach(
+                f"vision tower {tower!r}: no config.json and a name that says nothing; set mm_vision_tower_type to one "
+                f"of {', '.join(TOWERS)}"
+            )
     return kind
 
 

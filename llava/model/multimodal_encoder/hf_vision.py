@@ -1,17 +1,16 @@
 """Any vision backbone of transformers as a tower: its own forward, its hidden states, told by `model_type`.
 
 The encoder is the stock model, whole and under its own weight names. What differs between types stands in `FACTS`.
-
-Every type is shown pictures at exactly its size: the margin that some published processors resize to and then cut off
-belongs to classification, and would cut text off at a picture's edges.
 """
 
 import copy
 import os
+import re
 
 import torch
 import torch.nn as nn
 from transformers import CLIPImageProcessorPil
+from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_blocks import find_blocks
@@ -19,7 +18,10 @@ from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
 from .hf_backbone import quiet_loading
-from .hf_facts import FACTS, REMOTE, Facts
+from .hf_facts import FACTS, Facts, side_of
+from .hf_pixels import processor_class, read_processor
+from .hf_refusals import no_tower
+from .hf_states import as_tokens, hidden_states
 from .hf_tower import HFVisionTower
 
 __all__ = ["FACTS", "Facts", "HFVisionBackboneTower"]
@@ -29,13 +31,12 @@ _AUGMENTATIONS = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 RUN = "llava_tower"  # where the encoder's config holds what a run chose, so that a checkpoint says it by itself
 
 
-def side_of(value) -> int:
-    """A size in pixels that a config gives as a number or as [height, width]."""
-    return int(value[0] if isinstance(value, (list, tuple)) else value)
+def _no_embeddings() -> None:
+    """In place of an encoder's `get_input_embeddings`: nothing for transformers to hang its hook on."""
 
 
 class HFVisionBackboneTower(HFVisionTower):
-    processor_class = CLIPImageProcessorPil  # Pillow, with any size, statistics and interpolation
+    processor_class = CLIPImageProcessorPil  # until the type is known
     sets_sizes = True
 
     # --- config and pixels ---
@@ -45,8 +46,10 @@ class HFVisionBackboneTower(HFVisionTower):
         values = self.source_values() if stored is None else stored
         self.model_type = values.get("model_type")
         self.facts = self.facts_of(values)
+        self.processor_class = processor_class(self.facts)
         self.config_class, self.model_class = self.classes()
         self.config = self.config_class.from_dict(values.get("vision_config") or values)
+        self.drop_nothing()
         self.set_sizes(args)
         stored_processor = getattr(args, "mm_image_processor_config", None)
         if stored_processor is None:
@@ -76,18 +79,9 @@ class HFVisionBackboneTower(HFVisionTower):
         Raises:
             LlavaError: a type that there is no row for; one that runs code of its own repository.
         """
-        if self.model_type in FACTS:
-            return FACTS[self.model_type]
-        known = ", ".join(FACTS)
-        if self.model_type in REMOTE or values.get("auto_map"):
-            known = REMOTE.get(self.model_type, f"a checkpoint converted to one of {known}")
-            raise LlavaError(
-                f"vision tower {self.vision_tower_name!r}: model_type {self.model_type!r} is code of its own "
-                f"repository (auto_map), which is not run; expected {known}"
-            )
-        raise LlavaError(
-            f"vision tower {self.vision_tower_name!r}: found model_type {self.model_type!r}, expected one of {known}"
-        )
+        if self.model_type not in FACTS:
+            raise no_tower(self.vision_tower_name, values)
+        return FACTS[self.model_type]
 
     def classes(self):
         """(config class, model class) of this type.
@@ -105,6 +99,14 @@ class HFVisionBackboneTower(HFVisionTower):
             )
         return found
 
+    def drop_nothing(self) -> None:
+        """Turn dropout and stochastic depth off: a frozen encoder is in training mode too."""
+        for name, value in list(vars(self.config).items()):
+            if "drop" in name and isinstance(value, (int, float)):
+                setattr(self.config, name, 0.0)
+            elif "drop" in name and isinstance(value, (list, tuple)):
+                setattr(self.config, name, [0.0] * len(value))
+
     def set_sizes(self, args) -> None:
         """Set `side`, `patch`, `stage`: pixels of a picture and of a token, and the stage of a feature map.
 
@@ -119,13 +121,12 @@ class HFVisionBackboneTower(HFVisionTower):
             if getattr(config, name, None) is not None:
                 setattr(config, name, None)
         self.stage = getattr(args, "vision_tower_stage", None) or chosen.get("stage")
-        self.patch = side_of(config.patch_size)
-        if facts.strides:
-            stages = len(config.depths)
-            self.stage = stages if self.stage is None else self.stage
-            if not 1 <= self.stage <= stages:
-                raise LlavaError(f"vision_tower_stage: found {self.stage}, expected 1 to {stages}")
-            self.patch *= 2 ** (self.stage - 1)
+        self.patch, strides = facts.patch_of(config), facts.stage_strides(config)
+        if strides:
+            self.stage = len(strides) if self.stage is None else self.stage
+            if not 1 <= self.stage <= len(strides):
+                raise LlavaError(f"vision_tower_stage: found {self.stage}, expected 1 to {len(strides)}")
+            self.patch = strides[self.stage - 1]
         elif self.stage is not None:
             raise LlavaError(
                 f"vision_tower_stage: found {self.stage}, but {self.model_type} has no stages; expected none"
@@ -142,6 +143,12 @@ class HFVisionBackboneTower(HFVisionTower):
                 f"image_size: found {self.side}, expected a multiple of {self.patch} (the pixels of a token of "
                 f"{self.model_type})"
             )
+        window = getattr(config, "window_size", 0) if facts.name == "Swin" else 0
+        if window and self.side < window * strides[-1]:  # its windows do not shrink with the map
+            raise LlavaError(
+                f"image_size: found {self.side}, expected {window * strides[-1]} or more: the last stage of this "
+                f"{self.model_type} has windows of {window} tokens"
+            )
         if self.cls_patch and facts.prefix(config)[0] > 1:
             raise LlavaError(
                 f"mm_vision_select_feature cls_patch: {self.model_type} has {facts.prefix(config)[0]} class tokens, "
@@ -151,32 +158,13 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def own_side(self) -> int:
         """The pixels of a side that the encoder was made for."""
-        side = getattr(self.config, "image_size", None)
-        if side is None:  # NaFlex: a table of positions, and no size
+        side = getattr(self.config, self.facts.size, None) or self.facts.side
+        if not side:  # NaFlex: a table of positions, and no size
             return round(self.config.num_patches**0.5) * self.patch
         return side_of(side)
 
     def read_source_processor(self):
-        """Pillow processor from the encoder's preprocessor_config.json, or from the published statistics."""
-        from transformers.image_processing_base import ImageProcessingMixin
-
-        mean, std = self.facts.statistics
-        try:
-            values = ImageProcessingMixin.get_image_processor_dict(self.vision_tower_name)[0]
-        except (OSError, ValueError):
-            values = {}
-        square = {"height": self.side, "width": self.side}
-        squashed = values and "shortest_edge" not in (values.get("size") or {})
-        return self.processor_class(
-            size=square if squashed else {"shortest_edge": self.side},
-            crop_size=square,
-            do_center_crop=not squashed,
-            resample=values.get("resample", self.facts.resample),
-            image_mean=values.get("image_mean") or list(mean),
-            image_std=values.get("image_std") or list(std),
-            do_normalize=values.get("do_normalize", True),
-            rescale_factor=values.get("rescale_factor", 1 / 255),
-        )
+        return read_processor(self.vision_tower_name, self.facts, self.side)
 
     # --- weights ---
 
@@ -185,7 +173,9 @@ class HFVisionBackboneTower(HFVisionTower):
             return
         rank0_print(f"loading vision tower {self.vision_tower_name}")
         prefix = self.facts.weight_prefix
-        mapping = {rf"^(model\.)?{prefix.replace('.', chr(92) + '.')}": ""} if prefix else None
+        mapping = {rf"^(model\.)?{re.escape(prefix)}": ""} if prefix else {}
+        if self.facts.blocks == "encoder.layers":  # transformers writes AltCLIP's as it reads its text half's
+            mapping[r"encoder\.layer\."] = "encoder.layers."
         with quiet_loading():
             try:
                 encoder, report = self.model_class.from_pretrained(
@@ -193,7 +183,7 @@ class HFVisionBackboneTower(HFVisionTower):
                     config=self.config,
                     device_map=None if device_map == "auto" else device_map,
                     attn_implementation=self.attn_implementation,
-                    key_mapping=mapping,
+                    key_mapping=mapping or None,
                     output_loading_info=True,
                 )
             except OSError as error:
@@ -219,6 +209,8 @@ class HFVisionBackboneTower(HFVisionTower):
     def wrap(self, encoder):
         if hasattr(encoder, "use_head"):
             encoder.use_head = False  # what it makes of all tokens is not asked for; its weights stay
+        if self.facts.embeds_tuples:
+            encoder.get_input_embeddings = _no_embeddings
         return encoder
 
     def reset_buffers(self):
@@ -230,7 +222,7 @@ class HFVisionBackboneTower(HFVisionTower):
             return
         small = copy.deepcopy(self.config)
         small.num_hidden_layers = 1
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():
             fresh = dict(self.model_class(small).named_buffers())
             if not lacking.keys() <= fresh.keys():  # blocks have some of their own
                 fresh = dict(self.model_class(self.config).named_buffers())
@@ -243,8 +235,10 @@ class HFVisionBackboneTower(HFVisionTower):
         last, encoder = max(self.layers()), self.vision_tower
         blocks = encoder.get_submodule(self.facts.blocks)
         yield from blocks[last:]
+        if self.facts.hidden_states == "before_merging" and blocks[last - 1].downsample is not None:
+            yield blocks[last - 1].downsample
         norm = self.facts.final_norm
-        if norm and not (self.facts.norm_in_states and last == len(blocks)):
+        if norm and not (self.facts.hidden_states == "normed" and last == len(blocks)):
             yield encoder.get_submodule(norm)
         for name in self.facts.unused:
             owner, _, leaf = name.rpartition(".")
@@ -258,6 +252,15 @@ class HFVisionBackboneTower(HFVisionTower):
             return super().blocks()
         stages = self.vision_tower.get_submodule(self.facts.blocks)[: self.stage]
         return [block for stage in stages for block in find_blocks(stage)]
+
+    def train(self, mode: bool = True):
+        """As `nn.Module`; batch norms keep the statistics of the encoder's own training, which batches here would
+        overwrite, frozen or not."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     # --- features ---
 
@@ -282,11 +285,9 @@ class HFVisionBackboneTower(HFVisionTower):
 
     def encode(self, images):
         self.check_pixels(images)
-        states = self.vision_tower(**self.inputs(images), output_hidden_states=True).hidden_states
-        picked = [states[i] for i in self.layers()]
-        if self.facts.strides:  # [B, D, h, w] -> tokens row by row
-            return picked[0].flatten(2).transpose(1, 2)
-        features = torch.cat(picked, dim=-1)
+        kind = self.facts.hidden_states
+        states = hidden_states(self.vision_tower, kind, self.inputs(images))
+        features = torch.cat([as_tokens(states[i], kind) for i in self.layers()], dim=-1)
         cls, registers = self.facts.prefix(self.config)
         patches = features[:, cls + registers :]
         return torch.cat([features[:, :1], patches], dim=1) if self.with_cls else patches
@@ -310,6 +311,9 @@ class HFVisionBackboneTower(HFVisionTower):
             grids = torch.tensor([[h, w]] * len(images))
             # of one size, so that nothing is masked, and no mask need be read
             return {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": grids}
+        if self.facts.name == "VJEPA2":  # a clip of one picture, as long as what it makes one token of
+            clip = images[:, None].expand(-1, self.config.tubelet_size, -1, -1, -1)
+            return {"pixel_values_videos": clip, "skip_predictor": True}
         found = {"pixel_values": images}
         if self.facts.interpolates == "asked":
             found["interpolate_pos_encoding"] = True
@@ -337,7 +341,7 @@ class HFVisionBackboneTower(HFVisionTower):
 
     @property
     def feature_size(self):
-        return self.config.hidden_sizes[self.stage - 1] if self.facts.strides else super().feature_size
+        return self.facts.stage_width(self.config, self.stage) if self.facts.strides else super().feature_size
 
     @property
     def image_size(self):
