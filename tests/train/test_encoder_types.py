@@ -27,7 +27,10 @@ SETTINGS = dict(
 )
 
 
-@pytest.mark.parametrize("kind", encoders.KINDS)
+KINDS = [kind for kind in encoders.KINDS if kind not in encoders.MAPS or kind.startswith("convnext")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_last_blocks_learn_and_no_others(kit, tmp_path, spy, kind):
     keys = {**SETTINGS, "vision_tower": encoders.folder(tmp_path / "tower", kind)}
     out = kit.run(tmp_path / "out", "iiit", **keys)
