@@ -49,7 +49,9 @@ def tower(folder: Path, kind: str = "clip", layers: int = 3, side: int = SIDE, s
         image_size=side,
         patch_size=PATCH,
     )
-    model_type = {"clip_s2": "clip_vision_model", "hevc_vit": "llava_vit"}.get(kind) or TOWERS[kind].model_types[-1]
+    model_type = {"clip_s2": "clip_vision_model", "hevc_vit": "llava_vit", "hf_vision": "dinov2"}.get(kind) or TOWERS[
+        kind
+    ].model_types[-1]
     if model_type in CONFIG_CLASSES:
         sizes |= {"hidden_size": 64, "initializer_range": 0.1}  # its heads come in widths of 32
     AutoModel.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
