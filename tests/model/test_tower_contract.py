@@ -42,7 +42,8 @@ def images_for(tower, count=3):
 
 
 def close(a, b):
-    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+    """Equal to 1e-5 of the largest value, where that is above 1."""
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5 * max(1.0, b.abs().max().item()))
 
 
 def test_batch(tower):
@@ -124,7 +125,9 @@ def test_save_and_load(kind, folder, tmp_path):
     assert after.image_processor.to_dict() == before.image_processor.to_dict()
     images = images_for(before)
     with torch.no_grad():
-        assert after(images).equal(before(images))
-        assert again.encode_images(images).equal(model.encode_images(images))
+        weights = after.state_dict()
+        assert all(weights[name].equal(value) for name, value in before.state_dict().items())
+        assert close(after(images), before(images))  # where a tensor lies may change a convolution's last digit
+        assert close(again.encode_images(images), model.encode_images(images))
         listed = [model.encode_images(list(images)) for model in (model, again)]
-    assert all(a.equal(b) for a, b in zip(*listed, strict=True))
+    assert all(close(a, b) for a, b in zip(*listed, strict=True))
