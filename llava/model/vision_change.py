@@ -34,6 +34,7 @@ SAID_OF_TOWER = (
     *("image_size", "vision_tower_stage"),
 )
 _TOWER_KEYS = {"mm_vision_tower", *SAID_OF_TOWER, "s2", "s2_scales"}
+_SIZE_KEYS = {"image_size", "vision_tower_stage"}  # which an encoder's forward sees to, the weights being the same
 _FEATURE_KEYS = _TOWER_KEYS | {"mm_vision_select_layer", "mm_vision_select_feature"}
 _COMPRESSION_KEYS = {"use_token_compression", "compression_input_size", "compression_output_size"}
 
@@ -82,11 +83,19 @@ class VisionChange:
     @property
     def new_tower(self) -> bool:
         """The tower is loaded from its source, in place of what the checkpoint holds."""
-        return self.before is None or bool(self.changed & _TOWER_KEYS)
+        if self.before is None:
+            return True
+        fixed = self.before["mm_vision_tower_type"] == "timm"  # its positions are weights of the one size
+        return bool(self.changed & (_TOWER_KEYS if fixed else _TOWER_KEYS - _SIZE_KEYS))
+
+    @property
+    def new_size(self) -> bool:
+        """The checkpoint's tower sees pictures at another size, or gives the map of another stage."""
+        return not self.new_tower and bool(self.changed & _SIZE_KEYS)
 
     def new_compressor(self, feature_size: int, had: int | None) -> bool:
         """The compressor is made anew, for features of so many channels; `had`: those that the checkpoint's takes."""
-        return self.new_tower or bool(self.changed & _COMPRESSION_KEYS) or (had is not None and had != feature_size)
+        return self.new_tower or bool(self.changed & (_COMPRESSION_KEYS | _SIZE_KEYS)) or (had is not None and had != feature_size)
 
     def new_projector(self, hidden_size: int) -> bool:
         """The projector is made anew, for a tower of so many channels."""

@@ -88,6 +88,8 @@ class LlavaMetaModel:
                 self.vision_tower = build_vision_tower(config)
         tower = self.vision_tower
         tower.set_features(config)
+        if change.new_size:
+            tower.resize(config)
         if not change.new_tower:
             had = None if tower.token_compressor is None else tower.token_compressor.hidden_dim
             if change.new_compressor(tower.feature_size, had):

@@ -169,6 +169,17 @@ class VisionTower(nn.Module, ABC):
                 f"{', '.join(p + k for p in FEATURE_PREFIXES for k in FEATURE_KINDS)}"
             )
 
+    def resize(self, args) -> None:
+        """Take over another `image_size` or `vision_tower_stage` of `args`; the weights stay.
+
+        Raises:
+            LlavaError: a tower of one size and no stages.
+        """
+        raise LlavaError(
+            f"image_size, vision_tower_stage: {self.vision_tower_name} ({type(self).__name__}) has one size and no "
+            "stages; expected neither"
+        )
+
     def set_compression(self, args) -> None:
         """Build the token compressor that `args` ask for, with random weights, or take away the one there is.
 

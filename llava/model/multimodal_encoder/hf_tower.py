@@ -74,16 +74,23 @@ class HFVisionTower(VisionTower):
         rank0_print(f"loading vision tower {self.vision_tower_name}")
         with quiet_loading():
             try:
-                encoder = self.model_class.from_pretrained(
+                encoder, report = self.model_class.from_pretrained(
                     self.vision_tower_name,
                     config=self.config,
                     device_map=None if device_map == "auto" else device_map,
                     attn_implementation=self.attn_implementation,
+                    output_loading_info=True,
                 )
             except OSError as error:
                 raise LlavaError(
                     f"vision tower {self.vision_tower_name!r}: no weights found ({str(error).splitlines()[0][:160]})"
                 ) from None
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith(self.drop))
+        if missing:
+            raise LlavaError(
+                f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.model_class.__name__}"
+                f"'s, such as {missing[0]}; expected an encoder of this type"
+            )
         self.vision_tower = self.wrap(encoder)
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True

@@ -156,6 +156,13 @@ class HFVisionBackboneTower(HFVisionTower):
             )
         setattr(config, RUN, {"image_size": self.side, "stage": self.stage})
 
+    def resize(self, args):
+        self.set_sizes(args)
+        square, size = {"height": self.side, "width": self.side}, self.image_processor.size
+        values = self.image_processor.to_dict() | {"crop_size": square}
+        values["size"] = square if size.get("height") else {"shortest_edge": self.side}
+        self.image_processor = self.processor_class.from_dict(values)
+
     def own_side(self) -> int:
         """The pixels of a side that the encoder was made for."""
         return side_of(getattr(self.config, self.facts.size, None) or self.facts.side)
