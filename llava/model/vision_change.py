@@ -95,7 +95,11 @@ class VisionChange:
 
     def new_compressor(self, feature_size: int, had: int | None) -> bool:
         """The compressor is made anew, for features of so many channels; `had`: those that the checkpoint's takes."""
-        return self.new_tower or bool(self.changed & (_COMPRESSION_KEYS | _SIZE_KEYS)) or (had is not None and had != feature_size)
+        return (
+            self.new_tower
+            or bool(self.changed & (_COMPRESSION_KEYS | _SIZE_KEYS))
+            or (had is not None and had != feature_size)
+        )
 
     def new_projector(self, hidden_size: int) -> bool:
         """The projector is made anew, for a tower of so many channels."""

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from llava.errors import LlavaError
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from tests import tiny
 from tests.model import small
+from tests.support import encoders
 
 SIDE = 42  # pixels; 3 x 3 patches
 
@@ -246,6 +248,14 @@ def test_folders_that_are_no_towers(tmp_path, clip):
     (bare / "model.safetensors").unlink()
     with pytest.raises(LlavaError, match="no weights found"):
         build(bare)
+    other = Path(encoders.folder(tmp_path / "other", "dinov2"))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (Path(clip) / name).exists():
+            shutil.copy(Path(clip) / name, other)
+    with pytest.raises(
+        LlavaError, match=r"its weights lack \d+ of CLIPVisionModel's, such as .*expected an encoder of"
+    ):
+        build(other, mm_vision_tower_type="clip")
     broken = shutil.copytree(clip, tmp_path / "broken")
     (broken / "config.json").write_text("{")
     with pytest.raises(LlavaError, match="not JSON"):
