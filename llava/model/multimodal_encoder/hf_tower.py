@@ -88,8 +88,8 @@ class HFVisionTower(VisionTower):
         missing = sorted(name for name in report["missing_keys"] if not name.startswith(self.drop))
         if missing:
             raise LlavaError(
-                f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.model_class.__name__}"
-                f"'s, such as {missing[0]}; expected an encoder of this type"
+                f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of "
+                f"{self.model_class.__name__}'s, such as {missing[0]}; expected an encoder of this type"
             )
         self.vision_tower = self.wrap(encoder)
         self.vision_tower.requires_grad_(False)
