@@ -37,6 +37,7 @@ ALONE = ("local_rank",)  # a launcher's, not a user's
 SHAPED = {"bits", "model_max_length", "mm_vision_select_layer", "compression_input_size", "compression_output_size"}
 SHAPED |= {"min_pixels", "max_pixels", "max_steps", "neftune_noise_alpha", "label_smoothing_factor"}
 SHAPED |= {"dataloader_num_workers", "mm_spatial_pool_stride"}
+SHAPED |= {"image_size", "vision_tower_stage", "mm_vision_tower_trainable_blocks", "mm_vision_tower_layer_decay"}
 
 
 def values(name: str):

@@ -33,6 +33,7 @@ def clock(monkeypatch):
 def log_of(gather=None, world=1, peak=None):
     """A log of a trainer that is not there; `host` of a batch is what its family says of it."""
     args = SimpleNamespace(peak_tflops=peak, device=torch.device("cpu"), world_size=world, lora_enable=False)
+    args.mm_vision_tower_trainable_blocks = None
     trainer = SimpleNamespace(
         args=args,
         model=SimpleNamespace(config="config"),
@@ -120,10 +121,11 @@ def test_utilisation(clock, monkeypatch):
         return 3e12
 
     monkeypatch.setattr(step_log, "step_flops", flops)
+    monkeypatch.setattr(step_log, "shape_of", lambda config: None)  # what it tells is enough
     log = log_of(lambda numbers: torch.cat([numbers, numbers]), world=2, peak=10.0)
     take(log, clock, [BatchSizes([5, 7], 14, 3, [16], 4, 6)], 0.5, 1.5)
     assert log.added_to({"loss": 1.0})["perf/mfu"] == 0.15  # 6e12 in 2 seconds by two that could 10e12
-    more = {"supervised": 6, "projected": 4, "lora_rank": 0}
+    more = {"supervised": 6, "projected": 4, "lora_rank": 0, "tower_blocks": None}
     assert seen == [("config", [5, 7], [16], {"mm_mlp_adapter"}, more)]
 
 
