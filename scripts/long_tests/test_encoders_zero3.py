@@ -12,11 +12,9 @@ def test_every_type(tmp_path):
     pytest.importorskip("deepspeed")
     checkpoints = []
     for kind in encoders.KINDS:
-        model = small.model(
-            encoders.folder(tmp_path / "towers" / kind, kind),
-            image_grid_pinpoints="(1x1),...,(2x2)",
-            image_size=96 if kind in encoders.MAPS else 28,
-        )
+        sizes = {} if kind in encoders.FIXED else {"image_size": 96 if kind in encoders.MAPS else 28}
+        source = encoders.folder(tmp_path / "towers" / kind, kind)
+        model = small.model(source, image_grid_pinpoints="(1x1),...,(2x2)", **sizes)
         model.get_model().describe_vision()
         checkpoints.append(str(tmp_path / kind))
         model.save_pretrained(checkpoints[-1])
