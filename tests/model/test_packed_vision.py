@@ -245,7 +245,7 @@ def test_what_is_refused(tmp_path):
     weights = load_file(tmp_path / "qwen/model.safetensors")
     kept = {name: value for name, value in weights.items() if "blocks.1." not in name}
     save_file(kept, tmp_path / "qwen/model.safetensors", {"format": "pt"})
-    with pytest.raises(LlavaError, match=r"weights lack \d+ of Qwen2VLVision"):
+    with pytest.raises(LlavaError, match=r"weights lack \d+ of Qwen2VisionTransformerPretrainedModel"):
         build(tmp_path / "qwen")
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}})

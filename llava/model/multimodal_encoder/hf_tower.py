@@ -79,13 +79,14 @@ class HFVisionTower(VisionTower):
                     config=self.config,
                     device_map=None if device_map == "auto" else device_map,
                     attn_implementation=self.attn_implementation,
+                    key_mapping=self.key_mapping(),
                     output_loading_info=True,
                 )
             except OSError as error:
                 raise LlavaError(
                     f"vision tower {self.vision_tower_name!r}: no weights found ({str(error).splitlines()[0][:160]})"
                 ) from None
-        missing = sorted(name for name in report["missing_keys"] if not name.startswith(self.drop))
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith(self.not_needed))
         if missing:
             raise LlavaError(
                 f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of "
@@ -94,6 +95,14 @@ class HFVisionTower(VisionTower):
         self.vision_tower = self.wrap(encoder)
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
+
+    def key_mapping(self) -> dict[str, str] | None:
+        """Patterns in the names of the source's weights, and what stands there in the encoder's; as transformers'."""
+
+    @property
+    def not_needed(self) -> tuple[str, ...]:
+        """Beginnings of names of weights that a source may lack."""
+        return self.drop
 
     @property
     def keep_layers(self) -> int:

@@ -14,10 +14,8 @@ from transformers.initialization import no_init_weights
 
 from llava.errors import LlavaError, OutOfReach
 from llava.model.vision_blocks import stage_blocks
-from llava.utils import rank0_print
 
 from .base import FixedGrid, PatchGrid, select_layers
-from .hf_backbone import quiet_loading
 from .hf_facts import FACTS, PACKED, Facts, side_of
 from .hf_pixels import processor_class, read_processor
 from .hf_refusals import no_tower
@@ -172,37 +170,17 @@ class HFVisionBackboneTower(HFVisionTower):
 
     # --- weights ---
 
-    def load_model(self, device_map=None):
-        if self.is_loaded:
-            return
-        rank0_print(f"loading vision tower {self.vision_tower_name}")
+    def key_mapping(self):
+        """The weights of a vision half are read out of the whole model's."""
         prefix = self.facts.weight_prefix
         mapping = {rf"^(model\.)?{re.escape(prefix)}": ""} if prefix else {}
         if self.facts.blocks == "encoder.layers":  # transformers writes AltCLIP's as it reads its text half's
             mapping[r"encoder\.layer\."] = "encoder.layers."
-        with quiet_loading():
-            try:
-                encoder, report = self.model_class.from_pretrained(
-                    self.vision_tower_name,
-                    config=self.config,
-                    device_map=None if device_map == "auto" else device_map,
-                    attn_implementation=self.attn_implementation,
-                    key_mapping=mapping or None,
-                    output_loading_info=True,
-                )
-            except OSError as error:
-                raise LlavaError(
-                    f"vision tower {self.vision_tower_name!r}: no weights found ({str(error).splitlines()[0][:160]})"
-                ) from None
-        missing = sorted(name for name in report["missing_keys"] if not name.startswith(self.facts.unused))
-        if missing:
-            raise LlavaError(
-                f"vision tower {self.vision_tower_name!r}: its weights lack {len(missing)} of {self.facts.name}Model's"
-                f", such as {missing[0]}"
-            )
-        self.vision_tower = self.wrap(encoder)
-        self.vision_tower.requires_grad_(False)
-        self.is_loaded = True
+        return mapping or None
+
+    @property
+    def not_needed(self):
+        return self.facts.unused
 
     def attention_for(self, language_model):
         """As the language model's, where this type knows it: convolutions have none."""
