@@ -23,6 +23,7 @@ RANKS = [
     ("mm_utils",),  # a public face of those above
     ("eval",),
     ("train",),  # which evaluates
+    ("compare",),  # which trains
     ("tools", "serve"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}

@@ -1,0 +1,1 @@
+"""Compare vision towers: the same recipe for each, and a table with costs and intervals at the end."""
