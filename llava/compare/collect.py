@@ -1,8 +1,6 @@
 """From a comparison's runs to results.json and the report, whatever is there of them."""
 
 import json
-import os
-import shutil
 import signal
 import socket
 import sys
@@ -11,8 +9,7 @@ from pathlib import Path
 from llava.compare import record
 from llava.compare.comparison import Comparison, Entry
 from llava.compare.driver import Plan
-from llava.compare.plan import Run, is_whole
-from llava.errors import LlavaError
+from llava.compare.plan import Run
 from llava.train.checkpoints import write_json
 from llava.train.children import Child, handing_on
 from llava.train.recipe_state import commit
@@ -66,19 +63,14 @@ def _finished(plan: Plan, entry: Entry) -> list[Run]:
 
 def _tower(plan: Plan, entry: Entry) -> dict:
     """The row of a tower: finished, partial (some seeds), failed, or missing (not begun, or not at its end)."""
-    runs = plan.chosen(entry)
-    told = [record.status_of(run) for run in runs] if runs else [record.status_of(run) for run in plan.of(entry)]
-    done = sum(status == "finished" for status, _ in told) if runs else 0
-    failed = [
-        f"{run.name}: {error}"
-        for run, (status, error) in zip(runs or plan.of(entry), told, strict=True)
-        if status == "failed"
-    ]
-    whole = bool(runs) and done == len(runs)
+    chosen = plan.chosen(entry)
+    told = {run.name: record.status_of(run) for run in chosen or plan.of(entry)}
+    failed = [f"{name}: {error}" for name, (status, error) in told.items() if status == "failed"]
+    done = sum(status == "finished" for status, _ in told.values()) if chosen else 0
+    whole = bool(chosen) and done == len(told)
     status = "finished" if whole else "partial" if done else "failed" if failed else "missing"
-    rate = runs[0].learning_rate if runs else None
     row = {"name": entry.name, "config": entry.tower, "status": status, "error": failed[0] if failed else None}
-    return row | {"n_seeds": done, "learning_rate": rate}
+    return row | {"n_seeds": done, "learning_rate": chosen[0].learning_rate if chosen else None}
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -87,8 +79,8 @@ def _notes(plan: Plan) -> list[str]:
         held = plan.out / "validation" / "validation.json"
         count = len(json.loads(held.read_text(encoding="utf-8"))) if held.is_file() else 0
         notes.append(
-            f"Learning rates of {comparison.learning_rate_stage} were chosen on {count} records of images that no run was "
-            "trained on; the evaluations took no part in it."
+            f"Learning rates of {comparison.learning_rate_stage} were chosen on {count} records of images that no run "
+            "was trained on; the evaluations took no part in it."
         )
         for entry in comparison.entries:
             lost = [run.name for run in plan.of(entry) if run not in plan.chosen(entry) and not _graded(run)]
@@ -116,36 +108,78 @@ def is_complete(plan: Plan, results: dict) -> bool:
 
 def _cost(plan: Plan, runs: dict[str, Run], measure: bool) -> tuple[dict, list[str]]:
     """({tower: cost}, notes); what was measured before of the same runs stays."""
-    from llava.compare.cost import write_subjects
-
-    file, subjects = plan.out / "cost.json", plan.out / "cost_subjects.json"
+    file, asked = plan.out / "cost.json", {name: record.asked(run) for name, run in runs.items()}
     before = record.read_json(file)
-    asked = {name: record.asked(run) for name, run in runs.items()}
-    if before.get("asked") == asked and before.get("towers"):
-        return before["towers"], before.get("notes") or []
-    if not measure or not runs:
-        return {}, []
-    write_subjects(subjects, {name: subject(plan.comparison, run) for name, run in runs.items()})
-    made = plan.out / "cost_measured.json"
-    status, last = run_child([sys.executable, "-m", "llava.compare.cost", str(subjects), str(made)])
-    if status:
-        return {}, [f"What the towers cost could not be measured: {last}"]
-    content = record.read_json(made)
-    write_json(file, {"asked": asked, "towers": content.get("towers") or {}, "notes": content.get("notes") or []})
-    return content.get("towers") or {}, content.get("notes") or []
+    if before.get("asked") == asked or not measure or not runs:
+        same = before.get("asked") == asked
+        return (before["costs"], before["notes"]) if same else ({}, [])
+    subjects = {name: subject(plan.comparison, run) for name, run in runs.items()}
+    found = _ask("llava.compare.cost", plan.out / "cost_subjects.json", {"subjects": subjects}, file)
+    if found.get("costs") is None:
+        return {}, [f"What the towers cost could not be measured: {found['error']}"]
+    kept = {"asked": asked, "host": found.get("host"), "notes": found.get("notes") or [], "costs": found["costs"]}
+    write_json(file, kept)
+    return kept["costs"], kept["notes"]
 
 
 def subject(comparison: Comparison, run: Run) -> dict:
-    """What `llava.compare.cost` measures of a run."""
-    return {"model": str(run.model), "argv": run.stages[-1].argv}
+    """What `llava.compare.cost` measures: the model of a run, with the choice of patches it was evaluated with."""
+    from llava.config import resolve
+
+    settings = resolve(run.stages[-1].argv)
+    alone = settings["lora_enable"] or not any(run.model.glob("model*.safetensors"))
+    values = comparison.values_of(run.entry)
+    chosen = next((value for (_, key), value in values.items() if key == "selections" and value), None)
+    chosen = chosen[0] if isinstance(chosen, list) else chosen
+    base = settings["model_name_or_path"] if alone else None
+    return {"model": str(run.model), "argv": run.stages[-1].argv, "base": base, "selection": chosen}
+
+
+def _probe(plan: Plan, folder: str, results: dict) -> None:
+    """Probe the towers as their YAMLs name them, and add how far that ranking agrees with the scores'."""
+    from llava.compare.probe import agreement
+
+    argv = {entry.name: plan.of(entry)[0].stages[0].check_argv for entry in plan.comparison.entries}
+    asked = {"folder": folder, "output": str(plan.out / "probe"), "towers": argv}
+    found = _ask("llava.compare.probing", plan.out / "probe_asked.json", asked, plan.out / "probe.json")
+    if found.get("towers") is None:
+        results["notes"].append(f"The towers could not be probed: {found['error']}")
+        return
+    for tower in results["towers"]:
+        tower["probe"] = found["towers"].get(tower["name"])
+    first = plan.comparison.measured[0]
+    scores = {tower["name"]: tower["scores"].get(first, {}).get("mean") for tower in results["towers"]}
+    linear = {name: row.get("linear") for name, row in found["towers"].items()}
+    results["probe_agreement"] = agreement(linear, scores)
+
+
+def _ask(module: str, file: Path, content: dict, answer: Path) -> dict:
+    """What a program of this project writes to `answer` for the content of `file`; {"error": its last line}."""
+    write_json(file, content)
+    answer.unlink(missing_ok=True)
+    status, last = run_child([sys.executable, "-m", module, str(file), str(answer)])
+    found = record.read_json(answer)
+    return found if found and not status else {"error": last or f"ended with status {status}"}
 
 
 def run_child(words: list[str], env: dict[str, str] | None = None) -> tuple[int, str]:
-    """(exit status, last line) of a program that a signal ends with this one."""
+    """(exit status, last line) of a program, which gets the signals that come meanwhile.
+
+    Raises:
+        Interrupted: one came.
+    """
     child: list[Child] = []
     with handing_on(lambda number: [one.tell(number) for one in child]) as came:
         child.append(Child(words, env, 2, 2))
         status = child[0].wait()
     if came:
-        raise KeyboardInterrupt if signal.SIGINT in came else SystemExit(0)
+        raise Interrupted(came)
     return status, child[0].last_line
+
+
+class Interrupted(Exception):
+    """Signals came; `status` is the exit status that they ask for."""
+
+    def __init__(self, came: list[int]):
+        super().__init__("stopped; the same command goes on")
+        self.status = 130 if signal.SIGINT in came else 0

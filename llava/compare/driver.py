@@ -1,6 +1,7 @@
 """A comparison from its YAML to its report: checks, runs in their order, and what is left to be collected."""
 
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,3 +156,34 @@ def run_all(plan: Plan, runs: list[Run], count: int, program=PROGRAM, stream=Non
     if plan.comparison.chooses_rates and not runner.came:
         runner.execute(chosen(plan, runs))
     return runner.came
+
+
+def describe(plan: Plan, runs: list[Run]) -> list[str]:
+    """What would be run: commands, steps, and stages that several runs have in common."""
+    owner, lines = owners(runs, plan.runs), []
+    for run in runs:
+        status = record.status_of(run)[0]
+        lines.append(f"{run.name} ({'to be run' if status == 'missing' else status}):")
+        lines.append(f"  python -m llava.train.recipe {plan.comparison.recipe.path} {_shell(run)}")
+        for one in run.stages:
+            other = owner[run.prints[one.stage.name]]
+            shared = "" if other is run else f", the same as of {other.name}: not trained again"
+            lines.append(f"  {one.stage.name}: {steps_text(one)}{shared}")
+    trained = {run.prints[one.stage.name]: one for run in runs for one in run.stages}
+    several = sum(len(run.stages) for run in runs)
+    lines.append(f"{len(runs)} runs, {len(trained)} stages to train of {several}")
+    return lines
+
+
+def _shell(run: Run) -> str:
+    return shlex.join(["--output_dir", str(run.folder), "--prepared", *run.words])
+
+
+def steps_text(one) -> str:
+    """How many steps a stage takes, on one device where its data say it."""
+    settings = one.settings
+    steps = settings.get("max_steps", -1)
+    if isinstance(steps, int) and steps > 0:
+        return f"{steps} steps"
+    epochs = settings.get("num_train_epochs", 3)
+    return f"{epochs:g} epochs of {settings.get('data_path')}"

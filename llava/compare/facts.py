@@ -1,4 +1,4 @@
-"""What is the same in all runs of a comparison and what differs, told before anything is trained; and what must match."""
+"""What is the same in all runs of a comparison, what differs, and what must match, told before anything is trained."""
 
 import os
 from dataclasses import dataclass, field
@@ -121,7 +121,7 @@ def picture_facts(run) -> dict[str, float | int] | None:
 
     Returns:
         {"tokens per image" (of the language model), "pixels per image" (that the encoder sees), "pictures", "tower
-        parameters" (where the model has a tower of its own)}; means over the first pictures. None: not to be known here.
+        parameters" (where the model has a tower of its own)}; means over the first pictures. None: not known here.
     """
     from llava.families import family_of
     from llava.images.reading import load_image

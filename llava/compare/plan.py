@@ -1,4 +1,4 @@
-"""The runs of a comparison: one recipe run for each tower, seed and learning rate, and which stages are the same in several."""
+"""The runs of a comparison, one recipe run for each tower, seed and learning rate, and the stages that they share."""
 
 import hashlib
 import os

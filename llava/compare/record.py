@@ -41,6 +41,22 @@ def status_of(run: Run) -> tuple[str, str | None]:
     return told.get("status", "missing"), told.get("error")
 
 
+def check_name(out: Path, name: str) -> dict:
+    """The content of a folder's `state.json`, {} where there is none.
+
+    Raises:
+        LlavaError: another comparison has the folder.
+    """
+    state = read_json(out / STATE)
+    if not state and (out / "runs").exists():
+        raise LlavaError(f"output: {out} holds runs without {STATE}, expected a comparison's folder, or a new one")
+    if state and state.get("name") != name:
+        raise LlavaError(
+            f"output: {out} holds the comparison {state.get('name')!r}, expected {name!r}, or a folder of its own"
+        )
+    return state
+
+
 def check_folder(out: Path, name: str, runs: list[Run], common: dict) -> None:
     """Refuse a folder that holds another comparison; more towers and seeds than before are the same one.
 
@@ -50,14 +66,10 @@ def check_folder(out: Path, name: str, runs: list[Run], common: dict) -> None:
     Raises:
         LlavaError: names what is another.
     """
-    state = read_json(out / STATE)
+    state = check_name(out, name)
     if not state:
-        if out.is_dir() and (out / "runs").exists():
-            raise LlavaError(f"output: {out} holds runs without {STATE}, expected a comparison's folder, or a new one")
         return
-    here = f"output: {out} holds the comparison {state.get('name')!r}"
-    if state.get("name") != name:
-        raise LlavaError(f"{here}, expected {name!r}, or a folder of its own")
+    here = f"output: {out} holds the comparison {name!r}"
     if state.get("hash") != digest(common):
         before = state.get("common") or {}
         changed = [key for key in {**before, **common} if before.get(key) != common.get(key)]

@@ -218,14 +218,14 @@ def shares(count: int) -> list[dict[str, str]]:
     each = int(os.environ.get("NUM_GPUS") or 0) or max(1, len(devices) // count)
     if each * count > len(devices):
         raise LlavaError(
-            f"--jobs {count}: {each} GPUs for each of them are {each * count}, found {len(devices)}; expected fewer jobs"
+            f"--jobs {count}: {each} GPUs for each are {each * count}, found {len(devices)}; expected fewer jobs"
         )
     parts = [devices[slot * each : (slot + 1) * each] for slot in range(count)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part), "NUM_GPUS": str(len(part))} for part in parts]
 
 
 def cuda_devices() -> list[str]:
-    """The CUDA devices that the runs may use, as CUDA_VISIBLE_DEVICES names them; none where NUM_PROCS asks for the CPU.
+    """The CUDA devices that runs may use, as CUDA_VISIBLE_DEVICES names them; none where NUM_PROCS asks for the CPU.
 
     Raises:
         LlavaError: there are some that PyTorch cannot use.
