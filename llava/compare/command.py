@@ -128,9 +128,18 @@ def _dry_run(args, comparison: Comparison, out: Path) -> int:
     for line in driver.describe(plan, runs):
         print(line)
     if args.gpu is not None:
-        from llava.compare.estimate import estimate
-
-        named = [{"name": f"{run.name}/{one.stage.name}", "argv": one.check_argv} for run in runs for one in run.stages]
-        for line in estimate(named, args.gpu, args.hours):
+        for line in _estimate(args, runs):
             print(line)
     return 0
+
+
+def _estimate(args, runs: list) -> list[str]:
+    """What the stages that are to be trained take on NUM_GPUS (8) such GPUs, and what to leave out."""
+    from llava.compare.estimate import Planned, estimate
+
+    stages = {run.prints[one.stage.name]: (run, one) for run in reversed(runs) for one in run.stages}
+    planned = [
+        Planned(f"{run.name}/{one.stage.name}", run.entry.name, run.seed, one.check_argv)
+        for run, one in reversed(stages.values())
+    ]
+    return estimate(planned, args.gpu, args.hours, int(os.environ.get("NUM_GPUS") or 8)).said

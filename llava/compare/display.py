@@ -107,4 +107,4 @@ class Display:
 
 def _words(part: str, step: int | None, most: int | None) -> str:
     count = "" if step is None else f" {step}/{most}" if most else f" step {step}"
-    return f"({part}{count})" if part or count else ""
+    return f"({part}{count})".replace("( ", "(") if part or count else ""

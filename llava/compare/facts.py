@@ -18,7 +18,7 @@ _FIXED = {
     "images": ("image_aspect_ratio", "mm_patch_merge_type", "image_grid_pinpoints", "min_pixels", "max_pixels"),
     "longest sequence": ("model_max_length",),
     "trained parts": ("mm_tunable_parts",),
-    "learning rate": ("learning_rate", "mm_vision_tower_lr", "lr_scheduler_type", "warmup_ratio"),
+    "learning rate": ("learning_rate", "mm_vision_tower_lr", "lr_scheduler_type", "warmup_steps"),
     "precision": ("bf16", "fp16", "tf32"),
     "order of data": ("data_seed", "train_sampling_strategy", "group_by_modality_length"),
 }

@@ -114,8 +114,9 @@ def _print(plan: StagePlan) -> str:
     """A hash of what a stage is trained with; of its data by their content, wherever they lie."""
     path = plan.settings.get("data_path")
     content = data_hash(path) if isinstance(path, str) else None
-    settings = plan.settings if content is None else {k: v for k, v in plan.settings.items() if k != "data_path"}
-    return digest([settings, content])
+    left_out = {"from"} if content is None else {"from", "data_path"}
+    settings = {key: value for key, value in plan.settings.items() if key not in left_out}
+    return digest([settings, plan.stage.passes, content])
 
 
 def data_hash(path: str) -> str | None:

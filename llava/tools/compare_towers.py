@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-cost", action="store_true", help="do not measure tokens, time and memory")
     parser.add_argument("--slurm", action="store_true", help="write array jobs and a collect job, run nothing")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run")
-    parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: what fits on such GPUs")
+    parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: what fits on NUM_GPUS (8) such GPUs")
     parser.add_argument("--hours", type=float, metavar="H", help="with --gpu: how long they are there")
     parser.add_argument("--task", metavar="GROUP:N", help=argparse.SUPPRESS)  # of an array job
     return parser

@@ -74,11 +74,16 @@ def start(words: list, behave: dict | None = None) -> subprocess.Popen:
 
 
 def main(words: list[str]) -> int:
-    """The command, with the stub as its recipe program where the environment says how that is to behave."""
+    """The command. Where the environment says how the stub is to behave, that is the recipe's program, and what needs
+    torch is not looked at."""
+    from llava.compare import driver, runs
     from llava.compare.command import command
+    from llava.compare.facts import Facts
     from llava.tools.compare_towers import build_parser
 
-    program = (sys.executable, str(STUB)) if "STUB_RECIPE" in os.environ else (sys.executable, "-m", "llava.train.recipe")
+    program, runs._LAST = runs.PROGRAM, 1.0
+    if "STUB_RECIPE" in os.environ:
+        program, driver.check = (sys.executable, str(STUB)), lambda plan: Facts()
     return command(*build_parser().parse_known_args(words), program)
 
 

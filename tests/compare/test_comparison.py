@@ -55,7 +55,14 @@ def test_the_command_line_stands_above_an_entry_and_that_above_all(small, tmp_pa
         small,
         tmp_path,
         [entry],
-        given=["--max_steps", "3", "--finetune.weight_decay=0.3", "--no_group_by_modality_length", "--heldout.limit", "4"],
+        given=[
+            "--max_steps",
+            "3",
+            "--finetune.weight_decay=0.3",
+            "--no_group_by_modality_length",
+            "--heldout.limit",
+            "4",
+        ],
         set={"pretrain.max_steps": 9, "weight_decay": 0.2, "heldout.limit": 2},
     )
     assert found.values_of(found.entries[0]) == {

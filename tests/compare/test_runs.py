@@ -1,5 +1,6 @@
 """The runs of a comparison side by side, with a program in the recipe's place that only writes down its work."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,11 +12,14 @@ import time
 
 import pytest
 
-from llava.compare import display, driver, record
+from llava.compare import display, driver, record, slurm
+from llava.compare.command import command
 from llava.compare.comparison import read_comparison
+from llava.compare.facts import Facts
 from llava.compare.plan import link_shared, owners, plan_runs, shared_stages
 from llava.compare.runs import Job, Runner, shares
 from llava.errors import LlavaError
+from llava.tools.compare_towers import build_parser
 from tests.compare.small import STUB, start, wait_for
 
 PROGRAM = (sys.executable, str(STUB))
@@ -232,7 +236,7 @@ def test_validation_images_are_in_no_training_record(small, made, tmp_path):
     for stage in ("pretrain", "finetune"):
         left = json.loads((plan.out / "validation" / f"{stage}.json").read_text())
         assert not held & {record.get("image") for record in left}
-        assert len(left) + len(asked) == len(records) and len([r for r in left if "image" not in r]) == 5
+        assert len(left) + len(asked) == len(records) and len([r for r in left if "image" not in r]) == 4
         assert plan.runs[0].words[plan.runs[0].words.index(f"--{stage}.data_path") + 1] == str(
             plan.out / "validation" / f"{stage}.json"
         )
@@ -289,7 +293,7 @@ def hanging(small, tmp_path, stage, deaf=False):
     return process, plan
 
 
-@pytest.mark.parametrize(("name", "stage"), [("SIGTERM", "pretrain"), ("SIGINT", "finetune"), ("SIGUSR1", "finetune")])
+@pytest.mark.parametrize(("name", "stage"), [("SIGTERM", "pretrain"), ("SIGINT", "finetune")])
 def test_a_signal_reaches_the_runs_once_and_all_goes_on(small, tmp_path, name, stage):
     process, plan = hanging(small, tmp_path, stage)
     process.send_signal(getattr(signal, name))
@@ -368,55 +372,79 @@ def test_a_terminal_has_one_block_and_other_outputs_lines(small, made, monkeypat
 # --- Slurm ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_scripts_for_slurm_parse_and_a_task_runs(small, tmp_path):
-    towers = [small.tower("clip"), small.tower("later", set={"finetune.weight_decay": 0.1})]
-    path = small.write(tmp_path / "compare.yaml", towers, seeds=[0])
+def write_scripts(small, tmp_path, monkeypatch, towers, **more):
+    """The comparison's plan, and what is said where its scripts are written; they start the stub's runs."""
+    path = small.write(tmp_path / "compare.yaml", towers, seeds=[0], **more)
     out = tmp_path / "out dir"
-    process = start([path, "--output", out, "--slurm", "--jobs", "1"], {})
-    said, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    folder = out / "slurm"
+    monkeypatch.setattr(driver, "check", lambda plan: Facts())
+    args = build_parser().parse_args([str(path), "--output", str(out), "--slurm", "--jobs", "1"])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert command(args, []) == 0
+    for script in (out / "slurm").glob("*.sh"):
+        assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
+        script.write_text(script.read_text().replace("llava.tools.compare_towers", "tests.compare.small"))
+    return driver.make_plan(read_comparison(path), out, written=True), said.getvalue().splitlines()
+
+
+def by_hand(plan, script: str, number: int, **env) -> subprocess.Popen:
+    env = dict(os.environ, SLURM_ARRAY_TASK_ID=str(number), **env)
+    return subprocess.Popen(
+        ["bash", plan.out / "slurm" / script], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_the_scripts_for_slurm_parse_and_their_tasks_run(small, tmp_path, monkeypatch):
+    towers = [small.tower("clip"), small.tower("later", set={"finetune.weight_decay": 0.1})]
+    plan, said = write_scripts(small, tmp_path, monkeypatch, towers)
+    folder = plan.out / "slurm"
     assert sorted(file.name for file in folder.glob("*.sh")) == ["array.sh", "collect.sh", "shared.sh", "submit.sh"]
-    for file in folder.glob("*.sh"):
-        assert subprocess.run(["bash", "-n", file], capture_output=True).returncode == 0
     array = (folder / "array.sh").read_text()
     assert "#SBATCH --array=0-1%1\n" in array and "#SBATCH --signal=B:USR1@120\n" in array
-    lines = said.splitlines()
-    assert lines[-1].startswith("job2=$(sbatch --parsable --dependency=afterany:$job1 ") and "collect.sh" in lines[-1]
-    # a task by hand: the real command, whose runs are the stub's
-    stubbed = array.replace("llava.tools.compare_towers", "tests.compare.small")
-    assert stubbed != array
-    (folder / "array.sh").write_text(stubbed)
-    (folder / "shared.sh").write_text(
-        (folder / "shared.sh").read_text().replace("llava.tools.compare_towers", "tests.compare.small")
-    )
-    env = dict(os.environ, STUB_RECIPE="{}")
-    plan = driver.make_plan(read_comparison(path), out)
-    for script, number, expected in (("array.sh", 1, 1), ("shared.sh", 0, 0), ("array.sh", 1, 0), ("array.sh", 0, 0)):
-        done = subprocess.run(
-            ["bash", folder / script], env=env | {"SLURM_ARRAY_TASK_ID": str(number)}, capture_output=True, text=True
-        )
-        assert done.returncode == expected, done.stderr
+    assert said[-1].startswith("job2=$(sbatch --parsable --dependency=afterany:$job1 ") and "collect.sh" in said[-1]
+    monkeypatch.setenv("STUB_RECIPE", "{}")
+
+    def task(word):
+        return slurm.task(plan.comparison, plan.out, word, PROGRAM)
+
+    assert task("1:1") == 1 and record.status_of(plan.runs[1])[1].startswith("needs pretrain of clip/seed_0")
+    assert task("0:0") == 0 and task("1:1") == 0
+    first = by_hand(plan, "array.sh", 0)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 0, said
     assert statuses(plan) == ["finished"] * 2 and (plan.runs[1].folder / "pretrain").is_symlink()
+    with pytest.raises(LlavaError, match="--task 1:2: .* has no such task"):
+        task("1:2")
 
 
-def test_a_task_that_is_stopped_is_queued_again(small, tmp_path):
-    path = small.write(tmp_path / "compare.yaml", [small.tower("clip")], seeds=[0])
-    out, env = tmp_path / "out", dict(os.environ, STUB_RECIPE=json.dumps({"clip/seed_0": {"hang": "finetune"}}))
-    process = start([path, "--output", out, "--slurm"], {})
-    assert process.communicate(timeout=60) and process.returncode == 0
-    script = out / "slurm" / "array.sh"
-    script.write_text(script.read_text().replace("llava.tools.compare_towers", "tests.compare.small"))
+def test_rates_are_chosen_by_an_array_of_its_own(small, tmp_path, monkeypatch):
+    towers = [small.tower("clip", learning_rates=[0.1, 0.2])]
+    plan, said = write_scripts(small, tmp_path, monkeypatch, towers, validation={"share": 0.4, "seed": 3})
+    names = [line.split("/")[-1].rstrip("')\"") for line in said[1:]]
+    assert names == ["shared.sh", "array.sh", "chosen.sh", "collect.sh"]
+    monkeypatch.setenv("STUB_RECIPE", "{}")
+    with pytest.raises(LlavaError, match="clip: no learning rate has been validated"):
+        slurm.task(plan.comparison, plan.out, "2:0", PROGRAM)
+    for run, score in zip(plan.runs, (0.3, 0.6), strict=True):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "validation.json").write_text(json.dumps({"exact_match": score}))
+    assert slurm.task(plan.comparison, plan.out, "0:0", PROGRAM) == 0
+    assert slurm.task(plan.comparison, plan.out, "2:0", PROGRAM) == 0
+    assert statuses(plan) == ["missing", "finished"]
+
+
+def test_a_task_that_is_stopped_is_queued_again(small, tmp_path, monkeypatch):
+    plan, _ = write_scripts(small, tmp_path, monkeypatch, [small.tower("clip")])
+    monkeypatch.setenv("STUB_RECIPE", json.dumps({"clip/seed_0": {"hang": "finetune"}}))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/scontrol.log\n')
     (tmp_path / "bin" / "scontrol").chmod(0o755)
-    env |= {"PATH": f"{tmp_path}/bin:{env['PATH']}", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "17"}
-    task = subprocess.Popen(["bash", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    stage = out / "runs" / "clip" / "seed_0" / "finetune"
+    task = by_hand(plan, "array.sh", 0, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", SLURM_JOB_ID="17")
+    stage = plan.runs[0].folder / "finetune"
     wait_for(lambda: stage.is_dir() or task.poll() is not None)
     task.send_signal(signal.SIGUSR1)
     said, _ = task.communicate(timeout=60)
-    assert task.returncode == 0, said
+    assert task.returncode == 0 and signals(plan.runs[0]) == [signal.SIGUSR1], said
     assert (tmp_path / "scontrol.log").read_text() == "requeue 17\n"
 
 
