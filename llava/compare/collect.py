@@ -157,20 +157,21 @@ def _ask(module: str, file: Path, content: dict, answer: Path) -> dict:
     """What a program of this project writes to `answer` for the content of `file`; {"error": its last line}."""
     write_json(file, content)
     answer.unlink(missing_ok=True)
-    status, last = run_child([sys.executable, "-m", module, str(file), str(answer)])
+    status, last = run_child([sys.executable, "-m", module, str(file), str(answer)], answer.with_suffix(".log"))
     found = record.read_json(answer)
     return found if found and not status else {"error": last or f"ended with status {status}"}
 
 
-def run_child(words: list[str], env: dict[str, str] | None = None) -> tuple[int, str]:
-    """(exit status, last line) of a program, which gets the signals that come meanwhile.
+def run_child(words: list[str], log: Path) -> tuple[int, str]:
+    """(exit status, last line) of a program, which gets the signals that come meanwhile; its progress is shown, and
+    what it says otherwise is in its log.
 
     Raises:
-        Interrupted: one came.
+        Interrupted: a signal came.
     """
     child: list[Child] = []
-    with handing_on(lambda number: [one.tell(number) for one in child]) as came:
-        child.append(Child(words, env, 2, 2))
+    with open(log, "wb") as file, handing_on(lambda number: [one.tell(number) for one in child]) as came:
+        child.append(Child(words, None, file.fileno(), 2))
         status = child[0].wait()
     if came:
         raise Interrupted(came)
