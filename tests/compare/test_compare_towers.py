@@ -16,19 +16,29 @@ from llava.errors import LlavaError
 from llava.tools.compare_towers import build_parser
 from tests.compare.small import start, wait_for
 
-FILES = (
-    "report.md",
-    "report.html",
-    "results.json",
-    "results.csv",
-    "table.tex",
-    "accuracy_vs_tokens.png",
-    "by_kind.png",
-)
+FILES = ("report.md", "report.html", "results.json", "results.csv", "table.tex")
+PICTURES = ("accuracy_vs_tokens.png", "by_kind.png")
 
 
-def begun(out: Path, stage: str) -> bool:
-    return any(out.glob(f"runs/*/seed_0/{stage}"))
+def compare(path: Path, *words: str) -> int:
+    """The command in this process, which has all that takes long to import."""
+    return command(*build_parser().parse_known_args([str(path), *words]))
+
+
+@contextlib.contextmanager
+def told_to_stop(out: Path, stage: str):
+    """Inside, this process gets SIGTERM when a run has begun a stage."""
+
+    def watch() -> None:
+        wait_for(lambda: any(out.glob(f"runs/*/seed_0/{stage}")), 120)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("nobody listened to SIGTERM"))
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    thread.join()
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"]])
