@@ -167,6 +167,7 @@ def test_what_is_fixed_and_what_differs(small, tmp_path):
     assert rows["trained parts"][2] == "mm_mlp_adapter,mm_language_model"
     assert found.fixed["pretrain: steps"] == "2" and found.fixed["language model"] == "llm"
     assert "learning rate" not in rows and "records.json (" in found.fixed["finetune: data"]
+    assert not any("compression" in what or "pixels" in what for what in rows if what != "pixels per image")
     alike = checked(small, tmp_path, towers)
     assert alike.hash == found.hash
     assert checked(small, tmp_path, towers, ["--max_steps", "3"]).hash != found.hash
