@@ -365,5 +365,5 @@ def _check_questions(comparison: Comparison) -> None:
             if len(set(map(str, values.values()))) > 1:
                 listed = ", ".join(f"{name} {value}" for name, value in values.items())
                 raise LlavaError(
-                    f"{comparison.path}: towers: {one.name}.{key} differs: {listed}; expected the same questions for all"
+                    f"{comparison.path}: towers: {one.name}.{key} differs: {listed}; expected the same for all"
                 )
