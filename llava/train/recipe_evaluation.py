@@ -117,13 +117,15 @@ def _is_score(key: str, value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and "stderr" not in key and key != "alias"
 
 
-def report(recipe: Recipe, plans: list[StagePlan], out: Path) -> None:
+def draws_report(recipe: Recipe) -> bool:
+    return recipe.report and any(one.kind == "exact_match" for one in recipe.evaluations)
+
+
+def draw_report(recipe: Recipe, plans: list[StagePlan], out: Path) -> None:
     """Draw `report.png` of the first evaluation that has questions, and the loss curves; also beside the model."""
     from llava.eval.report import main
 
     asked = [out / f"eval_{one.name}.json" for one in recipe.evaluations if one.kind == "exact_match"]
-    if not asked:
-        return
     states = [plan.folder / "trainer_state.json" for plan in plans]
     stages = [word for path in states if path.is_file() for word in ("--stage", str(path))]
     main(["--eval-json", str(asked[0]), "--output", str(out / "report.png"), *stages])
