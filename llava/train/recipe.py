@@ -8,6 +8,7 @@ torchrun or DeepSpeed. The same command goes on after an interruption; a stage b
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from llava.train.recipe_evaluation import command, draw_report, draws_report, ke
 from llava.train.recipe_file import Evaluation, Overrides, Recipe, Stage, read_recipe
 from llava.train.recipe_settings import StagePlan, digest, plan_stages
 from llava.train.recipe_state import RecipeState, read_recipe_state
-from llava.train.run_state import Lock, read_state
+from llava.train.run_state import Lock, RunState, read_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -304,6 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="start", metavar="STAGE", help="train this stage and all after it anew")
     parser.add_argument("--until", metavar="STAGE", help="stop when this stage is finished, without evaluations")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run")
+    parser.add_argument("--print-folder", action="store_true", help="print the folder, for scripts")
     parser.add_argument("--prepared", action="store_true", help="the data are there: run no command of `prepare`")
     return parser
 
@@ -343,6 +345,9 @@ def check_folder(recipe: Recipe, out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args, recipe, overrides = read_command(sys.argv[1:] if argv is None else argv)
     out = args.output_dir
+    if args.print_folder:
+        print(out)
+        return
     check_folder(recipe, out)
     options = {"start": args.start, "until": args.until, "prepared": args.prepared}
     if args.dry_run:
@@ -352,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") != "0":
             RecipeRun(recipe, out, overrides, **options).run()
             return
-        with Lock(str(out)):
+        with Lock(str(out)), telling(RunState(str(out), writes=True)):
             if args.overwrite:
                 overwrite(recipe, out)
             RecipeRun(recipe, out, overrides, **options).run()
@@ -360,6 +365,24 @@ def main(argv: list[str] | None = None) -> None:
         if str(stop):
             print(stop, file=sys.stderr if stop.status else sys.stdout, flush=True)
         raise SystemExit(stop.status) from None
+
+
+@contextlib.contextmanager
+def telling(state: RunState) -> Iterator[None]:
+    """Write what becomes of the recipe as a whole to its folder's run_state.json, as a training run does."""
+    state.tell("running")
+    try:
+        yield
+    except Stopped as stop:
+        state.tell("preempted" if stop.status in (0, 130) else "failed", message=str(stop) or None)
+        raise
+    except KeyboardInterrupt:
+        state.tell("preempted", signal="SIGINT")
+        raise
+    except Exception as error:
+        state.tell("failed", message=str(error).partition("\n")[0])
+        raise
+    state.tell("finished")
 
 
 def overwrite(recipe: Recipe, out: Path) -> None:

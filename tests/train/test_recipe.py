@@ -23,6 +23,7 @@ from llava.train.recipe_evaluation import command, keep, read_lmms
 from llava.train.recipe_file import Evaluation, Overrides, flags, read_recipe
 from llava.train.recipe_settings import plan_stages
 from llava.train.recipe_state import read_recipe_state
+from llava.train.run_state import read_state
 from tests.config.test_supervise import running, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +176,7 @@ def test_nothing_is_built_on_half_a_stage(alone, monkeypatch):
     stopped = "stopped before its end, and nothing after it was begun; the same command goes on"
     assert (status, said) == (0, f"trained one\n{alone.out}/one: {stopped}\n")
     assert alone.stage("one")["status"] == "preempted" and alone.stage("two")["status"] == "waiting"
+    assert read_state(alone.out)["state"] == "preempted"  # of the whole
     alone.ends((state("preempted", 2), 1))  # a launcher that was stopped itself says 1; the run says what became of it
     assert alone.run(flags)[0] == 0 and len(alone.launched) == 1
     alone.ends((state("finished"), 0), (state("preempted"), 0))
@@ -196,6 +198,7 @@ def test_how_a_stage_ended(alone, text, status, ended, exit_status):
     alone.ends((text, status))
     got, _, error = alone.run("--prepared")
     assert (got, alone.stage("one")["status"]) == (exit_status, ended)
+    assert read_state(alone.out)["state"] == ended
     assert ("run_state.json" in error) == (status == 0)
     if ended == "failed" and status:
         assert alone.stage("one")["last_line"] == "error: as asked"
@@ -301,6 +304,15 @@ def test_a_later_stages_settings_are_refused_before_the_first_trains(bench):
     status, _, error = bench.run("--prepared")
     assert status == 2 and "eyes" in error and not bench.launched
     assert bench.stage("two")["status"] == "failed" and "eyes" in bench.stage("two")["last_line"]
+
+
+def test_scripts_ask_for_the_folder(bench):
+    assert bench.run("--print-folder")[:2] == (0, f"{bench.out}\n")
+    assert bench.run("--output_dir", "other", "--max_steps", "3", "--print-folder")[:2] == (0, "other\n")
+    code = f"source {ROOT}/scripts/common.sh; PYTHON={sys.executable}; folder_of recipe.yaml --max_steps 2"
+    code += "; is_recipe one.yaml"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, **bench.options)
+    assert (done.stdout, done.returncode) == (f"{bench.out}\n", 1)
 
 
 def test_dry_run_touches_nothing(bench):
