@@ -107,10 +107,17 @@ def read_lmms(folder: Path) -> dict:
         scores = [row.get(tasks[task]["metric"]) for row in rows] if task in tasks else []
         if scores and all(isinstance(score, (bool, int, float)) for score in scores):
             samples[task] = [
-                {"id": str(row.get("doc_id")), "image": None, "score": float(score)}
+                {"id": str(row.get("doc_id")), "image": _image_of(row.get("doc")), "score": float(score)}
                 for row, score in zip(rows, scores, strict=True)
             ]
     return {"kind": "lmms_eval", "tasks": tasks} | ({"samples": samples} if samples else {})
+
+
+def _image_of(document) -> str | None:
+    """The name of a question's image, where its task has one: questions on one image are not independent."""
+    named = document if isinstance(document, dict) else {}
+    found = (named.get(key) for key in ("image_id", "imageId", "image_path", "img_id", "image_name", "image"))
+    return next((str(name) for name in found if isinstance(name, (str, int)) and name != ""), None)
 
 
 def _is_score(key: str, value) -> bool:

@@ -461,7 +461,7 @@ def test_what_lmms_eval_has_written(tmp_path):
     results["mme"] = {"alias": "mme", "mme_score,none": 1500.0, "mme_score_stderr,none": "N/A"}
     counts = {task: {"original": 9, "effective": 2} for task in results}
     (folder / "20260101_results.json").write_text(json.dumps({"results": results, "n-samples": counts}))
-    rows = {"gqa": [{"doc_id": 0, "exact_match": 1.0}, {"doc_id": 1, "exact_match": 0.0}]}
+    rows = {"gqa": [{"doc_id": 0, "exact_match": 1.0, "doc": {"imageId": "n1"}}, {"doc_id": 1, "exact_match": 0.0}]}
     rows["mme"] = [{"doc_id": 0, "mme_score": {"category": "a", "score": 1}}] * 2
     for task, lines in rows.items():
         (folder / f"20260101_samples_{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -473,7 +473,7 @@ def test_what_lmms_eval_has_written(tmp_path):
             "gqa": {"metric": "exact_match", "score": 0.5, "n": 2},
             "mme": {"metric": "mme_score", "score": 1500.0, "n": 2},
         },
-        "samples": {"gqa": [{"id": "0", "image": None, "score": 1.0}, {"id": "1", "image": None, "score": 0.0}]},
+        "samples": {"gqa": [{"id": "0", "image": "n1", "score": 1.0}, {"id": "1", "image": None, "score": 0.0}]},
     }
     with pytest.raises(LlavaError, match=r"found no results\.json"):
         read_lmms(tmp_path / "nothing")
