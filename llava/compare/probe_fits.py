@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # of the mean loss, the strongest first
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 EPOCHS, LEAST_STEPS, BATCH, HEADS = 20, 300, 64, 8
 
 
@@ -173,7 +173,7 @@ def attentive_probe(batch: Callable, moments: Callable, parts: Parts, seed: int 
     """
     from tqdm import tqdm
 
-    rates = RATES if parts.validation else RATES[1:2]
+    rates = RATES if parts.validation else (RATES[len(RATES) // 2],)
     steps = _steps(len(parts.fit)) * len(rates) * (len(rates) > 1) + _steps(len(parts.train))
     with tqdm(total=steps, desc="attentive probe", unit="step", disable=quiet) as bar:
         best, rate = -1.0, rates[0]

@@ -1,4 +1,4 @@
-"""The labelled pictures that a probe is of: a folder for each class, and which pictures are trained on and which asked."""
+"""The labelled pictures that a probe is of: a folder for each class, and which are trained on and which asked."""
 
 import json
 import os
