@@ -61,7 +61,9 @@ class Features:
         return mean.float(), deviation.float()
 
 
-def tower_features(settings, pictures: Pictures, folder: Path, device, quiet: bool = False) -> tuple[Features, str]:
+def tower_features(
+    settings, pictures: Pictures, folder: Path, device, quiet: bool = False
+) -> tuple[Features, str, Path]:
     """The features of all pictures by one tower, out of the folder or computed and put there.
 
     The folder's subfolder is named by a hash of the tower's settings, class, image processor and weights and of the
@@ -73,7 +75,7 @@ def tower_features(settings, pictures: Pictures, folder: Path, device, quiet: bo
             a picture becomes pixels (`image_aspect_ratio`, ...).
 
     Returns:
-        The features, and a note on what is in them, or "".
+        The features, a note on what is in them, or "", and the subfolder.
 
     Raises:
         LlavaError: a tower that cannot be built, a picture it cannot take, or features that are not finite.
@@ -93,7 +95,7 @@ def tower_features(settings, pictures: Pictures, folder: Path, device, quiet: bo
         save_file(content, half)
         os.replace(half, files[number])
         there[number] = _read(files[number], len(batches[number]))
-    return Features(there, device), note
+    return Features(there, device), note, folder
 
 
 def load_tower(settings, device) -> tuple[object, object, str]:

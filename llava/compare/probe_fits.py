@@ -4,6 +4,7 @@ Shapes: N pictures, T tokens of a picture, D channels, H heads, K classes. All c
 on validation pictures, never on those that the scores are of; what was chosen is then fitted to both parts.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # of the mean loss, the s
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 RATES = (1e-3, 3e-3, 1e-2)
 EPOCHS, LEAST_STEPS, BATCH, HEADS = 20, 300, 64, 8
+_SCHEMA = 1  # of the probes: to be raised where they would score otherwise
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,13 @@ class Scored:
 
     correct: torch.Tensor
     chosen: float
+
+
+def stamp(parts: Parts, seed: int) -> str:
+    """Changes with whatever is asked of the same features."""
+    settings = PENALTIES, NEIGHBOURS, TEMPERATURE, RATES, EPOCHS, LEAST_STEPS, BATCH, HEADS, seed, _SCHEMA
+    rows = parts.labels.tolist(), parts.fit, parts.validation, parts.test
+    return hashlib.sha256(repr((settings, rows)).encode()).hexdigest()[:24]
 
 
 # --- linear ---
@@ -76,7 +85,7 @@ def fit_logistic(x, y, classes: int, penalty: float, start=None) -> tuple[torch.
     return parameters[0].detach(), parameters[1].detach()
 
 
-def linear_probe(means: torch.Tensor, parts: Parts) -> Scored:
+def linear_probe(means: torch.Tensor, parts: Parts, quiet: bool = False) -> Scored:
     """Logistic regression on pictures' mean tokens (as CLIP's linear probe: Radford et al. 2021).
 
     Channels are standardised by the pictures that are fitted to. Of two penalties that tell as many validation pictures
@@ -85,10 +94,13 @@ def linear_probe(means: torch.Tensor, parts: Parts) -> Scored:
     Args:
         means: [N, D].
     """
+    from tqdm import tqdm
+
     penalty = PENALTIES[len(PENALTIES) // 2]
     if parts.validation:
         best, start, (x, other) = -1.0, None, _standardised(means, parts.fit, parts.validation)
-        for candidate in PENALTIES:  # each begins where a stronger one ended
+        penalties = tqdm(PENALTIES, desc="linear probe", unit="penalty", disable=quiet)
+        for candidate in penalties:  # each begins where a stronger one ended
             start = fit_logistic(x, parts.labels[parts.fit], parts.classes, candidate, start)
             share = _told(F.linear(other, *start), parts.labels[parts.validation]).double().mean().item()
             if share > best:

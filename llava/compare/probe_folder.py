@@ -134,7 +134,7 @@ def _unreadable(folder: str, paths: list[str], record: Path | None) -> dict[str,
 
     stamp = fingerprint(folder, paths)
     if record is not None and record.is_file():
-        known = _read_json(record)
+        known = read_json(record)
         if isinstance(known, dict) and known.get("pictures") == stamp:
             return known["unreadable"]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -177,11 +177,12 @@ def fingerprint(folder: str, paths: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path):
+def read_json(path: Path):
+    """What `write_json` wrote; None of a file that is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError:
-        return None  # is written anew
+        return None
 
 
 def write_json(path: Path, content) -> None:

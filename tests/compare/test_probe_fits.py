@@ -68,7 +68,7 @@ def share(scored) -> float:
 
 def all_three(made: Features, parts: Parts) -> dict[str, float]:
     return {
-        "linear": share(linear_probe(made.means, parts)),
+        "linear": share(linear_probe(made.means, parts, quiet=True)),
         "knn": share(knn_probe(made.means, parts)),
         "attentive": share(attentive_probe(made.batch, made.moments, parts, quiet=True)),
     }
@@ -120,7 +120,7 @@ def test_penalty_is_the_one_that_tells_most_validation_pictures():
         for penalty in PENALTIES
     ]
     assert len(set(shares)) > 1
-    found = linear_probe(means, parts)
+    found = linear_probe(means, parts, quiet=True)
     assert found.chosen == PENALTIES[int(np.argmax(shares))]
     # the score is of a fit to both parts
     train = means[parts.train]
@@ -137,7 +137,7 @@ def test_test_pictures_choose_nothing():
     other[parts.test] = (other[parts.test] + 1) % 3
     wrong = Parts(other, parts.fit, parts.validation, parts.test)
     for kind in (
-        lambda p: linear_probe(made.means, p),
+        lambda p: linear_probe(made.means, p, quiet=True),
         lambda p: attentive_probe(made.batch, made.moments, p, quiet=True),
     ):
         assert kind(parts).chosen == kind(wrong).chosen
@@ -147,7 +147,7 @@ def test_without_validation_pictures_the_middle_is_taken(monkeypatch):
     made, labels = clusters(60)
     parts = Parts(labels, list(range(40)), [], list(range(40, 60)))
     monkeypatch.setattr(probe_fits, "RATES", (1e-9, 1e-2, 1e-8))
-    assert linear_probe(made.means, parts).chosen == 1e-3
+    assert linear_probe(made.means, parts, quiet=True).chosen == 1e-3
     found = attentive_probe(made.batch, made.moments, parts, quiet=True)
     assert found.chosen == 1e-2 and share(found) > 0.9
 
@@ -155,7 +155,7 @@ def test_without_validation_pictures_the_middle_is_taken(monkeypatch):
 def test_a_channel_that_never_changes_does_no_harm():
     made, labels = clusters(120)
     made.means[:, 0] = 1e6
-    assert share(linear_probe(made.means, parts_of(labels))) > 0.9
+    assert share(linear_probe(made.means, parts_of(labels), quiet=True)) > 0.9
 
 
 # --- nearest neighbours ---
@@ -208,7 +208,7 @@ def test_attention_finds_the_one_token_that_tells(monkeypatch):
     monkeypatch.setattr(probe_fits, "RATES", (1e-2,))
     made, labels = one_in_many(600)
     parts = parts_of(labels)
-    assert share(linear_probe(made.means, parts)) < 0.65
+    assert share(linear_probe(made.means, parts, quiet=True)) < 0.65
     assert share(knn_probe(made.means, parts)) < 0.65
     assert share(attentive_probe(made.batch, made.moments, parts, quiet=True)) > 0.95
 
