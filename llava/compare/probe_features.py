@@ -81,7 +81,7 @@ def tower_features(
         LlavaError: a tower that cannot be built, a picture it cannot take, or features that are not finite.
     """
     tower, pixels, note = load_tower(settings, device)
-    key = _key(tower, settings, pixels, pictures)
+    key = _key(tower, settings, pictures)
     folder = folder / key
     about = {"vision_tower": tower.vision_tower_name, "settings": _plain(settings), "pictures": len(pictures.paths)}
     write_json(folder / "about.json", about)
@@ -129,13 +129,12 @@ def _plain(settings) -> dict:
     return {name: getattr(settings, name, None) for name in sorted([*names, "mm_vision_tower"])}
 
 
-def _key(tower, settings, pixels, pictures: Pictures) -> str:
+def _key(tower, settings, pictures: Pictures) -> str:
     """Changes with whatever the features depend on."""
     encoder = type(tower.vision_tower)
     said = {
         "schema": _SCHEMA,
         "settings": _plain(settings),
-        "pixels": repr(pixels),
         "classes": [f"{kind.__module__}.{kind.__qualname__}" for kind in (type(tower), encoder)],
         "processor": repr(tower.image_processor),
         "weights": _weights(tower),

@@ -111,7 +111,6 @@ def _dealt(folder: str, name: str, own: dict[str, list[str]], missing: int, seed
             f"probe: {folder}: found {len(rest)} picture{'' if len(rest) == 1 else 's'} of the class {name}"
             f"{cannot}{'' if '' in own else ' to train on'}, expected two or more"
         )
-    rest = sorted(rest)
     random.Random(f"{seed} {name}").shuffle(rest)
     if "" in own:
         count = max(1, round(TEST_SHARE * len(rest)))

@@ -221,6 +221,8 @@ def test_towers_of_every_kind_get_their_row(tmp_path, towers, short, capsys):
     assert 1 < found["adaptive"]["tokens"] < 16
     assert "untrained" in found["compressed"]["note"] and not found["clip"]["note"]
     assert json.loads(json.dumps(found)) == found
+    said = [json.loads(path.read_text())["settings"] for path in (tmp_path / "out").glob("features/*/about.json")]
+    assert [values["image_aspect_ratio"] for values in said] == ["pad"] * 4
 
 
 def expected(settings, folder, path, aspect_ratio):
@@ -284,6 +286,8 @@ def test_a_second_call_computes_nothing(tmp_path, towers, monkeypatch):
     assert again()[1] == 5  # the broken one alone
     files[2].unlink()
     assert again()[1] == 2
+    monkeypatch.setattr(probe_features, "IN_FILE", 7)
+    assert again()[1] == 12  # files of other pictures
     # whatever the features depend on makes them anew
     layer = SimpleNamespace(**vars(towers["clip"]) | {"mm_vision_select_layer": -1})
     assert again(layer)[1] == 12
