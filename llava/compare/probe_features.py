@@ -87,14 +87,14 @@ def tower_features(
     write_json(folder / "about.json", about)
     batches = [pictures.paths[at : at + IN_FILE] for at in range(0, len(pictures.paths), IN_FILE)]
     files = [folder / f"{number:05d}.safetensors" for number in range(len(batches))]
-    there = [_read(file, len(paths)) for file, paths in zip(files, batches, strict=True)]
+    there = [_read(file) for file in files]
     missing = [number for number, content in enumerate(there) if content is None]
     encoder = _Encoder(tower, pixels, pictures.folder)
     for number, content in zip(missing, encoder.files([batches[i] for i in missing], quiet), strict=True):
         half = files[number].with_suffix(".tmp")
         save_file(content, half)
         os.replace(half, files[number])
-        there[number] = _read(files[number], len(batches[number]))
+        there[number] = _read(files[number])
     return Features(there, device), note, folder
 
 
@@ -133,7 +133,7 @@ def _key(tower, settings, pictures: Pictures) -> str:
     """Changes with whatever the features depend on."""
     encoder = type(tower.vision_tower)
     said = {
-        "schema": _SCHEMA,
+        "schema": [_SCHEMA, IN_FILE],
         "settings": _plain(settings),
         "classes": [f"{kind.__module__}.{kind.__qualname__}" for kind in (type(tower), encoder)],
         "processor": repr(tower.image_processor),
@@ -151,15 +151,12 @@ def _weights(tower) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path, pictures: int) -> dict | None:
-    """The content of a file of so many pictures; None where it is to be written (anew)."""
-    if not file.is_file():
-        return None
+def _read(file: Path) -> dict | None:
+    """The content of a file of pictures; None where it is to be written (anew)."""
     try:
-        content = load_file(file)
+        return load_file(file) if file.is_file() else None
     except SafetensorError:
         return None
-    return content if len(content["lengths"]) == pictures else None
 
 
 class _Encoder:

@@ -378,6 +378,15 @@ def test_the_same_call_gives_the_same_row(tmp_path, towers, short):
     assert rows[0] == rows[1] and rows[0]["adaptive"]["error"] is None
 
 
+def test_an_untrained_compressor_is_the_same_each_time(towers):
+    made = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        tower, *_ = probe_features.load_tower(towers["compressed"], "cpu")
+        made.append(torch.cat([parameter.flatten() for parameter in tower.token_compressor.parameters()]))
+    assert torch.equal(*made)
+
+
 def test_code_that_raises_stops_no_other_tower(tmp_path, towers, short, monkeypatch, capsys):
     tokens = probe_features._Encoder._tokens
 
