@@ -122,7 +122,7 @@ def load_tower(settings, device) -> tuple[object, object, str]:
 
 
 def _plain(settings) -> dict:
-    """The settings that say what a tower gives: keys of a tower's own, as text where JSON has no such value."""
+    """The settings that say what a tower gives: keys of a tower's own."""
     from llava.config.schema import own_keys
 
     names = [name for name, key in own_keys().items() if key.tower]
@@ -131,12 +131,12 @@ def _plain(settings) -> dict:
 
 def _key(tower, settings, pictures: Pictures) -> str:
     """Changes with whatever the features depend on."""
-    encoder = type(tower.vision_tower)
+    encoder, processor = type(tower.vision_tower), tower.image_processor
     said = {
         "schema": [_SCHEMA, IN_FILE],
         "settings": _plain(settings),
         "classes": [f"{kind.__module__}.{kind.__qualname__}" for kind in (type(tower), encoder)],
-        "processor": repr(tower.image_processor),
+        "processor": processor.to_dict() if hasattr(processor, "to_dict") else vars(processor),
         "weights": _weights(tower),
         "pictures": fingerprint(pictures.folder, pictures.paths),
     }

@@ -185,8 +185,8 @@ def read_json(path: Path):
 
 
 def write_json(path: Path, content) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; what JSON has no value for as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.tmp")
-    half.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    half.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
     os.replace(half, path)
