@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from llava.compare import report_numbers as numbers
-from llava.compare.report_numbers import NONE, digits, evaluations, plain, probability, score, spread, unit
+from llava.compare.report_numbers import NONE, count, digits, evaluations, plain, probability, score, spread, unit
 from llava.compare.report_questions import reads_where_not
 
 READS = "What one tower reads and another does not"  # report_html puts its pictures below this title
@@ -19,6 +19,13 @@ class Table(NamedTuple):
     caption: str
     columns: list[str]
     rows: list[list[str]]
+
+    def numeric(self) -> list[bool]:
+        """Whether a column holds numbers, which are set to the right."""
+        cells = ([row[at] for row in self.rows] for at in range(len(self.columns)))
+        return [
+            at > 0 and all(not c or c[0] in "+-<.0123456789" + NONE for c in column) for at, column in enumerate(cells)
+        ]
 
 
 class Bullets(NamedTuple):
@@ -93,7 +100,7 @@ def settings(results: dict) -> list:
 
 # (title, key, how it is written, divisor)
 COSTS = [
-    ("visual tokens", "visual_tokens", digits, 1),
+    ("visual tokens", "visual_tokens", count, 1),
     ("tower, M parameters", "tower_params", digits, 1e6),
     ("all, M parameters", "total_params", digits, 1e6),
     ("trained, M parameters", "trained_params", digits, 1e6),
@@ -118,8 +125,8 @@ def score_columns(results: dict) -> list[tuple[str, list[str]]]:
         cells = [shown.interval(row, "mean") for row in found]
         rows = zip(results["towers"], cells, strict=True)
         cells = [Strong(cell) if tower["name"] == first else cell for tower, cell in rows]
-        count = numbers.amount(row.get("n") for row in found)
-        columns.append((f"{shown.title(name)}{f' ({count})' if count else ''}", cells))
+        many = numbers.amount(row.get("n") for row in found)
+        columns.append((f"{shown.title(name)}{f' ({many})' if many else ''}", cells))
         blank = [(row.get("blank") or {}).get("mean") for row in found]
         if any(numbers.finite(value) for value in blank):
             columns.append((shown.title(f"{name} with blank pictures"), [shown.show(value) for value in blank]))
@@ -212,8 +219,8 @@ def kind_table(results: dict, evaluation: str) -> Table | None:
     columns, chances = ["tower"], ["chance"]
     found = [score(tower, evaluation) for tower in results["towers"]]
     for kind in names:
-        count = numbers.amount((row.get("by_kind") or {}).get(kind, {}).get("n") for row in found)
-        columns.append(f"{kind}{f' ({count})' if count else ''}")
+        many = numbers.amount((row.get("by_kind") or {}).get(kind, {}).get("n") for row in found)
+        columns.append(f"{kind}{f' ({many})' if many else ''}")
         known = [blank_of(row, kind).get("chance") for row in found]
         chances.append(shown.show(next((value for value in known if numbers.finite(value)), None)))
     rows = []
@@ -253,7 +260,7 @@ def against_cost(results: dict) -> list:
         for tower in results["towers"]:
             name, cells = tower["name"], []
             for side, names in zip(sides, fronts, strict=True):
-                cells += [digits(side[name][0]) if name in side else NONE, "yes" if name in names else ""]
+                cells += [count(side[name][0]) if name in side else NONE, "yes" if name in names else ""]
             if any(name in side for side in sides):
                 mean = next(side[name][1] for side in sides if name in side)
                 rows.append([name, shown.show(mean), *cells])

@@ -10,6 +10,8 @@ import json
 from llava.compare.report_content import READS, Bullets, Picture, Section, Strong, Table
 from llava.compare.report_page import EXPLORER, PAGE, SCRIPT, STYLE
 
+LONG = 36  # characters, from which a cell is broken into lines
+
 
 def escape(text) -> str:
     return html.escape(str(text))
@@ -18,11 +20,11 @@ def escape(text) -> str:
 def table(part: Table) -> str:
     """In a box of its own, which scrolls where the page is narrow, also by keyboard."""
     caption = escape(part.caption)
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in part.columns)
-    lines = []
+    right, lines = part.numeric(), []
+    head = "".join(_heading(column, "col", at) for column, at in zip(part.columns, right, strict=True))
     for first, *cells in part.rows:
-        marked = (f"<td><strong>{escape(c)}</strong></td>" if isinstance(c, Strong) else _cell(c) for c in cells)
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{"".join(marked)}</tr>')
+        marked = (_cell(cell, at) for cell, at in zip(cells, right[1:], strict=True))
+        lines.append(f"<tr>{_heading(first, 'row', False)}{''.join(marked)}</tr>")
     rows = "\n".join(lines)
     return (
         f'<div class="box" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>'
@@ -30,8 +32,19 @@ def table(part: Table) -> str:
     )
 
 
-def _cell(text: str) -> str:
-    return f'<td class="long">{escape(text)}</td>' if len(text) > 40 else f"<td>{escape(text)}</td>"
+def _heading(text: str, scope: str, right: bool) -> str:
+    words = escape(text).replace("_", "_<wbr>")  # where a long name may go on in the next line
+    return f'<th scope="{scope}"{_look(text, right)}>{words}</th>'
+
+
+def _cell(text: str, right: bool) -> str:
+    words = f"<strong>{escape(text)}</strong>" if isinstance(text, Strong) else escape(text)
+    return f"<td{_look(text, right)}>{words}</td>"
+
+
+def _look(text: str, right: bool) -> str:
+    names = ["right"] * right + ["long"] * (len(text) > LONG)
+    return f' class="{" ".join(names)}"' if names else ""
 
 
 def written(part, pictures: dict[str, bytes]) -> str:

@@ -5,18 +5,19 @@ import re
 
 from llava.compare.report_content import Bullets, Picture, Section, Strong, Table
 
-# what Markdown would read as something other than text; HTML's own are made entities first
-_MARKS = re.compile(r"([\\`*_\[\]|#~$])")
+# what Markdown would read as something other than text (HTML's own marks are made entities first): an underscore inside
+# a word and brackets without an address are text
+_MARKS = re.compile(r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^[-+#](?=[#\s])")
 
 
 def escape(text: str) -> str:
     """Text on one line that Markdown shows as it is, also in a table."""
-    return _MARKS.sub(r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    return _MARKS.sub(r"\\\g<0>", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def table(part: Table) -> str:
     lines = [f"**{escape(part.caption)}**", "", _row(part.columns)]
-    lines.append(_row(["---", *(["---:"] * (len(part.columns) - 1))], escape=str))
+    lines.append(_row(["---:" if right else "---" for right in part.numeric()], escape=str))
     lines += [_row(row) for row in part.rows]
     return "\n".join(lines)
 

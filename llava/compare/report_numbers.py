@@ -47,12 +47,17 @@ def unit_of(values) -> Unit:
 
 
 def digits(value, least: int = 3) -> str:
-    """A number with `least` digits or more, never as a power of ten: 0.0123, 1.23, 12.3, 1,234."""
+    """A number with `least` digits or more, never as a power of ten: 0.0123, 1.23, 12.0, 1,234; counts (int) whole."""
     if not finite(value):
         return NONE
-    if value == 0 or float(value).is_integer():
+    if value == 0 or isinstance(value, int):
         return f"{value:,.0f}"
     return f"{value:,.{max(0, least - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def count(value) -> str:
+    """A count, or a mean of counts."""
+    return digits(int(value) if finite(value) and float(value).is_integer() else value)
 
 
 def spread(value) -> str:

@@ -37,19 +37,19 @@ a { color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 nav ul { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; margin: 0; padding: 0; font-size: .9rem; }
 .notes { border-left: 4px solid var(--accent); background: var(--raised); padding: 8px 16px 8px 32px; margin: 16px 0; }
-.box { overflow: auto; max-height: 80vh; margin: 16px 0; border: 1px solid var(--line); border-radius: 6px; }
+.box { overflow: auto; width: fit-content; max-width: 100%; max-height: 80vh; margin: 16px 0;
+  border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: separate; border-spacing: 0; font-size: .88rem; font-variant-numeric: tabular-nums; }
-.box > table { min-width: 100%; }
 caption { text-align: left; font-weight: 600; padding: 8px 12px; }
-th, td { padding: 6px 12px; text-align: right; vertical-align: top; border-top: 1px solid var(--line);
-  overflow-wrap: normal; white-space: nowrap; }
-thead th { vertical-align: bottom; white-space: normal; min-width: 5.5em; background: var(--raised); position: sticky;
-  top: 0; z-index: 1; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--raised); max-width: 16em;
-  white-space: normal; overflow-wrap: anywhere; min-width: 7em; }
+th, td { padding: 6px 12px; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
+  overflow-wrap: break-word; white-space: nowrap; }
+.right { text-align: right; }
+.long { white-space: normal; min-width: 18em; overflow-wrap: anywhere; }
+thead th { vertical-align: bottom; white-space: normal; min-width: 6em; max-width: 14em; background: var(--raised);
+  position: sticky; top: 0; z-index: 1; }
+th:first-child { position: sticky; left: 0; background: var(--raised); }
 thead th:first-child { z-index: 2; }
 tbody th { font-weight: 600; }
-td.long { white-space: normal; min-width: 18em; text-align: left; overflow-wrap: anywhere; }
 figure { margin: 16px 0; }
 figure .box { background: #fff; margin: 0; max-height: none; }
 figure img { display: block; min-width: 560px; max-width: 100%; height: auto; margin: 0 auto; }
@@ -85,7 +85,8 @@ button { cursor: pointer; }
 .bad { color: var(--bad); background: var(--bad-back); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 @media (max-width: 640px) { main { padding: 8px 12px 48px; } h1 { font-size: 1.35rem; }
-  th, td { padding: 6px 8px; } .box th:first-child { max-width: 9em; min-width: 6em; }
+  th, td { padding: 6px 8px; }
+  .box th:first-child { min-width: 8em; max-width: 8em; white-space: normal; overflow-wrap: anywhere; }
   form { grid-template-columns: 1fr 1fr; padding: 12px; gap: 8px; }
   #cards > li { grid-template-columns: 88px minmax(0, 1fr); } .shots img { width: 88px; height: 88px; }
   .gone { min-height: 88px; padding: 4px; font-size: .7rem; } .said { grid-column: 1 / -1; } }

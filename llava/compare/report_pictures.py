@@ -1,12 +1,14 @@
 """The two pictures of a comparison, drawn by matplotlib without its global state: accuracy over cost, and by kind."""
 
 import io
+import itertools
 import math
 import warnings
 
 from llava.compare import report_numbers as numbers
 from llava.compare.report_content import blank_of, frontiers
 from llava.compare.report_numbers import evaluations, finite, score, unit
+from llava.drawing.curves import PALE_BLUE
 from llava.drawing.page import BLUE, FAINT, INK, LINE, ORANGE
 from llava.errors import LlavaError
 
@@ -14,6 +16,7 @@ DPI = 130
 WIDTH = 9  # inches
 ROWS, PANELS, ACROSS = 8, 40, 5  # evaluations in the one picture, kinds in the other, kinds beside each other
 
+_BAR = [c / 255 for c in PALE_BLUE]  # intervals and quartiles
 _INK, _FAINT, _LINE, _BLUE, _ORANGE = ([c / 255 for c in colour] for colour in (INK, FAINT, LINE, BLUE, ORANGE))
 
 
@@ -95,13 +98,12 @@ def scatter(axes, results: dict, title: str, key: str, points: dict, shown) -> N
         x, y = points[tower["name"]]
         row = {} if results.get("groups") else score(tower, title)
         if finite(row.get("low")) and finite(row.get("high")):
-            axes.plot([x, x], [row["low"] * shown.factor, row["high"] * shown.factor], color=_LINE, linewidth=2)
+            axes.plot([x, x], [row["low"] * shown.factor, row["high"] * shown.factor], color=_BAR, linewidth=1.6)
         quartiles = (tower.get("cost") or {}).get(key)
         if isinstance(quartiles, dict) and finite(quartiles.get("p25")) and finite(quartiles.get("p75")):
-            axes.plot([quartiles["p25"], quartiles["p75"]], [y * shown.factor] * 2, color=_LINE, linewidth=2)
-    names = numbers.front(points)
-    xs, ys = [points[name][0] for name in names], [points[name][1] * shown.factor for name in names]
-    axes.plot(xs, ys, drawstyle="steps-post", color=_ORANGE, linewidth=1.4, zorder=2)
+            axes.plot([quartiles["p25"], quartiles["p75"]], [y * shown.factor] * 2, color=_BAR, linewidth=1.6)
+    names, corners = numbers.front(points), staircase(points)
+    axes.plot([x for x, _ in corners], [y * shown.factor for _, y in corners], color=_ORANGE, linewidth=1.4, zorder=2)
     colours = [_ORANGE if name in names else _BLUE for name in points]
     axes.scatter([x for x, _ in points.values()], [y * shown.factor for _, y in points.values()], 30, colours, zorder=3)
     axes.set_title("orange: Pareto front", loc="right", color=_ORANGE, fontsize=8)
@@ -119,13 +121,25 @@ def scatter(axes, results: dict, title: str, key: str, points: dict, shown) -> N
     axes.margins(y=0.2)
 
 
+def staircase(points: dict[str, tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the Pareto front: the best score that is to be had at a cost."""
+    corners, names = [], numbers.front(points)
+    for name in names:
+        corners += [(points[name][0], corners[-1][1])] if corners else []
+        corners.append(points[name])
+    return corners
+
+
 def write_names(axes, points: dict[str, tuple[float, float]]) -> None:
-    """Each point's name near it, over no other name, no point and no edge; with a line to its point if far from it."""
+    """Each point's name near it, over no other name, no point, no edge and not over the front; with a line to its point
+    where it is far from it."""
     from matplotlib.patheffects import withStroke
 
     places = {name: axes.transData.transform(point) for name, point in points.items()}
     halo = [withStroke(linewidth=2.5, foreground="white")]
     taken, written = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()], []
+    for (x, y), (to, up) in itertools.pairwise(axes.transData.transform(staircase(points) or [(0, 0)])):
+        taken.append((min(x, to) - 2, min(y, up) - 2, max(x, to) + 2, max(y, up) + 2))
     box = axes.get_window_extent()
     edges = (box.x0, box.y0, box.x1, box.y1)
     for name in sorted(places, key=lambda name: tuple(places[name])):
@@ -223,7 +237,7 @@ def kind_panel(axes, results: dict, towers: list[dict], evaluation: str, kind: s
     low, high = min(known, default=0), max(known, default=1)
     room = (high - low) or abs(high) or 1
     axes.set_xlim(low - 0.1 * room, high + 0.45 * room)
-    axes.locator_params(axis="x", nbins=3)
+    axes.locator_params(axis="x", nbins=4)
     axes.set_yticks(range(len(towers)), [tower["name"] for tower in towers])
     axes.set_ylim(len(towers) - 0.5, -0.5)
     for label in axes.get_yticklabels():

@@ -3,7 +3,7 @@
 import re
 
 from llava.compare import report_numbers as numbers
-from llava.compare.report_numbers import Unit, digits, evaluations, plain, score, unit
+from llava.compare.report_numbers import Unit, count, digits, evaluations, plain, score, unit
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -33,17 +33,21 @@ def interval(shown: Unit, row: dict, bold: bool) -> str:
     return f"${mean} \\pm {shown.show((row['high'] - row['low']) / 2)}$"
 
 
-# (title, key, divisor)
-COSTS = [("Tokens", "visual_tokens", 1), ("Params (M)", "tower_params", 1e6), ("TTFT (ms)", "ttft_ms", 1)]
+# (title, key, how it is written, divisor)
+COSTS = [
+    ("Tokens", "visual_tokens", count, 1),
+    ("Params (M)", "tower_params", digits, 1e6),
+    ("TTFT (ms)", "ttft_ms", digits, 1),
+]
 
 
 def columns(results: dict, towers: list[dict]) -> list[tuple[str, list[str]]]:
     """(title, cells) of each column."""
     found = [("Tower", [escape(tower["name"]) for tower in towers])]
-    for title, key, divisor in COSTS:
+    for title, key, show, divisor in COSTS:
         values = [numbers.cost(tower, key) for tower in towers]
         if any(value is not None for value in values):
-            found.append((title, ["--" if v is None else digits(v / divisor).replace(",", "{,}") for v in values]))
+            found.append((title, ["--" if v is None else show(v / divisor).replace(",", "{,}") for v in values]))
     for name in evaluations(results):
         shown, first = unit(results, name), numbers.best(results, name)
         cells = [interval(shown, score(tower, name), tower["name"] == first) for tower in towers]
