@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from llava.compare import report_content, report_html, report_markdown, report_pictures, report_questions, report_tex
-from llava.compare.report_numbers import evaluations, score
+from llava.compare.report_numbers import evaluations, finite, score
 
 
 def write_report(folder, results: dict, details: dict) -> list[Path]:
@@ -63,13 +63,17 @@ def table(results: dict, details: dict) -> str:
         for name in evaluations(results):
             found, known = score(tower, name), by_seed_and_kind(details.get(name), tower["name"])
             for seed, value in (found.get("per_seed") or {}).items():
-                rows.writerow([tower["name"], seed, name, "all", value, found.get("n")])
+                rows.writerow([tower["name"], seed, name, "all", known_or_empty(value), found.get("n")])
                 for kind, answers in known.get(str(seed), {}).items():
                     rows.writerow([tower["name"], seed, name, kind, sum(answers) / len(answers), len(answers)])
             if not known:
                 for kind, row in (found.get("by_kind") or {}).items():
-                    rows.writerow([tower["name"], "", name, kind, row.get("mean"), row.get("n")])
+                    rows.writerow([tower["name"], "", name, kind, known_or_empty(row.get("mean")), row.get("n")])
     return file.getvalue()
+
+
+def known_or_empty(value):
+    return value if finite(value) else ""
 
 
 def by_seed_and_kind(content: dict | None, tower: str) -> dict[str, dict[str, list[bool]]]:

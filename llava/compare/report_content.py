@@ -129,7 +129,7 @@ def score_columns(results: dict) -> list[tuple[str, list[str]]]:
         columns.append((f"{shown.title(name)}{f' ({many})' if many else ''}", cells))
         blank = [(row.get("blank") or {}).get("mean") for row in found]
         if any(numbers.finite(value) for value in blank):
-            columns.append((shown.title(f"{name} with blank pictures"), [shown.show(value) for value in blank]))
+            columns.append((shown.title(f"{name}, blank pictures"), [shown.show(value) for value in blank]))
     return columns
 
 
@@ -146,7 +146,9 @@ def main_table(results: dict) -> list:
     words = "Scores are means over seeds"
     if any(numbers.finite(row.get("low")) for tower in towers for row in (tower.get("scores") or {}).values()):
         words += " with 95% intervals in brackets"
-    words += "; bold where, after Holm's correction, the best tower of an evaluation differs from every other one. "
+    if numbers.several_seeds(results):
+        words += "; bold where, after Holm's correction, the best tower of an evaluation differs from every other one"
+    words += ". "
     if measured:
         words += "Costs are medians, with quartiles in brackets. Visual tokens are those of one picture. "
     words += f"{NONE} stands for what was not measured."
@@ -259,8 +261,8 @@ def against_cost(results: dict) -> list:
         fronts = [numbers.front(side) for side in sides]
         for tower in results["towers"]:
             name, cells = tower["name"], []
-            for side, names in zip(sides, fronts, strict=True):
-                cells += [count(side[name][0]) if name in side else NONE, "yes" if name in names else ""]
+            for side, names, show in zip(sides, fronts, (count, digits), strict=True):
+                cells += [show(side[name][0]) if name in side else NONE, "yes" if name in names else ""]
             if any(name in side for side in sides):
                 mean = next(side[name][1] for side in sides if name in side)
                 rows.append([name, shown.show(mean), *cells])
@@ -307,7 +309,7 @@ def probes(results: dict) -> list:
         columns = ["tower", *(f"{title}, %" for title, _ in used)]
         parts.append(Table("Accuracy of probes on frozen features", columns, rows))
     agreement = results.get("probe_agreement") or {}
-    if agreement:
+    if agreement and used:
         words = f"Agreement of the probes' ranking with the trained models' ({agreement.get('n_towers', 0)} towers)"
         if numbers.finite(agreement.get("spearman")):
             words += f": Spearman {agreement['spearman']:.2f}"

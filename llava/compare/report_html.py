@@ -27,8 +27,9 @@ def table(part: Table) -> str:
         lines.append(f"<tr>{_heading(first, 'row', False)}{''.join(marked)}</tr>")
     rows = "\n".join(lines)
     return (
-        f'<div class="box" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+        f'<div class="box" role="region" aria-label="{caption}" tabindex="0"><table>'
+        f"<caption><span>{caption}</span></caption><thead><tr>{head}</tr></thead>\n"
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 

@@ -41,11 +41,12 @@ nav ul { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; margin
   border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: separate; border-spacing: 0; font-size: .88rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 8px 12px; }
+caption > span { display: block; position: sticky; left: 12px; width: fit-content; max-width: calc(100vw - 64px); }
 th, td { padding: 6px 12px; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
   overflow-wrap: break-word; white-space: nowrap; }
 .right { text-align: right; }
 .long { white-space: normal; min-width: 18em; overflow-wrap: anywhere; }
-thead th { vertical-align: bottom; white-space: normal; min-width: 6em; max-width: 14em; background: var(--raised);
+thead th { vertical-align: bottom; white-space: normal; min-width: 7em; max-width: 14em; background: var(--raised);
   position: sticky; top: 0; z-index: 1; }
 th:first-child { position: sticky; left: 0; background: var(--raised); }
 thead th:first-child { z-index: 2; }
@@ -73,10 +74,10 @@ button { cursor: pointer; }
 .shots img.few { image-rendering: pixelated; }
 .gone { min-height: 128px; border: 1px dashed var(--faint); border-radius: 4px; padding: 8px; font-size: .8rem;
   color: var(--faint); display: grid; place-content: center; text-align: center; overflow-wrap: anywhere; }
-.said { width: 100%; margin-top: 8px; }
+.said { width: 100%; grid-column: 1 / -1; }
 .said th, .said td { padding: 3px 6px; white-space: normal; overflow-wrap: anywhere; background: none; text-align: left;
-  min-width: 0; position: static; vertical-align: baseline; }
-.said th:first-child { max-width: 11em; background: none; }
+  min-width: 0; position: static; }
+.said th:first-child { width: 42%; max-width: none; background: none; }
 .said td:last-child { text-align: right; white-space: nowrap; overflow-wrap: normal; }
 .said thead th { color: var(--faint); font-weight: 400; }
 .said tr.chosen > th { text-decoration: underline; text-underline-offset: 3px; }
@@ -84,12 +85,13 @@ button { cursor: pointer; }
 .good { color: var(--good); background: var(--good-back); }
 .bad { color: var(--bad); background: var(--bad-back); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+@media (min-width: 641px) { wbr { display: none; } }
 @media (max-width: 640px) { main { padding: 8px 12px 48px; } h1 { font-size: 1.35rem; }
   th, td { padding: 6px 8px; }
-  .box th:first-child { min-width: 8em; max-width: 8em; white-space: normal; overflow-wrap: anywhere; }
+  .box th:first-child { min-width: 8em; max-width: 9em; white-space: normal; overflow-wrap: anywhere; }
   form { grid-template-columns: 1fr 1fr; padding: 12px; gap: 8px; }
   #cards > li { grid-template-columns: 88px minmax(0, 1fr); } .shots img { width: 88px; height: 88px; }
-  .gone { min-height: 88px; padding: 4px; font-size: .7rem; } .said { grid-column: 1 / -1; } }
+  .gone { min-height: 88px; padding: 4px; font-size: .7rem; } }
 @media print { .box { overflow: visible; max-height: none; } form, #more { display: none; } }
 """
 
@@ -98,7 +100,7 @@ EXPLORER = """<form id="choice" role="search" aria-label="Questions on which tow
 <label>Wrong: tower B <select name="b"></select></label>
 <label>Evaluation <select name="evaluation"></select></label>
 <label>Kind <select name="kind"></select></label>
-<label>Search question, answer, id <input name="q" type="search" autocomplete="off"></label>
+<label>Search <input name="q" type="search" autocomplete="off" placeholder="question, answer, id"></label>
 <label>Sort by <select name="sort"></select></label>
 <button type="button" id="swap">Swap A and B</button>
 </form>
@@ -115,7 +117,7 @@ SCRIPT = """
   const form = document.getElementById("choice"), cards = document.getElementById("cards");
   const more = document.getElementById("more"), count = document.getElementById("count");
   const NAMES = ["a", "b", "evaluation", "kind", "q", "sort"], STEP = 24;
-  const SORTS = { file: "order in the file", gap: "largest gap between A and B", hard: "fewest towers right",
+  const SORTS = { file: "order in the file", gap: "largest gap, A to B", hard: "fewest towers right",
     question: "question, A to Z", kind: "kind, A to Z" };
   let room = STEP;
 
@@ -218,9 +220,7 @@ SCRIPT = """
     truth.append(make("strong", question.answer || "(nothing)"));
     const kind = question.kind ? question.kind + ", " : "";
     words.append(truth, make("p", kind + question.evaluation + ", id " + question.id, "faint"));
-    item.append(shots(question), words);
-    const table = answers(question, state);
-    if (matchMedia("(max-width: 640px)").matches) item.append(table); else words.append(table);
+    item.append(shots(question), words, answers(question, state));
     return item;
   }
 

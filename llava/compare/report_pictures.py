@@ -15,6 +15,7 @@ from llava.errors import LlavaError
 DPI = 130
 WIDTH = 9  # inches
 ROWS, PANELS, ACROSS = 8, 40, 5  # evaluations in the one picture, kinds in the other, kinds beside each other
+LONGEST = 32  # characters of a name
 
 _BAR = [c / 255 for c in PALE_BLUE]  # intervals and quartiles
 _INK, _FAINT, _LINE, _BLUE, _ORANGE = ([c / 255 for c in colour] for colour in (INK, FAINT, LINE, BLUE, ORANGE))
@@ -46,6 +47,10 @@ def without(words: str) -> bytes:
     picture = figure(WIDTH, 1.2)
     picture.text(0.5, 0.5, words, ha="center", va="center", color=_FAINT)
     return png(picture)
+
+
+def short(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def tidy(axes, grid: str) -> None:
@@ -137,7 +142,7 @@ def write_names(axes, points: dict[str, tuple[float, float]]) -> None:
 
     places = {name: axes.transData.transform(point) for name, point in points.items()}
     halo = [withStroke(linewidth=2.5, foreground="white")]
-    taken, written = [(x - 5, y - 5, x + 5, y + 5) for x, y in places.values()], []
+    taken, written = [(x - 9, y - 9, x + 9, y + 9) for x, y in places.values()], []
     for (x, y), (to, up) in itertools.pairwise(axes.transData.transform(staircase(points) or [(0, 0)])):
         taken.append((min(x, to) - 2, min(y, up) - 2, max(x, to) + 2, max(y, up) + 2))
     box = axes.get_window_extent()
@@ -145,7 +150,14 @@ def write_names(axes, points: dict[str, tuple[float, float]]) -> None:
     for name in sorted(places, key=lambda name: tuple(places[name])):
         x, y = places[name]
         text = axes.annotate(
-            name, points[name], (0, 0), textcoords="figure pixels", fontsize=8, color=_INK, parse_math=False, zorder=4
+            short(name),
+            points[name],
+            (0, 0),
+            textcoords="figure pixels",
+            fontsize=8,
+            color=_INK,
+            parse_math=False,
+            zorder=4,
         )
         text.set_path_effects(halo)
         size = text.get_window_extent()
@@ -238,7 +250,7 @@ def kind_panel(axes, results: dict, towers: list[dict], evaluation: str, kind: s
     room = (high - low) or abs(high) or 1
     axes.set_xlim(low - 0.1 * room, high + 0.45 * room)
     axes.locator_params(axis="x", nbins=4)
-    axes.set_yticks(range(len(towers)), [tower["name"] for tower in towers])
+    axes.set_yticks(range(len(towers)), [short(tower["name"]) for tower in towers])
     axes.set_ylim(len(towers) - 0.5, -0.5)
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
