@@ -54,7 +54,7 @@ def colours(content: bytes) -> tuple[tuple[int, int], set]:
 
 
 def test_front_and_others_have_their_colours(tmp_path):
-    results, _ = comparison(tmp_path, pictures=10)
+    results, _ = comparison(tmp_path, {name: TOWERS[name] for name in ("clip", "hevc_vit", "dinov2")}, pictures=20)
     size, found = colours(report_pictures.accuracy_vs_tokens(results))
     assert {ORANGE, BLUE} <= found and size[0] > 1000
     tall, _ = colours(report_pictures.by_kind(results))
