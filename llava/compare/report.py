@@ -65,6 +65,8 @@ def table(results: dict, details: dict) -> str:
             for seed, value in (found.get("per_seed") or {}).items():
                 rows.writerow([tower["name"], seed, name, "all", known_or_empty(value), found.get("n")])
                 for kind, answers in known.get(str(seed), {}).items():
+                    if kind is None:
+                        continue
                     rows.writerow([tower["name"], seed, name, kind, sum(answers) / len(answers), len(answers)])
             if not known:
                 for kind, row in (found.get("by_kind") or {}).items():
@@ -81,5 +83,5 @@ def by_seed_and_kind(content: dict | None, tower: str) -> dict[str, dict[str, li
     found: dict[str, dict[str, list[bool]]] = {}
     for question in content["questions"] if content else ():
         for seed, correct in (question["correct"].get(tower) or {}).items():
-            found.setdefault(str(seed), {}).setdefault(question["kind"], []).append(bool(correct))
+            found.setdefault(str(seed), {}).setdefault(question.get("kind"), []).append(bool(correct))
     return found

@@ -169,7 +169,8 @@ def failures(results: dict) -> list:
 
 def verdict(pair: dict) -> str:
     if not pair.get("significant"):
-        return plain(pair["note"]) if pair.get("note") else "no difference shown"
+        said = "no difference shown" if numbers.finite(pair.get("p_holm")) else "not tested"
+        return f"{said}: {plain(pair['note'])}" if pair.get("note") else said
     return f"{pair['a'] if pair['difference'] > 0 else pair['b']} is better"
 
 
@@ -192,12 +193,18 @@ def pairs(results: dict) -> list:
             value = shown.show(detectable[name])
             parts.append(f"The smallest difference that this design could have shown in {name}: {value}{points}.")
     if parts and marks:
-        words = "A row is the first tower's score minus the second's, its interval from resampling seeds and pictures "
-        words += "together; a tower is called better where p stays below 0.05 after Holm's correction over all pairs, "
-        parts.insert(0, words + "and where it does not, the towers may still differ by less than could be shown.")
+        words = (
+            "A row is the first tower's score minus the second's, with an interval that takes in the noise of seeds "
+        )
+        words += "and of pictures; a tower is called better where p stays below 0.05 after Holm's correction over all "
+        parts.insert(
+            0, f"{words}pairs, and where it does not, the towers may still differ by less than could be shown."
+        )
     elif parts:
-        words = "One seed: seed noise unmeasured. The intervals hold for these trained models alone, on other "
-        parts.insert(0, words + "pictures; training again may move a score by more, so no difference is marked.")
+        words = (
+            "One seed: seed noise unmeasured. Intervals are over pictures alone: training again may move a score by "
+        )
+        parts.insert(0, f"{words}more, so no difference is marked.")
     return parts
 
 
@@ -243,7 +250,7 @@ def blank_of(row: dict, kind: str) -> dict:
 def groups(results: dict) -> list:
     found = results.get("groups") or {}
     names = list(dict.fromkeys(name for row in found.values() for name in row or ()))
-    if not names:
+    if not any(numbers.finite(value) for row in found.values() for value in (row or {}).values()):
         return []
     shown = {name: numbers.unit_of([(row or {}).get(name) for row in found.values()]) for name in names}
     rows = []
@@ -279,7 +286,8 @@ def frontiers(results: dict) -> list[tuple[str, list[dict[str, tuple[float, floa
     """(title, [{tower: (visual tokens, score)}, {tower: (ms to the first token, score)}], unit) of each group, or where
     there are none of each evaluation; those alone where a cost and a score of one tower are known."""
     grouped = results.get("groups") or {}
-    titles = list(dict.fromkeys(name for row in grouped.values() for name in row or ()))
+    known = ((name, value) for row in grouped.values() for name, value in (row or {}).items())
+    titles = list(dict.fromkeys(name for name, value in known if numbers.finite(value)))
     found = []
     for title in titles or evaluations(results):
         sides = []
@@ -305,24 +313,28 @@ def probes(results: dict) -> list:
     used = [row for row in PROBES if any(tower["probe"].get(row[1]) is not None for tower in towers)]
     parts = []
     if used:
-        rows = [[t["name"], *(probe_cell(t["probe"].get(key)) for _, key in used)] for t in towers]
+        rows = [[tower["name"], *(probe_cell(tower["probe"], key) for _, key in used)] for tower in towers]
         columns = ["tower", *(f"{title}, %" for title, _ in used)]
         parts.append(Table("Accuracy of probes on frozen features", columns, rows))
+    said = [(tower["name"], tower["probe"].get("error") or tower["probe"].get("note")) for tower in towers]
+    parts += [Bullets([f"{name}: {plain(words)}" for name, words in said if words])] if any(w for _, w in said) else []
     agreement = results.get("probe_agreement") or {}
     if agreement and used:
-        words = f"Agreement of the probes' ranking with the trained models' ({agreement.get('n_towers', 0)} towers)"
+        many = agreement.get("n_towers", 0)
+        words = f"Agreement of the probes' ranking with the trained models' ({many} tower{'s' * (many != 1)})"
         if numbers.finite(agreement.get("spearman")):
             words += f": Spearman {agreement['spearman']:.2f}"
             if numbers.finite(agreement.get("low")) and numbers.finite(agreement.get("high")):
                 words += f" [{agreement['low']:.2f}, {agreement['high']:.2f}]"
-        words += f"; {plain(agreement['note'])}" if agreement.get("note") else ""
+        note = plain(agreement.get("note") or "").split(": ")[-1]  # how many towers has been said
+        words += f"; {note}" if agreement.get("note") else ""
         parts.append(f"{words}.")
     return parts
 
 
-def probe_cell(value) -> str:
-    value = value.get("accuracy", value.get("mean")) if isinstance(value, dict) else value
-    return numbers.PERCENT.show(value)
+def probe_cell(probe: dict, key: str) -> str:
+    low, high = (probe.get("intervals") or {}).get(key) or (None, None)
+    return numbers.PERCENT.interval({"mean": probe.get(key), "low": low, "high": high}, "mean")
 
 
 def reads(results: dict, details: dict) -> list:

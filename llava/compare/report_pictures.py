@@ -101,7 +101,8 @@ def scatter(axes, results: dict, title: str, key: str, points: dict, shown) -> N
         if tower["name"] not in points:
             continue
         x, y = points[tower["name"]]
-        row = {} if results.get("groups") else score(tower, title)
+        row = score(tower, title)
+        row = row if row.get("mean") == y else {}  # of a group no interval is known
         if finite(row.get("low")) and finite(row.get("high")):
             axes.plot([x, x], [row["low"] * shown.factor, row["high"] * shown.factor], color=_BAR, linewidth=1.6)
         quartiles = (tower.get("cost") or {}).get(key)

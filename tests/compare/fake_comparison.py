@@ -73,6 +73,8 @@ def tower_row(name: str, facts: tuple, rows: list[dict], seeds: list[int]) -> di
     for key, value in (("ttft_ms", first), ("train_samples_per_s", 4000 / first), ("peak_memory_mb", 800 + 3 * first)):
         cost[key] = {"median": value, "p25": value * 0.97, "p75": value * 1.04}
     probe = {"linear": share() - 0.02, "attentive": share() + 0.001, "knn": share() - 0.07}
+    intervals = {key: [value - 0.05, value + 0.02] for key, value in probe.items()}
+    probe |= {"intervals": intervals, "n": 500, "note": "", "error": None}
     row = {"name": name, "config": f"configs/towers/demo_{name}.yaml", "status": "finished", "error": None}
     row |= {"n_seeds": len(seeds), "learning_rate": None, "cost": cost, "scores": {"heldout": found}, "probe": probe}
     return row
@@ -106,7 +108,8 @@ def comparison(folder: Path, towers: dict | None = None, seeds=(0, 1), pictures:
             {"what": "pixels", "values": {name: [56, 56] for name in towers}},
         ],
         "probe_agreement": {
-            "spearman": 0.86, "low": 0.2, "high": 0.98, "n_towers": len(found), "note": "too few to say",
+            "spearman": 0.86, "low": 0.2, "high": 0.98, "n_towers": len(found),
+            "note": f"{len(found)} towers: too few to say",
         },
     }  # fmt: skip
     return results, {"heldout": {"image_folder": str(folder), "questions": rows}}
