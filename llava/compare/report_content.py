@@ -178,20 +178,11 @@ def pairs(results: dict) -> list:
     parts, marks = [], numbers.several_seeds(results)
     detectable = results.get("detectable_difference") or {}
     for name in dict.fromkeys(pair["evaluation"] for pair in results.get("pairs") or ()):
-        shown = unit(results, name)
-        columns = ["pair", f"difference{' in points' if shown.sign else ''} [95% interval]", "p", "p after Holm"]
-        rows = []
-        for pair in results["pairs"]:
-            if pair["evaluation"] == name:
-                cells = [f"{pair['a']} minus {pair['b']}", shown.interval(pair, "difference")]
-                cells += [probability(pair.get("p")), probability(pair.get("p_holm"))]
-                says = verdict(pair) if marks else ""
-                rows.append([*cells, Strong(says) if marks and pair.get("significant") else says][: 4 + marks])
-        parts.append(Table(f"Pairs of towers in {name}", [*columns, *(["verdict"] if marks else [])], rows))
+        shown, mine = unit(results, name), [pair for pair in results["pairs"] if pair["evaluation"] == name]
+        parts.append(pair_table(f"Pairs of towers in {name}", mine, shown, marks))
         if numbers.finite(detectable.get(name)):
-            points = " points" if shown.sign else ""
-            value = shown.show(detectable[name])
-            parts.append(f"The smallest difference that this design could have shown in {name}: {value}{points}.")
+            value = f"{shown.show(detectable[name])}{' points' if shown.sign else ''}"
+            parts.append(f"The smallest difference that this design could have shown in {name}: {value}.")
     if parts and marks:
         words = (
             "A row is the first tower's score minus the second's, with an interval that takes in the noise of seeds "
@@ -206,6 +197,21 @@ def pairs(results: dict) -> list:
         )
         parts.insert(0, f"{words}more, so no difference is marked.")
     return parts
+
+
+def pair_table(caption: str, mine: list[dict], shown: numbers.Unit, marks: bool) -> Table:
+    """Without p where none is known, and without a verdict where nothing may be marked."""
+    columns = [("pair", [f"{pair['a']} minus {pair['b']}" for pair in mine])]
+    title = f"difference{' in points' if shown.sign else ''} [95% interval]"
+    columns.append((title, [shown.interval(pair, "difference") for pair in mine]))
+    if any(numbers.finite(pair.get("p")) for pair in mine):
+        columns.append(("p", [probability(pair.get("p")) for pair in mine]))
+        columns.append(("p after Holm", [probability(pair.get("p_holm")) for pair in mine]))
+    if marks:
+        said = [Strong(verdict(pair)) if pair.get("significant") else verdict(pair) for pair in mine]
+        columns.append(("verdict", said))
+    titles, cells = zip(*columns, strict=True)
+    return Table(caption, list(titles), [list(row) for row in zip(*cells, strict=True)])
 
 
 def kinds(results: dict) -> list:

@@ -18,9 +18,9 @@ _SPECIAL = {
 
 
 def escape(text) -> str:
-    """Text on one line that LaTeX sets as it is."""
+    """Text on one line that LaTeX sets as it is; what its fonts have no letter for is a question mark."""
     words = " ".join("".join(mark if mark.isprintable() else " " for mark in str(text)).split())
-    return "".join(_SPECIAL.get(mark, mark) for mark in words)
+    return "".join(_SPECIAL.get(mark, mark if ord(mark) < 0x180 else "?") for mark in words)
 
 
 def interval(shown: Unit, row: dict, bold: bool) -> str:
@@ -62,7 +62,7 @@ def tex(results: dict) -> str:
     label = re.sub(r"[^A-Za-z0-9-]+", "-", str(results["name"])).strip("-")
     several = any("\\pm" in cell for column in cells for cell in column)
     words = f"Comparison of vision towers ({escape(results['name'])}): "
-    words += "mean $\\pm$ half of the 95\\% interval. " if several else "means. "
+    words += "mean $\\pm$ half of the width of the 95\\% interval. " if several else "means. "
     if numbers.several_seeds(results):
         words += "Bold: differs from every other tower after Holm's correction."
     else:

@@ -158,6 +158,18 @@ def test_one_seed_marks_nothing(tmp_path):
     assert "seed noise unmeasured" in text and "is better" not in text and "verdict" not in text
     assert "bold where" not in text and not any("**" in line for line in text.splitlines() if line.startswith("|"))
     assert numbers.best(results, "heldout") is None
+    for pair in results["pairs"]:
+        pair |= {"p": None, "p_holm": None}
+    assert list(table(text_of(results), "Pairs of towers in heldout")[0])[2:] == []
+
+
+def test_a_pair_without_p_is_not_tested(tmp_path):
+    """As those of a tower with one seed, or of a task without scores of single questions."""
+    results, _ = comparison(tmp_path / "pictures", pictures=6)
+    results["pairs"][0] |= {"p": None, "p_holm": None, "significant": False}
+    rows = table(text_of(results), "Pairs of towers in heldout")
+    assert [rows[0][name] for name in ("p", "p after Holm", "verdict")] == ["–", "–", "not tested"]
+    assert "not tested" not in {row["verdict"] for row in rows[1:]}
 
 
 def test_failed_missing_and_partial_towers(tmp_path):
@@ -220,7 +232,7 @@ def test_what_is_not_a_number_is_a_dash(tmp_path):
         words = re.sub('<script>.*|data:[^"]*', "", (tmp_path / "out" / name).read_text(), flags=re.S)
         assert not re.search(r"\b(None|nan|NaN|inf)\b", words), name
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| clip minus siglip | – | – | – | not tested: no scores of single questions |" in text
+    assert "| clip minus siglip | – | not tested: no scores of single questions |" in text
 
 
 def test_scores_that_are_no_shares_stay_as_they_are(tmp_path):
@@ -228,6 +240,8 @@ def test_scores_that_are_no_shares_stay_as_they_are(tmp_path):
     for tower, points in zip(results["towers"], (1523.4, 1498.0), strict=True):
         tower["scores"]["mme"] = {"mean": points, "low": points - 9, "high": points + 9, "per_seed": {}, "n": 2374}
     results["pairs"].append(results["pairs"][0] | {"evaluation": "mme", "difference": 25.4, "low": 7, "high": 43.5})
+    results["groups"] = {"clip": {"General": None}, "siglip": {"General": None}}
+    assert "Groups of" not in text_of(results) and "mme: towers on the Pareto fronts" in text_of(results)
     results["groups"] = {"clip": {"General": 0.51}, "siglip": {"General": 0.4375}}
     text = text_of(results)
     assert table(text, "Each tower's scores and costs")[1]["mme (n 2,374)"] == "1498.0 [1489.0, 1507.0]"

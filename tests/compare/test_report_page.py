@@ -41,12 +41,13 @@ def made(tmp_path_factory):
     results, details = comparison(folder / "pictures", seeds=(0, 1, 2))
     results["notes"].append(HOSTILE)
     results["towers"].append(failed_tower(HOSTILE, error=f"error: {HOSTILE}"))
+    results["towers"].append(failed_tower("x" * 120, error="y" * 300))
     results["differences"].append({"what": HOSTILE, "values": {"clip": HOSTILE}})
     rows = details["heldout"]["questions"]
     chosen = [row for row in rows if {True, False} <= set(verdicts(row).values())]
     chosen[0] |= {"question": HOSTILE, "image": "gone/away.png"}
     chosen[0]["predictions"]["clip"]["0"] = HOSTILE
-    chosen[1] |= {"image": None}
+    chosen[1] |= {"image": None, "question": f"{chosen[1]['question']} {'z' * 200}"}
     chosen[2] |= {"image": ["0.png", "1.png", "2.png", "3.png", "4.png"]}
     write_report(folder / "out", results, details)
     return folder / "out" / "report.html", results, details

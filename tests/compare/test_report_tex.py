@@ -9,7 +9,7 @@ import pytest
 from llava.compare.report_tex import escape, tex
 from tests.compare.fake_comparison import TOWERS, comparison, failed_tower
 
-SPECIAL = r"a&b%c$d#e_f{g}h~i^j\k<l>m|n" + '"o–'
+SPECIAL = r"a&b%c$d#e_f{g}h~i^j\k<l>m|n" + '"oé塔–'
 DOCUMENT = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n\\input{table}\n\\end{document}\n"
 
 
