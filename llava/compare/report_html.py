@@ -35,6 +35,7 @@ def table(part: Table) -> str:
 
 def _heading(text: str, scope: str, right: bool) -> str:
     words = escape(text).replace("_", "_<wbr>")  # where a long name may go on in the next line
+    words = words.replace("(n ", "(n&nbsp;")
     return f'<th scope="{scope}"{_look(text, right)}>{words}</th>'
 
 

@@ -3,7 +3,7 @@
 import html
 import re
 
-from llava.compare.report_content import Bullets, Picture, Section, Strong, Table
+from llava.compare.report_content import READS, Bullets, Picture, Section, Strong, Table
 
 # what Markdown would read as something other than text (HTML's own marks are made entities first): an underscore inside
 # a word and brackets without an address are text
@@ -42,4 +42,6 @@ def markdown(title: str, sections: list[Section]) -> str:
     for section in sections:
         parts += [f"## {escape(section.title)}"] if section.title else []
         parts += [written(part) for part in section.parts]
+        if section.title == READS:
+            parts.append("[The questions themselves, with pictures, towers side by side](report.html)")
     return "\n\n".join(parts) + "\n"

@@ -77,6 +77,7 @@ button { cursor: pointer; }
 .said { width: 100%; grid-column: 1 / -1; }
 .said th, .said td { padding: 3px 6px; white-space: normal; overflow-wrap: anywhere; background: none; text-align: left;
   min-width: 0; position: static; }
+.said wbr { display: inline; }
 .said th:first-child { width: 42%; max-width: none; background: none; }
 .said td:last-child { text-align: right; white-space: nowrap; overflow-wrap: normal; }
 .said thead th { color: var(--faint); font-weight: 400; }
@@ -189,7 +190,9 @@ SCRIPT = """
     const table = make("table", undefined, "said"), head = make("tr"), body = make("tbody");
     table.append(make("caption", "What each tower's model says", "unseen"), make("thead"), body);
     table.tHead.append(head);
-    for (const title of ["tower", "says", "right"]) head.append(Object.assign(make("th", title), { scope: "col" }));
+    for (const title of ["tower", "says", "seeds right"]) {
+      head.append(Object.assign(make("th", title), { scope: "col" }));
+    }
     for (const tower of data.towers) {
       const said = question.said[tower];
       if (!said) continue;
@@ -205,7 +208,8 @@ SCRIPT = """
         if (words.size > 1) word.append(" (seed" + (seeds.length > 1 ? "s " : " ") + seeds.join(", ") + ")");
         cell.append(word);
       }
-      const name = Object.assign(make("th", tower), { scope: "row" });
+      const name = Object.assign(make("th"), { scope: "row" });
+      for (const piece of tower.split(/(?<=_)/)) name.append(piece, make("wbr"));
       const share = make("td", said.filter(entry => entry[2]).length + " of " + said.length);
       row.append(name, cell, share);
       body.append(row);

@@ -107,6 +107,7 @@ def test_the_other_tables_numbers_are_the_results(made):
         assert float(row["time to first token, ms"]) == towers[row["tower"]]["cost"]["ttft_ms"]["median"]
     row = table(text, "What differs between the towers' runs")[0]
     assert {name: row[name] for name in TOWERS} == {name: f"{facts[2]:g}" for name, facts in TOWERS.items()}
+    assert "](report.html)" in text and "](by_kind.png)" in text
     assert "9f2c51d07ab3" in text and "409ac5d" in text and "measured while another run was active" in text
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from llava.compare.report import write_report
 from llava.compare.report_questions import disagreements, verdicts
-from tests.compare.fake_comparison import comparison, failed_tower
+from tests.compare.fake_comparison import TOWERS, comparison, failed_tower
 from tests.support import chromium
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1">\'&amp;<b>'
@@ -142,6 +142,9 @@ def test_towers_are_chosen_and_swapped(made, tab):
     assert "a=adaptive&b=siglip" in tab.run("location.hash")
     assert number(choose(tab, q="no such words")) == 0
     assert "different" in choose(tab, a="clip", b="clip")
+    names = "[...document.querySelectorAll('#cards li:first-child .said tbody th')].map(node => node.textContent)"
+    choose(tab)
+    assert tab.run(names) == list(TOWERS)
     # a wrong prediction is not told by its colour alone
     choose(tab, a="clip", b="dinov2")
     row = "document.querySelector('#cards .said tr.chosen:last-child')"
