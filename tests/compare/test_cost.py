@@ -259,9 +259,9 @@ def test_the_program(stubs, tmp_path, capsys):
 
     for content in ("{", "[]", '{"subjects": {"a": {"model": "x"}}}', '{"subjects": {"a": {"model": 1, "argvs": 2}}}'):
         file.write_text(content)
-        with pytest.raises(LlavaError, match="subjects.json"):
+        with pytest.raises(LlavaError, match=r"subjects\.json"):
             read_subjects(str(file))
-    with pytest.raises(LlavaError, match="no such|cannot be read"):
+    with pytest.raises(LlavaError, match="cannot be read"):
         read_subjects(str(tmp_path / "none.json"))
     with pytest.raises(LlavaError, match="at least one"):
         measure({}, rounds=1)
