@@ -84,10 +84,11 @@ def measure(subjects: dict[str, Subject], *, rounds: int = ROUNDS, device: str |
     if not subjects or rounds < 1:
         raise LlavaError(f"cost: found {len(subjects)} subjects and {rounds} rounds, expected at least one of each")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names, kept = list(subjects), _fit(subjects.values())
+    names = list(subjects)
     with tempfile.TemporaryDirectory(prefix="llava-cost-") as folder:
         folders = [f"{folder}/{at}" for at in range(len(names))]
         entries = {name: _Entry(name, subjects[name], at, device) for name, at in zip(names, folders, strict=True)}
+        kept = _fit(subjects.values()) and len({entry.precision for entry in entries.values()} - {None}) <= 1
         with tqdm(total=rounds * len(names), desc="cost", unit="turn") as bar:
             for at in range(rounds):
                 first = at % len(names)
@@ -104,9 +105,11 @@ def measure(subjects: dict[str, Subject], *, rounds: int = ROUNDS, device: str |
 def _how(rounds: int, device: str, kept: bool) -> str:
     where = "in the host's memory" if kept else "not loaded"
     alone = "one model is on the device at a time; " if device == "cuda" else ""
+    resident = "" if device == "cuda" else "; memory: the weights, and what the process grows by in steps"
     return (
         f"cost: {rounds} rounds, the models in turn in one process on {_device_name(device)}; {alone}those that wait "
         f"for their turn are {where}; training: one micro-batch for each optimizer step, without the reading of data"
+        + resident
     )
 
 
@@ -131,6 +134,7 @@ class _Entry:
         self.name, self.subject, self.folder, self.device = name, subject, folder, device
         self.found, self.notes = dict.fromkeys(FIGURES), []
         self.asking = self.stepping = None  # None after a failure, too
+        self.precision = None  # accelerate has one for all trainers that there are in a process
         with self._told("its settings"):
             from llava.compare.asking import Asking
             from llava.compare.stepping import Stepping
@@ -138,6 +142,7 @@ class _Entry:
 
             run = resolve(list(subject.argv))
             self.asking, self.stepping = Asking(subject, run, device), Stepping(subject.argv, folder, device)
+            self.precision = run["bf16"], run["fp16"]
             if run["deepspeed"]:
                 self.notes.append("its run uses DeepSpeed; a step is measured on one device without")
 

@@ -1,10 +1,12 @@
 """The training stage of one model of a comparison, a few optimizer steps at a time."""
 
+import gc
 import time
 
 from llava.errors import LlavaError
 
 PEAKS = 3  # turns in which a CPU's memory is measured: those steps are not timed, and take as long
+RECORDS = 4096  # of the stage's data, the first ones: enough for a few steps, and packed by buffers
 TIMED = {"cuda": 3, "cpu": 1}  # steps of a turn
 # what a run does besides its steps; `deepspeed` shares out a model over devices, of which there is one here
 OFF = {
@@ -16,8 +18,8 @@ OFF = {
 
 
 class Stepping:
-    """Steps of a run as its settings say: parts that learn, precision, optimizer, packing, batch size; of a larger
-    batch by `gradient_accumulation_steps` one part.
+    """Steps of a run as its settings say: parts that learn, precision, optimizer, packing, samples of a device's
+    micro-batch, of which each step has one here.
 
     Each turn begins with the same records, and with an optimizer that has seen nothing.
 
@@ -56,7 +58,7 @@ class Stepping:
         if self.rows is not None:
             changes["per_device_train_batch_size"] = self.rows
         flags = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
-        trainer = make_trainer(*parse_args([*self.argv, *flags]))
+        trainer = make_trainer(*parse_args([*self.argv, *flags]), first=RECORDS)
         self.rows = trainer.args.per_device_train_batch_size
         self._clock = _clock(self.device)
         trainer.add_callback(self._clock)
@@ -111,6 +113,7 @@ class Stepping:
                     raise LlavaError("a step of one sample does not fit in the device's memory") from None
             rows = self.rows // 2  # here: the failed step's frames, and all they held, are gone
             self.drop()
+            gc.collect()  # a trainer and its callbacks hold each other
             torch.cuda.empty_cache()
             self.rows, self.rates, self.peaks = rows, [], []
             self.load()

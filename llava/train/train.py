@@ -97,13 +97,14 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     _take_steps(trainer, checkpoint)
 
 
-def make_trainer(model_args, data_args, training_args, *, make=None, run_state=None, stopping=None):
+def make_trainer(model_args, data_args, training_args, *, make=None, run_state=None, stopping=None, first=None):
     """The `LLaVATrainer` of a run that has passed its family's `check`, ready to take steps; nothing is written.
 
     Args:
         model_args, data_args, training_args: of `parse_args`.
         make: in place of the `prepare` of the model's family.
         run_state, stopping: as the trainer's.
+        first: how many of the records are trained on, the first ones; None: all.
 
     Raises:
         LlavaError: parts, records or settings that do not go together.
@@ -125,6 +126,7 @@ def make_trainer(model_args, data_args, training_args, *, make=None, run_state=N
     origins = family.check_fit(training_args.run_config)
     enter("reading of records")
     records, held_out = _read_data(family, model_args, data_args, training_args)
+    records = records if first is None else records.first(first)
     enter("loading of the model")
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
