@@ -1,4 +1,4 @@
-# Shared by the scripts: this checkout's Python environment, the launch of a training run, and the demo's two stages.
+# Shared by the scripts: this checkout's Python environment, the launch of a training run, and of the demos.
 # shellcheck shell=bash
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -140,7 +140,8 @@ cuda_devices() {
 # CUDA_VISIBLE_DEVICES, where that is set. Without CUDA: one plain process, or NUM_PROCS processes, which also keeps a machine with CUDA on its CPU.
 launch() {
     local devices processes program="$ROOT/llava/train/train_mem.py"
-    export LLAVA_SCRIPT_PID=$$ # what this script starts ends with it, also where it is killed outright
+    # what this script starts ends with it, also where it is killed outright; of a recipe, with what started that
+    export LLAVA_SCRIPT_PID="${LLAVA_STARTED_BY:-$$}"
     devices="$(cuda_devices)" || exit
     if [[ "$devices" == 0 ]]; then
         if [[ -z "${NUM_PROCS:-}" && "${NUM_GPUS:-1}" != 1 ]]; then
@@ -268,116 +269,25 @@ with_all_devices() {
     "$@"
 }
 
-# read_demo_flags FLAG...: split the demo's flags into OUTPUT, OVERWRITE, SEED and the OVERRIDES that both stages get. The
-# demo's steps are counted for one process: it gets the first device, unless the caller names some or says how many.
-read_demo_flags() {
-    OUTPUT=checkpoints/demo OVERWRITE=no SEED=0 OVERRIDES=()
-    while (($#)); do
-        case "$1" in
-            --overwrite) OVERWRITE=yes ;;
-            --output_dir=*) OUTPUT="${1#*=}" ;;
-            --output_dir)
-                (($# > 1)) || fail "--output_dir needs a folder"
-                OUTPUT="$2"
-                shift
-                ;;
-            --seed=*) SEED="${1#*=}" OVERRIDES+=("$1") ;;
-            --seed)
-                (($# > 1)) || fail "--seed needs a number"
-                SEED="$2" OVERRIDES+=("$1" "$2")
-                shift
-                ;;
-            *) OVERRIDES+=("$1") ;;
-        esac
-        shift
-    done
+# demo_recipe RECIPE [FLAG...]: a demo's recipe from the root of the checkout, in place of this script. Its steps are
+# counted for one process: it gets the first device, unless the caller names some or says how many.
+demo_recipe() {
+    local recipe="$1" words=() folder=no word
+    shift
     if [[ -z "${NUM_GPUS:-}${NUM_PROCS:-}" ]]; then
         export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
     fi
-    if [[ "$OUTPUT" != /* && "$PWD" != "$ROOT" ]]; then
-        OUTPUT="$PWD/$OUTPUT"
-    fi
+    for word in "$@"; do # a folder is the caller's
+        if [[ "$folder" == yes && "$word" != /* ]]; then
+            word="$PWD/$word"
+        elif [[ "$word" == --output_dir=[!/]* ]]; then
+            word="--output_dir=$PWD/${word#*=}"
+        fi
+        folder=no
+        [[ "$word" != --output_dir ]] || folder=yes
+        words+=("$word")
+    done
     cd "$ROOT" || exit
-}
-
-# make_demo: the demo's data and its random models for SEED, unless these programs have made them before.
-make_demo() {
-    local folder=playground/demo marker=playground/demo/made-with-seed made
-    made="$SEED $(cat playground/make_demo_*.py | cksum)"
-    if [[ -f "$marker" && "$(cat "$marker")" == "$made" ]]; then
-        return
-    fi
-    rm -rf "$folder"
-    "$PYTHON" playground/make_demo_data.py --output "$folder" --seed "$SEED"
-    "$PYTHON" playground/make_demo_model.py --output "$folder" --seed "$SEED"
-    echo "$made" >"$marker"
-}
-
-# stage_finished NAME: that stage ran to its end.
-stage_finished() {
-    [[ "$(state_of "$OUTPUT/$1")" == finished ]]
-}
-
-# demo_stage NAME CONFIG --key value ...: one stage into OUTPUT/NAME, unless it ran to its end before. The script ends
-# here where the stage does not: nothing may be built on half a stage.
-demo_stage() {
-    local name="$1" config="$2" folder="$OUTPUT/$1" before status=0
-    shift 2
-    if stage_finished "$name"; then
-        echo "$folder: finished before"
-        return
-    fi
-    before="$(state_text "$folder")"
-    launch "$config" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@" --output_dir "$folder" || status=$?
-    case "$(how_it_ended "$folder" "$before" "$status")" in
-        finished) ;;
-        preempted)
-            echo "$folder: stopped before its end, and nothing after it was begun; the same command goes on"
-            exit 0
-            ;;
-        failed)
-            ((status)) || fail "$folder: the stage ended without a word of its end in run_state.json"
-            exit "$status"
-            ;;
-    esac
-}
-
-# own_tower CONFIG [FLAG...]: the option with which a command loads what that run has trained, where its encoder is a class
-# of the user's own: a checkpoint's word alone runs no code.
-own_tower() {
-    "$PYTHON" - "$@" <<'PY'
-import sys
-from llava.config.own_tower import own_classes
-from llava.config.resolve import resolve
-for name in own_classes(*resolve(sys.argv[1:]).named_towers)[:1]:
-    print(f"--vision_tower={name}")
-PY
-}
-
-# run_demo FIRST CONFIG SECOND CONFIG [FLAG...]: both stages into OUTPUT, unless they are there; the held-out questions,
-# asked with these flags of llava.eval.exact_match; the report; and the line that says it all.
-run_demo() {
-    local first="$1" first_config="$2" second="$3" second_config="$4" folder own
-    shift 4
-    folder="$OUTPUT/$second"
-    if [[ "$OVERWRITE" == yes ]]; then
-        rm -rf "${OUTPUT:?}/$first" "$folder"
-    elif [[ -f "$folder/eval.json" && -f "$folder/report.png" ]]; then
-        echo "$folder: the demo is finished; run with --overwrite to train it again"
-        return
-    fi
     use_environment train,demo torch transformers deepspeed sklearn matplotlib
-    make_demo
-    demo_stage "$first" "$first_config"
-    demo_stage "$second" "$second_config" --model_name_or_path "$OUTPUT/$first"
-    own="$(own_tower "$second_config" ${OVERRIDES[@]+"${OVERRIDES[@]}"})"
-    "$PYTHON" -m llava.eval.exact_match --model-path "$folder" --data-path playground/demo/heldout.json \
-        --image-folder playground/demo/images --blank-images ${own:+"$own"} ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} "$@"
-    "$PYTHON" -m llava.eval.report --model-path "$folder" --stage "$OUTPUT/$first/trainer_state.json" \
-        --stage "$folder/trainer_state.json"
-    "$PYTHON" - "$folder/eval.json" <<'PY'
-import json, sys
-result = json.load(open(sys.argv[1], encoding="utf-8"))
-print(f"held-out exact match: {result['exact_match']:.3f} (n={result['n']})")
-PY
+    exec "$PYTHON" -m llava.train.recipe "configs/recipes/$recipe.yaml" ${words[@]+"${words[@]}"}
 }

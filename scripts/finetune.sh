@@ -10,7 +10,8 @@ usage: bash scripts/finetune.sh [--overwrite] [--key value ...]
        bash scripts/finetune.sh CONFIG.yaml [--key value ...]
            the training run that CONFIG.yaml describes, for example configs/train/finetune_onevision.yaml
 Every key of a config may be given as --key value and then stands above it; `python -m llava.config table` lists them.
-In the demo the keys go to both stages; --output_dir is the folder of both (checkpoints/demo); --overwrite starts anew.
+The demo is the recipe configs/recipes/demo.yaml: the keys go to both its stages, those of --finetune.key value to one;
+--output_dir is the folder of both (checkpoints/demo); --overwrite starts anew. Recipes of your own: scripts/recipe.sh.
 A run that gets TERM, HUP, USR1 or Ctrl-C finishes its step and saves; the same command goes on.
 Environment: NUM_GPUS, NNODES, RANK, ADDR, PORT (as in LLaVA-NeXT), LAUNCHER=torchrun|deepspeed, HOSTFILE,
              CUDA_VISIBLE_DEVICES, NUM_PROCS (processes on the CPU), PYTHON, EVAL_LIMIT (held-out questions of a
@@ -33,5 +34,4 @@ if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     exit
 fi
 
-read_demo_flags "$@"
-run_demo pretrain configs/train/demo_pretrain.yaml finetune configs/train/demo.yaml
+demo_recipe demo ${EVAL_LIMIT:+--heldout.limit "$EVAL_LIMIT"} "$@"

@@ -9,7 +9,8 @@ for word in "$@"; do
 usage: bash scripts/finetune_lora.sh CONFIG.yaml [--key value ...]
            the training run of CONFIG.yaml with lora_enable, for example configs/train/finetune_lora.yaml
        bash scripts/finetune_lora.sh [--overwrite] [--key value ...]
-           the demo: trains an adapter over the finished demo (bash scripts/finetune.sh), evaluates it, and merges it
+           the demo (configs/recipes/demo_lora.yaml): trains an adapter over the finished demo (bash scripts/finetune.sh),
+           evaluates it, and merges it
 The adapter is used as it is (--model-path ADAPTER --model-base BASE), or merged: python -m llava.tools.merge_lora.
 Keys and environment as in scripts/finetune.sh; bits: 4 or 8 (QLoRA) needs the package bitsandbytes.
 USAGE
@@ -23,19 +24,24 @@ if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     exit
 fi
 
-read_demo_flags "$@"
-stage_finished finetune || fail "$OUTPUT/finetune: no finished demo; run scripts/finetune.sh first"
-if [[ "$OVERWRITE" == yes ]]; then
-    rm -rf "$OUTPUT/lora"
-fi
-rm -rf "$OUTPUT/lora_merged"
-use_environment train,demo torch transformers deepspeed peft sklearn
-make_demo
-demo_stage lora configs/train/demo_lora.yaml --model_name_or_path "$OUTPUT/finetune"
-own="$(own_tower configs/train/demo_lora.yaml ${OVERRIDES[@]+"${OVERRIDES[@]}"})"
-"$PYTHON" -m llava.tools.merge_lora --model-path "$OUTPUT/lora" --model-base "$OUTPUT/finetune" \
-    --save-model-path "$OUTPUT/lora_merged" ${own:+"$own"}
-for folder in lora lora_merged; do # two ways to the same answers
-    "$PYTHON" -m llava.eval.exact_match --model-path "$OUTPUT/$folder" --data-path playground/demo/heldout.json \
-        --image-folder playground/demo/images ${own:+"$own"} ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"}
+out=checkpoints/demo_lora words=("$@")
+for ((i = 0; i < $#; i++)); do
+    [[ "${words[i]}" != --output_dir ]] || out="${words[i + 1]:-}"
+    [[ "${words[i]}" != --output_dir=* ]] || out="${words[i]#*=}"
 done
+[[ "$out" == /* || "$out" == checkpoints/demo_lora ]] || out="$PWD/$out"
+tell_recipe() {
+    kill -s "$1" "$2"
+}
+supervise tell_recipe demo_recipe demo_lora ${EVAL_LIMIT:+--heldout.limit "$EVAL_LIMIT"} "$@"
+cd "$ROOT"
+if [[ "$(state_of "$out/lora")" != finished ]]; then
+    exit # told to stop; the recipe has said so
+fi
+use_environment train,demo torch transformers deepspeed peft sklearn
+base="$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["base_model_name_or_path"])' "$out/lora/adapter_config.json")"
+rm -rf "$out/lora_merged"
+"$PYTHON" -m llava.tools.merge_lora --model-path "$out/lora" --model-base "$base" --save-model-path "$out/lora_merged"
+# another way to the same answers
+"$PYTHON" -m llava.eval.exact_match --model-path "$out/lora_merged" --data-path playground/demo/heldout.json \
+    --image-folder playground/demo/images ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"}

@@ -21,6 +21,5 @@ done
 if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     exec bash "$ROOT/scripts/finetune.sh" "$@"
 fi
-read_demo_flags "$@"
-run_demo qwen2_vl_pretrain configs/train/demo_qwen2_vl_pretrain.yaml qwen2_vl configs/train/demo_qwen2_vl.yaml \
-    --selections ${SELECTIONS:-none budget:1.0 budget:0.7 budget:0.5 budget:0.3 budget:0.2 v1 v2 v2:0.7}
+# shellcheck disable=SC2086 # several words
+demo_recipe demo_qwen2_vl ${SELECTIONS:+--heldout.selections $SELECTIONS} ${EVAL_LIMIT:+--heldout.limit "$EVAL_LIMIT"} "$@"

@@ -20,13 +20,4 @@ if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     exit
 fi
 
-read_demo_flags "$@"
-if [[ "$OVERWRITE" == yes ]]; then
-    rm -rf "$OUTPUT/pretrain"
-elif stage_finished pretrain; then
-    echo "$OUTPUT/pretrain: the demo's stage 1 is finished; run with --overwrite to train it again"
-    exit 0
-fi
-use_environment train,demo torch transformers deepspeed sklearn
-make_demo
-demo_stage pretrain configs/train/demo_pretrain.yaml
+demo_recipe demo --until pretrain "$@"

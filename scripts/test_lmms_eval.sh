@@ -15,8 +15,7 @@ if ! has_checkout "$VENV/bin/python" lmms_eval; then
 fi
 PYTHON="$VENV/bin/python"
 cd "$ROOT"
-SEED="${SEED:-0}"
-make_demo
+"$PYTHON" playground/make_demo.py --seed "${SEED:-0}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export HF_HOME="$work/hf" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 CUDA_VISIBLE_DEVICES=""
