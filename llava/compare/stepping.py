@@ -7,7 +7,7 @@ from llava.errors import LlavaError
 
 PEAKS = 3  # turns in which a CPU's memory is measured: those steps are not timed, and take as long
 RECORDS = 4096  # of the stage's data, the first ones: enough for a few steps, and packed by buffers
-TIMED = {"cuda": 3, "cpu": 1}  # steps of a turn
+TIMED = {"cuda": 3, "cpu": 2}  # steps of a turn
 # what a run does besides its steps; `deepspeed` shares out a model over devices, of which there is one here
 OFF = {
     **{"deepspeed": "none", "gradient_accumulation_steps": 1, "eval_strategy": "no", "eval_on_start": False},

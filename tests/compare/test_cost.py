@@ -1,5 +1,6 @@
 """What is measured of a comparison's models, against counts of the models themselves."""
 
+import contextlib
 import json
 import statistics
 from collections import Counter
@@ -14,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.compare import asking, cost, stepping
 from llava.compare.cost import FIGURES, Subject, measure, read_subjects, spread
+from llava.config import resolve
 from llava.errors import LlavaError
 from llava.inference.engine import Inference
 from llava.tools.towers import describe
+from llava.train.train import train
 from tests import tiny
 from tests.eval import common
-from tests.model import small
+from tests.model import own_encoders, small
 from tests.support.families import FamilyKit
 
 FROZEN = "mm_mlp_adapter,mm_language_model"
@@ -105,6 +108,40 @@ def test_a_tower_that_chooses_patches(adaptive, tmp_path):
     assert found["all"]["visual_tokens"] == statistics.fmean(whole) > statistics.fmean(merged)
     assert found["v1"]["tower_gflops"] == found["all"]["tower_gflops"] > 0
     assert found["v1"]["train_samples_per_s"] is not None
+
+
+@pytest.mark.parametrize("kind", ["compressed", "own", "s2"])
+def test_towers_of_more_than_an_encoder(llava, tmp_path, kind):
+    """A tower's parameters and operations are those of its row in `llava.tools.towers`."""
+    tower, keys = tiny.tower(tmp_path / "clip", side=56), {"mm_vision_select_layer": -2}
+    if kind == "compressed":
+        keys |= {"use_token_compression": True, "compression_input_size": 4, "compression_output_size": 2}
+    elif kind == "s2":
+        keys |= {"mm_vision_tower_type": "clip_s2", "s2_scales": "56,112"}
+    else:
+        (tmp_path / "mine.py").write_text(own_encoders.FILE)
+        tower, keys = f"{tmp_path}/mine.py:Plain", keys | {"vision_tower_image": own_encoders.IMAGE}
+    keys |= {"vision_tower": tower}
+    (tmp_path / "tower.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
+    row = describe(str(tmp_path / "tower.yaml"))
+    argv = llava.flags(output_dir=tmp_path / "out", tower=tmp_path / "tower.yaml", max_steps=1)
+    argv = [part for flag, part in pairs(argv) if flag not in ("--vision_tower", "--mm_vision_select_layer")]
+    argv += ["--model_name_or_path", tiny.llm(tmp_path / "llm"), "--save_strategy", "no"]
+    train(argv)
+
+    one = Subject(str(tmp_path / "out"), argv, llava.records, str(llava.folder / "records/images"))
+    unit = asking.Asking(one, resolve(argv), "cpu")
+    unit.load()
+    assert unit.facts()["tower_params"] == row["params"] > 0
+    assert unit.gflops() == (row["gflops"], True) and row["gflops"] > 0
+    unit.measure()
+    unit.measure()
+    assert len(unit.seconds) == 2 * min(asking.ASKED, len(pictures_in(llava.records)))
+
+
+def pairs(argv: list[str]):
+    """(flag, itself or its value) of each word of a command line of flags with one value."""
+    return [(argv[at - at % 2], word) for at, word in enumerate(argv)]
 
 
 def test_an_encoder_without_a_size_of_its_own(tmp_path):
@@ -206,13 +243,16 @@ def test_one_that_fails_is_told_and_the_others_are_measured(llava, tmp_path, mon
 def test_a_rate_is_of_the_samples_of_its_steps(llava, tmp_path, monkeypatch, packing):
     ticks = iter(range(1000))
     monkeypatch.setattr(stepping, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    grown = contextlib.nullcontext(SimpleNamespace(grown=1000))
+    monkeypatch.setattr("llava.train.peak_memory.PeakMemory", lambda device: grown)
     argv = subject(llava, tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=3, **packing).argv
     unit = stepping.Stepping(argv, str(tmp_path / "out"), "cpu")
     unit.load()
     for _ in range(2):
         unit.measure()
-    assert unit.rates == [3, 3]  # a step is one tick of this clock
-    assert len(unit.peaks) == 2 and min(unit.peaks) > 4 * sum(p.numel() for p in unit.trainer.model.parameters())
+    assert unit.rates == [3, 3, 3, 3]  # two timed ones in each turn: a step is one tick of this clock
+    held = [*unit.trainer.model.parameters(), *unit.trainer.model.buffers()]
+    assert unit.peaks == [sum(tensor.nbytes for tensor in held) + 1000] * 2
     assert unit.trainer.optimizer is None and not unit.trainer.accelerator._optimizers
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
