@@ -250,6 +250,7 @@ def test_a_rate_is_of_the_samples_of_its_steps(llava, tmp_path, monkeypatch, pac
     unit.load()
     for _ in range(2):
         unit.measure()
+    assert unit.trainer.args.gradient_accumulation_steps == 1
     assert unit.rates == [3, 3, 3, 3]  # two timed ones in each turn: a step is one tick of this clock
     held = [*unit.trainer.model.parameters(), *unit.trainer.model.buffers()]
     assert unit.peaks == [sum(tensor.nbytes for tensor in held) + 1000] * 2
