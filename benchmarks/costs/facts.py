@@ -153,6 +153,7 @@ DATA = {
         1_600_000, 300, 150, "samples of LLaVA-OneVision's last stage (arXiv 2408.03326); token counts assumed"
     ),
 }
+ELSE_TOKENS = 300, 150  # text and labels of a sample of other data
 PICTURE = 640, 480  # (width, height) of the picture that every sample is taken to have: most of these data are COCO's
 LARGEST = 2000, 2000  # of the one that memory must suffice for
 LONGEST_TEXT = 1024  # tokens beside it

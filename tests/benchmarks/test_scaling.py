@@ -207,11 +207,14 @@ def test_every_shipped_recipe_is_judged(script, tmp_path, capsys, monkeypatch):
     assert "utilisation of the arithmetic" in printed and "8 x a100-80" in printed
 
 
-def test_options_refused(script):
+def test_options_refused(script, tmp_path):
+    (tmp_path / "bad.json").write_text('[{"name": "one"}]')
     for flags, message in (
         (["--rows", "0"], "--rows 0"),
         (["--fits", "--hours", "-1"], "--hours -1"),
         (["--tower", "nobody/knows"], "--tower 'nobody/knows': expected one of"),
+        (["--runs", str(tmp_path / "bad.json")], "--runs .*expected a list of runs with name and argv"),
+        (["--runs", str(tmp_path / "none.json")], "--runs .*No such file"),
     ):
         with pytest.raises(SystemExit, match=message):
             script.main(flags)
