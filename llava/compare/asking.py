@@ -57,22 +57,27 @@ class Asking:
 
     def _read_questions(self) -> list:
         """The first questions about different pictures, one picture each."""
-        from llava.data.records import load_records, read_file
         from llava.eval.questions import read_questions
 
-        subject, run, template = self.subject, self.run, self.inference.template
-        folder, absolute = subject.image_folder, run["allow_absolute_paths"]
-        if subject.data_path is not None:
-            path, records = subject.data_path, read_file(subject.data_path)
-        else:
-            path, records = run["data_path"], load_records(run["data_path"], run["seed"])
-            folder = records.part(0).image_folder or run["image_folder"]
-        seeing = islice((record for record in records if isinstance(record.get("image"), str)), RECORDS)
-        seeing = list({record["image"]: record for record in seeing}.values())[:PICTURES]
+        path, records, folder = self._records()
+        seeing = list({record["image"]: record for record in records}.values())[:PICTURES]
         if not seeing:
             raise LlavaError(f"{path}: found no record with one picture, expected some to measure with")
-        questions = read_questions(seeing, path, folder, template, absolute)
-        return list({question.record: question for question in reversed(questions)}.values())[::-1]
+        found = read_questions(seeing, path, folder, self.inference.template, self.run["allow_absolute_paths"])
+        return list({question.record: question for question in reversed(found)}.values())[::-1]
+
+    def _records(self) -> tuple[str, list[dict], str | None]:
+        """(file, its first records with one picture, their image folder): the subject's, else the first file of the
+        stage's data that has some."""
+        from llava.data.records import load_records, read_file
+
+        subject, run = self.subject, self.run
+        if subject.data_path is not None:
+            return subject.data_path, _with_picture(read_file(subject.data_path)), subject.image_folder
+        for part, records in load_records(run["data_path"], run["seed"]).by_part():
+            if seeing := _with_picture(records):
+                return part.path, seeing, part.image_folder or run["image_folder"]
+        return run["data_path"], [], None
 
     def facts(self) -> dict:
         """`visual_tokens` (of the language model, of one picture on average), `tower_params`, `total_params`."""
@@ -129,6 +134,10 @@ class Asking:
     @property
     def figures(self) -> dict:
         return {"ttft_ms": [1000 * seconds for seconds in self.seconds]}
+
+
+def _with_picture(records: list[dict]) -> list[dict]:
+    return list(islice((record for record in records if isinstance(record.get("image"), str)), RECORDS))
 
 
 def _wait(device: str) -> None:

@@ -95,6 +95,28 @@ def test_figures_of_llava(llava, tmp_path):
         assert 0 < figures[name]["p25"] <= figures[name]["median"] <= figures[name]["p75"]
 
 
+def test_questions_of_the_training_data(llava, tmp_path):
+    """Without questions of its own a subject is asked those of its stage; here a mixture, whose parts have folders."""
+    words, seen = tmp_path / "words.json", tmp_path / "seen.json"
+    records = json.loads(Path(llava.records).read_text())
+    words.write_text(json.dumps([record for record in records if "image" not in record]))
+    seen.write_text(json.dumps([record for record in records if "image" in record] * 2))
+    parts = [{"json_path": str(words)}, {"json_path": str(seen), "image_folder": f"{llava.folder}/records/images"}]
+    (tmp_path / "mixture.yaml").write_text(json.dumps({"datasets": parts}))
+    argv = llava.flags(output_dir=tmp_path / "out", data_path=tmp_path / "mixture.yaml", image_folder=tmp_path)
+    unit = asking.Asking(Subject(str(llava.checkpoint), argv), resolve(argv), "cpu")
+    unit.load()
+    shown = [record["image"] for record in pictures_in(llava.records)]
+    assert [question.images for question in unit.questions] == [[name] for name in shown]
+    unit.measure()
+    assert len(unit.seconds) == min(asking.ASKED, len(shown))
+
+    argv += ["--data_path", str(words)]
+    unit = asking.Asking(Subject(str(llava.checkpoint), argv), resolve(argv), "cpu")
+    with pytest.raises(LlavaError, match=r"words\.json: found no record with one picture"):
+        unit.load()
+
+
 def test_a_tower_that_chooses_patches(adaptive, tmp_path):
     """Its tokens depend on the pictures and on the choice; its operations are those of all patches."""
     one = subject(adaptive, tmp_path / "out")
