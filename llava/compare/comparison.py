@@ -151,6 +151,7 @@ def read_comparison(path: str | Path, given: list[str] = ()) -> Comparison:
         where,
     )
     _check_rates(comparison)
+    _check_questions(comparison)
     return comparison
 
 
@@ -354,3 +355,15 @@ def _check_rates(comparison: Comparison) -> None:
                 f"{comparison.path}: towers: {entry.name}: learning_rates and learning_rate of {stage} are both given, "
                 "expected one of them"
             )
+
+
+def _check_questions(comparison: Comparison) -> None:
+    """All entries are asked the same questions."""
+    for one in comparison.recipe.evaluations:
+        for key in ("data_path", "image_folder", "limit"):
+            values = {e.name: comparison.values_of(e).get((one.name, key)) for e in comparison.entries}
+            if len(set(map(str, values.values()))) > 1:
+                listed = ", ".join(f"{name} {value}" for name, value in values.items())
+                raise LlavaError(
+                    f"{comparison.path}: towers: {one.name}.{key} differs: {listed}; expected the same questions for all"
+                )

@@ -112,7 +112,8 @@ def _resolved(comparison: Comparison, run: Run, facts: Facts) -> dict:
             check_settings(resolved)
         except LlavaError as error:
             raise LlavaError(f"{where}: {error}") from None
-        facts.notices += [f"{where}: {notice}" for notice in resolved.notices if "not on this machine" in notice]
+        said = [f"{plan.stage.name}: {notice}" for notice in resolved.notices if "not on this machine" in notice]
+        facts.notices += [line for line in said if line not in facts.notices]
     return found
 
 
@@ -188,7 +189,7 @@ def _tell(comparison: Comparison, resolved: dict, pictures: dict, facts: Facts) 
             models = [Path(str(run["model_name_or_path"])).name for run in runs]
             _tell_same("language model", models, names, facts)
         for what, keys in _FIXED.items():
-            texts = [_text({key: run[key] for key in keys if _given(run, key)}) for run in runs]
+            texts = [_text({key: _value(run, key) for key in keys if _given(run, key)}) for run in runs]
             if len(set(texts)) == 1 and texts[0]:
                 facts.fixed[f"{stage}: {what}"] = texts[0]
     for one in comparison.recipe.evaluations:
@@ -217,7 +218,9 @@ def _data(run) -> str:
 def _given(run, key: str) -> bool:
     from llava.config.resolve import DEFAULT
 
-    return run[key] is not None and (key in _ALWAYS or run.source(key) != DEFAULT)
+    if key == "num_train_epochs" and (run["max_steps"] or 0) > 0:
+        return False
+    return _value(run, key) is not None and (key in _ALWAYS or run.source(key) != DEFAULT)
 
 
 def _text(values: dict) -> str:
@@ -233,7 +236,7 @@ def _differing_keys(resolved: dict, stages: list[str]) -> list[dict]:
     keys = dict.fromkeys(key for by_stage in resolved.values() for run in by_stage.values() for key in run.settings)
     for key in [*_SAID, *(key for key in keys if key not in _SAID)]:
         for stage in stages:
-            values = {name: _plain(by_stage[stage][key]) for name, by_stage in resolved.items()}
+            values = {name: _value(by_stage[stage], key) for name, by_stage in resolved.items()}
             if key not in _LEFT_OUT and len(set(map(str, values.values()))) > 1:
                 rows.setdefault((key, tuple(values.items())), []).append(stage)
     found = []
@@ -242,6 +245,16 @@ def _differing_keys(resolved: dict, stages: list[str]) -> list[dict]:
         what = what if len(where) == len(stages) else f"{what} ({', '.join(where)})"
         found.append({"what": what, "values": dict(values)})
     return found
+
+
+def _value(run, key: str):
+    """A key's value in a run; None where the run has no use for it."""
+    unused = (
+        (key.startswith("compression_") and not run["use_token_compression"])
+        or (key == "image_grid_pinpoints" and "anyres" not in str(run["image_aspect_ratio"]))
+        or (key in ("min_pixels", "max_pixels") and run["vision_tower"] and run["image_aspect_ratio"] != "native")
+    )
+    return None if unused else _plain(run[key])
 
 
 def _plain(value):

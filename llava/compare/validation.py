@@ -37,12 +37,12 @@ def split(comparison: Comparison, out: Path) -> dict[str, str]:
     folder, found, held = out / FOLDER, {}, []
     folder.mkdir(parents=True, exist_ok=True)
     share, seed = comparison.validation.share, comparison.validation.seed
-    first = plan_runs(comparison, Path("plan"))[0]
-    for plan in first.stages:
+    runs = plan_runs(comparison, Path("plan"))
+    firsts = {run.entry.name: run for run in reversed(runs)}
+    for number, plan in enumerate(runs[0].stages):
         run = resolve(plan.check_argv)
-        for entry in comparison.entries[1:]:
-            other = next(run for run in plan_runs(comparison, Path("plan")) if run.entry is entry)
-            _check_same(comparison, plan, next(one for one in other.stages if one.stage is plan.stage), entry.name)
+        for name, other in firsts.items():
+            _check_same(comparison, plan, other.stages[number], name)
         path, held, count = _split_stage(run, plan.stage.name, folder, share, seed)
         if not count:
             raise LlavaError(

@@ -32,7 +32,7 @@ def test_what_is_read(small, tmp_path):
         tmp_path,
         [
             small.tower("clip", set={"weight_decay": 0.1, "finetune.max_steps": 5}, learning_rates=[0.001, "2e-3"][:1]),
-            small.tower("CLIP+", frozen=True, evaluate={"heldout.limit": 3}),
+            small.tower("CLIP+", frozen=True, evaluate={"heldout.max_new_tokens": 3}),
         ],
         match="samples",
         groups={"General": ["heldout"]},
@@ -46,7 +46,12 @@ def test_what_is_read(small, tmp_path):
         (None, "weight_decay"): 0.1,
         ("finetune", "max_steps"): 5,
     }
-    assert words(found.values_of(found.entries[1])) == ["--pretrain.warmup_steps", "0.1", "--heldout.limit", "3"]
+    assert words(found.values_of(found.entries[1])) == [
+        "--pretrain.warmup_steps",
+        "0.1",
+        "--heldout.max_new_tokens",
+        "3",
+    ]
 
 
 def test_the_command_line_stands_above_an_entry_and_that_above_all(small, tmp_path):
@@ -120,6 +125,7 @@ def test_faults_of_the_comparison(small, tmp_path, more, texts):
         ({"freeze": True}, ("'freeze'", "'frozen'")),
         ({"evaluate": {"limit": 3}}, ("'limit'", "heldout")),
         ({"evaluate": {"heldout.limits": 3}}, ("'limits'", "'limit'")),
+        ({"evaluate": {"heldout.limit": 3}}, ("heldout.limit differs: first 3, siglip None",)),
     ],
 )
 def test_faults_of_an_entry(small, tmp_path, changes, texts):
@@ -167,6 +173,7 @@ def test_what_is_fixed_and_what_differs(small, tmp_path):
     assert rows["trained parts"][2] == "mm_mlp_adapter,mm_language_model"
     assert found.fixed["pretrain: steps"] == "2" and found.fixed["language model"] == "llm"
     assert "learning rate" not in rows and "records.json (" in found.fixed["finetune: data"]
+    assert not any("compression" in what or "pixels" in what for what in rows if what != "pixels per image")
     alike = checked(small, tmp_path, towers)
     assert alike.hash == found.hash
     assert checked(small, tmp_path, towers, ["--max_steps", "3"]).hash != found.hash

@@ -122,7 +122,7 @@ def test_stages_of_one_fingerprint_are_trained_once(small, made):
     """`same` differs in its evaluation alone, `later` in stage 2, `other` in stage 1."""
     towers = [
         small.tower("clip"),
-        small.tower("same", evaluate={"heldout.limit": 3}),
+        small.tower("same", evaluate={"heldout.max_new_tokens": 3}),
         small.tower("later", set={"finetune.weight_decay": 0.1}),
         small.tower("other", set={"pretrain.weight_decay": 0.1}),
     ]
@@ -448,7 +448,7 @@ def test_a_task_that_is_stopped_is_queued_again(small, tmp_path, monkeypatch):
 
 
 def test_runs_need_their_owner(small, made):
-    plan = made([small.tower("clip"), small.tower("same", evaluate={"heldout.limit": 3})], seeds=[0])
+    plan = made([small.tower("clip"), small.tower("same", evaluate={"heldout.max_new_tokens": 3})], seeds=[0])
     owner = owners(plan.runs)
     assert set(owner.values()) == {plan.runs[0]} and plan_runs(plan.comparison, plan.out) == plan.runs
     with pytest.raises(LlavaError, match="needs pretrain of clip/seed_0"):
