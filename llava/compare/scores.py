@@ -1,10 +1,11 @@
 """From the runs' evaluation files to a comparison's scores, pairs of towers and what its design could have shown."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
 from llava.compare.answers import Answers, read_answers
-from llava.compare.statistics import LEVEL, detectable, estimate, holm, summarise
+from llava.compare.statistics import LEVEL, detectable, estimate, holm, share_interval, summarise
 
 
 @dataclass
@@ -79,33 +80,43 @@ def image_groups(images: list) -> list[int]:
 
 def _add(result: Scores, answers: Answers) -> None:
     summaries, sizes = _summaries(answers)
-    for tower, seeds in answers.scores.items():
-        interval = _interval(estimate(summaries[tower], None, sizes)) if summaries else {"low": None, "high": None}
-        if not answers.is_task and summaries:
-            interval = _of_share(interval, answers.values[tower], len(sizes))
-        row = {"mean": _mean(list(seeds.values())), **interval}
-        row |= {"per_seed": {str(seed): score for seed, score in seeds.items()}, "n": answers.n}
-        row["by_kind"] = _by_kind(answers, tower)
-        if tower in answers.blanks:
-            row["blank"] = _blank(list(answers.blanks[tower].values()))
-        result.scores[tower][answers.name] = row
-    towers = list(answers.scores)
-    for at, a in enumerate(towers):
-        for b in towers[at + 1 :]:
-            pair = {"evaluation": answers.name, "a": a, "b": b}
-            pair["difference"] = _mean_of(answers.scores[a]) - _mean_of(answers.scores[b])
-            pair |= {"low": None, "high": None, "p": None}
-            if summaries:
-                found = estimate(summaries[a], summaries[b], sizes)
-                pair |= _interval(found) if answers.is_task else _cut(_interval(found), -1.0)
-                if min(len(answers.scores[a]), len(answers.scores[b])) > 1:
-                    pair["p"] = _finite(found.p)
-            result.pairs.append(pair)
-    value = detectable(list(summaries.values()), sizes) if summaries else None
-    result.detectable[answers.name] = value
+    for tower in answers.scores:
+        result.scores[tower][answers.name] = _score(answers, tower, summaries, sizes)
+    for a, b in itertools.combinations(answers.scores, 2):
+        result.pairs.append(_pair(answers, a, b, summaries, sizes))
+    result.detectable[answers.name] = detectable(list(summaries.values()), sizes) if summaries else None
     if answers.predictions:
         result.details[answers.name] = _details(answers)
     result.rows += _rows(answers)
+
+
+def _score(answers: Answers, tower: str, summaries: dict, sizes: list[int]) -> dict:
+    seeds = answers.scores[tower]
+    row = {"mean": _mean(seeds.values()), "low": None, "high": None}
+    if summaries:
+        found = estimate(summaries[tower], None, sizes)
+        low, high = (found.low, found.high) if answers.is_task else share_interval(found, len(sizes))
+        row |= {"low": _finite(low), "high": _finite(high)}
+    row |= {"per_seed": {str(seed): score for seed, score in seeds.items()}, "n": answers.n}
+    row["by_kind"] = _by_kind(answers, tower)
+    if tower in answers.blanks:
+        row["blank"] = _blank(list(answers.blanks[tower].values()))
+    return row
+
+
+def _pair(answers: Answers, a: str, b: str, summaries: dict, sizes: list[int]) -> dict:
+    import numpy as np
+
+    pair = {"evaluation": answers.name, "a": a, "b": b}
+    pair["difference"] = _mean(answers.scores[a].values()) - _mean(answers.scores[b].values())
+    pair |= {"low": None, "high": None, "p": None}
+    if summaries:
+        found = estimate(summaries[a], summaries[b], sizes)
+        most = np.inf if answers.is_task else 1.0  # of two shares
+        pair |= {"low": _finite(np.clip(found.low, -most, most)), "high": _finite(np.clip(found.high, -most, most))}
+        if min(len(answers.scores[a]), len(answers.scores[b])) > 1:
+            pair["p"] = _finite(found.p)
+    return pair
 
 
 def _summaries(answers: Answers) -> tuple[dict, list[int]]:
@@ -115,30 +126,11 @@ def _summaries(answers: Answers) -> tuple[dict, list[int]]:
     if answers.questions is None:
         return {}, []
     groups = image_groups([question["image"] for question in answers.questions])
-    count = max(groups) + 1
-    summaries = {}
+    sizes, summaries = np.bincount(groups), {}
     for tower, seeds in answers.values.items():
-        sums = [np.bincount(groups, weights=values, minlength=count) for values in seeds.values()]
-        summaries[tower] = summarise(np.stack(sums), np.bincount(groups))
-    return summaries, np.bincount(groups)
-
-
-def _interval(found) -> dict:
-    return {"low": _finite(found.low), "high": _finite(found.high)}
-
-
-def _cut(interval: dict, lowest: float) -> dict:
-    return {key: None if value is None else min(1.0, max(lowest, value)) for key, value in interval.items()}
-
-
-def _of_share(interval: dict, values: dict, groups: int) -> dict:
-    """The interval of a mean of rights and wrongs. Where every answer of every run is alike there is no variance to go
-    by, and it is that of Clopper and Pearson (Biometrika 26, 1934, p. 404) for as many answers as there are images."""
-    seen = {value for run in values.values() for value in run}
-    if len(seen) > 1:
-        return _cut(interval, 0.0)
-    bound = (LEVEL / 2) ** (1 / groups)
-    return {"low": bound, "high": 1.0} if seen == {1.0} else {"low": 0.0, "high": 1 - bound}
+        sums = np.stack([np.bincount(groups, weights=values) for values in seeds.values()])
+        summaries[tower] = summarise(sums, sizes)
+    return summaries, sizes
 
 
 def _kinds(answers: Answers) -> dict[str, list[int]]:
@@ -227,11 +219,8 @@ def _notes(found: list[Answers]) -> list[str]:
     return notes + [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
-def _mean_of(seeds: dict) -> float:
-    return math.fsum(seeds.values()) / len(seeds)
-
-
-def _mean(values: list[float]) -> float:
+def _mean(values) -> float:
+    values = list(values)
     return math.fsum(values) / len(values)
 
 

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from llava.compare.statistics import summarise
+from llava.compare.statistics import estimate, share_interval, summarise
 
 # standard deviations: of the image for all towers, the image for one tower, the question, the single answer
 IMAGE, IMAGE_AND_TOWER, QUESTION, NOISE = 0.8, 0.5, 0.5, 0.6
@@ -40,7 +40,9 @@ def answers(rng, studies: int, skills: list[float], seed_spreads: list[float], s
     for skill, spread, count in zip(skills, seed_spreads, seeds, strict=True):
         fits = hard + normal(IMAGE_AND_TOWER, studies, images)[:, of_image] + skill
         runs = [
-            np.add.reduceat(fits + normal(spread, studies, 1) + normal(NOISE, studies, questions) > 0, starts, 1, dtype=int)
+            np.add.reduceat(
+                fits + normal(spread, studies, 1) + normal(NOISE, studies, questions) > 0, starts, 1, dtype=int
+            )
             for _ in range(count)
         ]
         towers.append(np.stack(runs, 1))
@@ -68,3 +70,29 @@ def seed_spread_for(rng, ratio: float, accuracy: float, seeds: int, sizes) -> fl
     rest = np.var(summarise(pilot[0], sizes).mean - summarise(pilot[1], sizes).mean)
     slope = math.exp(-((skill / _LATENT) ** 2) / 2) / math.sqrt(2 * math.pi) / _LATENT
     return math.sqrt(ratio * rest * seeds / 2) / slope
+
+
+def coverage(rng, studies: int, seeds: int, questions: int, ratio: float, accuracies: tuple, uneven: float = 1) -> dict:
+    """How often 95% intervals hold the truth: {"difference": share, "one_tower": share (of the first)}.
+
+    Args:
+        ratio: of a difference's variance, the seeds' part over the rest.
+        accuracies: true ones, of two towers.
+        uneven: standard deviation over seeds of the first tower, over that of the second.
+    """
+    sizes = sizes_of_images(rng, questions)
+    spread = seed_spread_for(rng, ratio, sum(accuracies) / 2, seeds, sizes)
+    spreads = [spread * factor * math.sqrt(2 / (1 + uneven**2)) for factor in (uneven, 1)]
+    skills = [skill_for(accuracy, spread) for accuracy, spread in zip(accuracies, spreads, strict=True)]
+    held = {"difference": 0, "one_tower": 0}
+    for done in range(0, studies, 250):
+        runs = answers(rng, min(250, studies - done), skills, spreads, [seeds] * 2, sizes)
+        a, b = (summarise(sums, sizes) for sums in runs)
+        for name, other, truth in (
+            ("difference", b, accuracies[0] - accuracies[1]),
+            ("one_tower", None, accuracies[0]),
+        ):
+            found = estimate(a, other, sizes)
+            low, high = (found.low, found.high) if other is not None else share_interval(found, len(sizes))
+            held[name] += ((low <= truth) & (truth <= high)).sum()
+    return {name: float(count / studies) for name, count in held.items()}
