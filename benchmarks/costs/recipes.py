@@ -23,6 +23,7 @@ from llava.errors import LlavaError
 
 _VISION = (
     *("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type", "s2"),
+    *("image_size", "vision_tower_stage"),
     *("s2_scales", "image_aspect_ratio", "image_grid_pinpoints", "use_token_compression", "compression_input_size"),
     *("compression_output_size", "min_pixels", "max_pixels", "mm_vision_tower_type"),
 )
@@ -169,7 +170,10 @@ def llava_model(values: dict, tower: str, **vision):
     _, config_class = model_classes(resolve_architecture(values))
     given = {key: value for key, value in values.items() if key != "model_type"}
     config = config_class(**given, mm_vision_tower=tower, **vision)
-    config.mm_vision_config, config.mm_image_processor_config = TOWERS.get(tower) or PUBLISHED.get(tower) or (None,) * 2
+    encoder, processor = TOWERS.get(tower) or PUBLISHED.get(tower) or (None,) * 2
+    if processor and "crop_size" in processor and (side := vision.get("image_size")):  # as a run has it made
+        processor = processor | {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    config.mm_vision_config, config.mm_image_processor_config = encoder, processor
     layout = vision_layout(config)
 
     def sizes(size):
