@@ -85,8 +85,8 @@ def coverage(rng, studies: int, seeds: int, questions: int, ratio: float, accura
     spreads = [spread * factor * math.sqrt(2 / (1 + uneven**2)) for factor in (uneven, 1)]
     skills = [skill_for(accuracy, spread) for accuracy, spread in zip(accuracies, spreads, strict=True)]
     held = {"difference": 0, "one_tower": 0}
-    for done in range(0, studies, 250):
-        runs = answers(rng, min(250, studies - done), skills, spreads, [seeds] * 2, sizes)
+    for done in range(0, studies, 1000):
+        runs = answers(rng, min(1000, studies - done), skills, spreads, [seeds] * 2, sizes)
         a, b = (summarise(sums, sizes) for sums in runs)
         for name, other, truth in (
             ("difference", b, accuracies[0] - accuracies[1]),
