@@ -60,7 +60,7 @@ def estimate(runs: list[Planned], gpu: str, hours: float, devices: int = 8) -> E
     known = [row for row in found if "error" not in row]
     total = sum(row["hours"] for row in known) if known else None
     result = Estimate(found, total)
-    result.said = [_line(row) for row in found]
+    result.said = _lines(found)
     result.said += [f"{len(known)} of {len(found)} runs on {devices} x {gpu}: {_hours(total)}"] if known else []
     unknown = len(found) - len(known)
     result.said += [f"without {unknown} of which nothing is known:"] if known and unknown else []
@@ -117,6 +117,18 @@ def _row(run: Planned, row: dict) -> dict:
     memory = row["memory"]["total"] / 2**30
     breaks = [what for what in row["breaks"] if what == "memory"]  # the time is that of all runs together
     return named | {"hours": row["hours"], "memory_gib": memory, "breaks": breaks}
+
+
+def _lines(rows: list[dict]) -> list[str]:
+    """A line for each run; one for all seeds of a tower that take the same."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        name, _, rest = _line(row).partition(": ")
+        alike.setdefault((row["tower"], name.rpartition("/")[2], rest), []).append(name)
+    return [
+        f"{names[0]}: {rest}" + (f" (and {len(names) - 1} more such)" if len(names) > 1 else "")
+        for (*_, rest), names in alike.items()
+    ]
 
 
 def _line(row: dict) -> str:

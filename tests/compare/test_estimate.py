@@ -72,6 +72,16 @@ def test_what_is_not_known_is_a_line(found):
     ]
 
 
+def test_seeds_that_take_the_same_are_one_line():
+    names = ("a/seed_0/one", "a/seed_0/two", "a/seed_1/one", "a/seed_1/two", "b/seed_0/one")
+    rows = [{"name": name, "tower": name[0], "hours": 1.0, "memory_gib": 2.0, "breaks": []} for name in names]
+    assert estimates._lines(rows) == [
+        "a/seed_0/one: 1.0 hours, 2 GiB (and 1 more such)",
+        "a/seed_0/two: 1.0 hours, 2 GiB (and 1 more such)",
+        "b/seed_0/one: 1.0 hours, 2 GiB",
+    ]
+
+
 def plan(hours: dict[str, float], seeds=(0, 1, 2), breaks=()) -> list[dict]:
     return [
         {"tower": tower, "seed": seed, "hours": took, "breaks": ["memory"] if tower in breaks else []}
