@@ -3,6 +3,9 @@
     python benchmarks/scaling.py                                        # a table over devices and ZeRO stages
     python benchmarks/scaling.py --llm Qwen/Qwen2-72B-Instruct --tower google/siglip-so400m-patch14-384 --gpu h100-80
     python benchmarks/scaling.py --fits --gpu a100-80 --hours 48        # which of the shipped recipes fit
+    python benchmarks/scaling.py --runs RUNS.json --hours 48 --output OUT.json      # which of these training runs do
+
+RUNS.json: [{"name", "argv": [CONFIG.yaml, "--key", "value", ...]}], of training runs.
 
 Nothing runs on a GPU and no weight is read; what is assumed is printed, and kept in the JSON.
 """
@@ -11,6 +14,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,14 +34,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm", choices=MODELS, default="Qwen/Qwen2-7B-Instruct", help="model, by hub id")
     parser.add_argument("--tower", default="openai/clip-vit-large-patch14-336", help="vision tower, by hub id")
     parser.add_argument("--stages", type=int, nargs="+", choices=(0, 1, 2, 3), default=[2, 3], help="ZeRO (2 3)")
-    parser.add_argument("--gpus", type=int, nargs="+", help="numbers of devices (8 to 1024; with --fits: 8)")
+    parser.add_argument("--gpus", type=int, nargs="+", help="numbers of devices (8 to 1024; with --fits and --runs: 8)")
     parser.add_argument("--rows", type=int, default=4, help="samples of a device's micro-batch (4)")
     parser.add_argument(
         "--train", choices=("all", "projector"), default="all", help="what is trained: all parts, or the projector"
     )
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--fits", action="store_true", help="which configs of configs/train fit")
-    parser.add_argument("--hours", type=float, default=48, help="with --fits: how long a run may take (48)")
+    parser.add_argument("--runs", type=Path, metavar="RUNS.json", help="which of these training runs fit")
+    parser.add_argument("--hours", type=float, default=48, help="with --fits and --runs: how long one may take (48)")
     parser.add_argument("--output", type=Path, help="JSON to write")
     return parser
 
@@ -102,33 +107,54 @@ def anyres(tower: str) -> dict:
 
 
 def fits(args) -> dict:
-    """Which of the shipped recipes fit on each number of devices; prints them."""
+    """Which of the shipped recipes, or of the runs that are given, fit on each number of devices; prints them."""
     from costs.facts import GPUS
     from costs.model import USABLE
-    from costs.recipes import fit, least_devices, read_recipe
+    from costs.recipes import fit, least_devices
 
     from llava.errors import LlavaError
 
-    found = []
+    found, named = [], _named_runs(args)
     for devices in args.gpus or [8]:
         print(f"{devices} x {args.gpu}, {limit(GPUS[args.gpu]) / 2**30:.0f} GiB usable of each, {args.hours:g} hours")
         print("recipe                   GiB    hours  step s  breaks          fits from (GPUs)")
-        for path in sorted((ROOT / "configs" / "train").glob("*.yaml")):
-            if path.stem.startswith("demo"):
-                continue  # minutes on a CPU
+        for name, read in named:
             try:
-                recipe = read_recipe(str(path), GPUS[args.gpu], devices)
+                recipe = read(GPUS[args.gpu], devices)
             except LlavaError as error:
-                found.append({"recipe": path.stem, "gpus": devices, "error": str(error)})
-                print(f"{path.stem:22} {error}")
+                found.append({"recipe": name, "gpus": devices, "error": str(error)})
+                print(f"{name:22} {error}")
                 continue
             one, least = fit(recipe, args.hours, USABLE), least_devices(recipe, args.hours, USABLE)
-            found.append({"recipe": path.stem, "gpus": devices, **one, "least_gpus": least})
+            found.append({"recipe": name, "gpus": devices, **one, "least_gpus": least})
             print(
-                f"{path.stem:22} {one['memory']['total'] / 2**30:5.0f} {one['hours']:8.1f} "
+                f"{name:22} {one['memory']['total'] / 2**30:5.0f} {one['hours']:8.1f} "
                 f"{one['step']['step_s']:7.1f}  {', '.join(one['breaks']) or 'nothing':15} {least or 'never'}"
             )
     return {"hours": args.hours, "recipes": found}
+
+
+def _named_runs(args) -> list:
+    """(name, what reads it for a device and a number of them) of each run to look at."""
+    from costs.recipes import read_recipe, read_run
+
+    if args.runs:
+        runs = _read_runs(args.runs)
+        return [(run["name"], partial(read_run, run["argv"], run["name"])) for run in runs]
+    paths = sorted((ROOT / "configs" / "train").glob("*.yaml"))
+    paths = [path for path in paths if not path.stem.startswith("demo")]  # those take minutes on a CPU
+    return [(path.stem, partial(read_recipe, str(path))) for path in paths]
+
+
+def _read_runs(path: Path) -> list[dict]:
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))
+        fits = all(isinstance(run["name"], str) and isinstance(run["argv"], list) for run in runs)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"error: --runs {path}: {error!r}, expected a list of runs with name and argv") from None
+    if not fits:
+        raise SystemExit(f"error: --runs {path}: expected a list of runs with name and argv")
+    return runs
 
 
 def assumptions(args) -> list[str]:
@@ -138,11 +164,11 @@ def assumptions(args) -> list[str]:
     said.append(
         f"every sample has one picture of {facts.PICTURE[0]} x {facts.PICTURE[1]} pixels, and text; memory is that of "
         f"one of {facts.LARGEST[0]} x {facts.LARGEST[1]} with {facts.LONGEST_TEXT:,} tokens"
-        if args.fits
+        if args.fits or args.runs
         else f"every sample has one picture of {facts.PICTURE[0]} x {facts.PICTURE[1]} pixels and 300 tokens of text, "
         "150 of them supervised; the micro-batch of a device stays, so that the global batch grows with them"
     )
-    if args.fits:
+    if args.fits or args.runs:
         said += [f"{name}: {data.samples:,} samples, {data.source}" for name, data in facts.DATA.items()]
         said.append("global batches as published (128, 256, 512), by accumulation; adaptive patches keep all of theirs")
     return said
@@ -154,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         if min(values) <= 0:
             raise SystemExit(f"error: {name} {min(values):g}: expected a number above 0")
     said = assumptions(args)
-    report = fits(args) if args.fits else table(args)
+    report = fits(args) if args.fits or args.runs else table(args)
     print("\nassumed:", *(f"- {line}" for line in said), sep="\n")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

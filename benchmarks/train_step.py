@@ -5,7 +5,6 @@ this project unpacked, and packed.
 """
 
 import argparse
-import contextlib
 import gc
 import statistics
 import sys
@@ -34,7 +33,6 @@ SIZES = {
         | {"image_size": 56, "patch_size": 14},
     },
 }
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 AIMS = {"packed/unpacked": 1.4, "packed/llava_next": 3.1, "packed/stock": 2.0}
 EFFICIENCY_AIM = 0.95  # tokens over places of `pack_scope: buffer`
 MEMORY_AIM = 0.30  # of LLaVA-NeXT's way
@@ -91,7 +89,7 @@ class Stepper:
 def measure(ways: dict, batches: list[list[dict]], largest: int, repeats: int, device: str) -> dict:
     """Each way's peak memory in the largest step, before the heap has the gaps that timed steps leave; then its seconds
     a step and losses, the ways taking turns."""
-    from gpu_checks.measure import PeakMemory
+    from llava.train.peak_memory import PeakMemory, given_back
 
     found = {name: {"seconds": [], "peak_memory_mb": 0.0, "losses": []} for name in ways}
     for name, way in ways.items():  # this also warms up
@@ -114,26 +112,6 @@ def measure(ways: dict, batches: list[list[dict]], largest: int, repeats: int, d
             del stepper
             gc.collect()
     return found
-
-
-@contextlib.contextmanager
-def given_back():
-    """Let the C library give large blocks back when they are freed, so that the resident set is what is held. Else it
-    keeps blocks of up to 32 MB in its heap, in whose gaps those of other sizes do not fit. That is faster, and how the
-    steps are timed."""
-    import ctypes
-    import ctypes.util
-
-    library = ctypes.CDLL(ctypes.util.find_library("c") or None)
-    if not hasattr(library, "mallopt"):  # not glibc
-        yield
-        return
-    library.mallopt(M_MMAP_THRESHOLD, 2**20)
-    library.malloc_trim(0)
-    try:
-        yield
-    finally:
-        library.mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
 def report_of(found: dict, steps: int, batch: int, repeats: int) -> dict:

@@ -32,7 +32,8 @@ MAX_TURN, MAX_SHEAR, NARROWEST = 8.0, 0.1, 0.88  # degrees, slant and width of a
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 
 CANVASES = {"train": (5000, 5000, 5000), "heldout": (359, 240, 240)}  # pictures with one, two, three digits
-LAYOUT_ROUNDS, STATEMENT_ROUNDS = 3, 2  # captions of each canvas
+CAPTION_ROUNDS = 5  # captions of each canvas
+MIXED = (0.35, 0.85)  # from which share of the captions on statements come among the layouts, and from which on alone
 TRAIN_TEXTS = 680  # training records without an image, of four questions each: a twentieth of all questions
 HELDOUT = {  # records of each kind; a dialogue record holds two questions
     "one_digit": 359,
@@ -215,17 +216,18 @@ class Writer:
 
 
 def caption_records(writer: Writer, rng: np.random.Generator) -> list[dict]:
-    """Stage 1, to be read in this order: layouts, from which such a model learns to see, then statements."""
-    records = []
-    for number, text in enumerate(
-        [layout] * LAYOUT_ROUNDS + [lambda placed: statements(placed, rng)] * STATEMENT_ROUNDS
-    ):
-        names = list(writer.canvases)
+    """Stage 1, to be read in this order: layouts, from which such a model learns to see, then more and more statements.
+    A sudden change from one to the other throws the model back, some models for good."""
+    names, records = list(writer.canvases), []
+    total = CAPTION_ROUNDS * len(names)
+    for number in range(CAPTION_ROUNDS):
         for i in rng.permutation(len(names)).tolist():
             name = names[i]
+            placed = writer.canvases[name]
+            stated = rng.random() < (len(records) / total - MIXED[0]) / (MIXED[1] - MIXED[0])
             conversation = [
                 {"from": "human", "value": "<image>"},
-                {"from": "gpt", "value": text(writer.canvases[name])},
+                {"from": "gpt", "value": statements(placed, rng) if stated else layout(placed)},
             ]
             records.append({"id": f"caption{number}_{i:05d}", "image": name, "conversations": conversation})
     return records

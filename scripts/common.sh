@@ -269,6 +269,26 @@ with_all_devices() {
     "$@"
 }
 
+# is_recipe FILE: it is a recipe, not a training run's YAML.
+is_recipe() {
+    grep -q '^stages:' "$1" 2>/dev/null
+}
+
+# folder_of CONFIG [--key value ...]: the output_dir of a training run or a recipe.
+folder_of() {
+    if is_recipe "$1"; then
+        "$PYTHON" -P -m llava.train.recipe "$@" --print-folder
+    else
+        "$PYTHON" -P -m llava.config value output_dir "$@"
+    fi
+}
+
+# run_recipe RECIPE.yaml [FLAG...]: in place of this script.
+run_recipe() {
+    use_environment train,demo torch transformers deepspeed
+    exec env RANK="$NODE_RANK" "$PYTHON" -m llava.train.recipe "$@"
+}
+
 # demo_recipe RECIPE [FLAG...]: a demo's recipe from the root of the checkout, in place of this script. Its steps are
 # counted for one process: it gets the first device, unless the caller names some or says how many.
 demo_recipe() {

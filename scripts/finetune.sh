@@ -8,7 +8,8 @@ usage() {
 usage: bash scripts/finetune.sh [--overwrite] [--key value ...]
            the demo: sets up .venv, makes data and tiny models, trains two stages, evaluates on held-out data
        bash scripts/finetune.sh CONFIG.yaml [--key value ...]
-           the training run that CONFIG.yaml describes, for example configs/train/finetune_onevision.yaml
+           the training run that CONFIG.yaml describes, for example configs/train/finetune_onevision.yaml, or the recipe,
+           for example configs/recipes/llava_next.yaml
 Every key of a config may be given as --key value and then stands above it; `python -m llava.config table` lists them.
 The demo is the recipe configs/recipes/demo.yaml: the keys go to both its stages, those of --finetune.key value to one;
 --output_dir is the folder of both (checkpoints/demo); --overwrite starts anew. Recipes of your own: scripts/recipe.sh.
@@ -29,6 +30,7 @@ for word in "$@"; do
 done
 
 if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
+    ! is_recipe "$1" || run_recipe "$@"
     use_environment train,demo torch transformers deepspeed
     launch "$@"
     exit

@@ -14,5 +14,4 @@ USAGE
     exit 2
 fi
 
-use_environment train,demo torch transformers deepspeed
-exec env RANK="$NODE_RANK" "$PYTHON" -m llava.train.recipe "$@"
+run_recipe "$@"

@@ -16,7 +16,7 @@ set -euo pipefail
 if [[ -z "${SLURM_JOB_ID:-}" || "${1:-}" != *.y*ml ]]; then
     cat <<'USAGE'
 usage: sbatch [FLAGS OF SBATCH] scripts/slurm.sh CONFIG.yaml [--key value ...]
-           the training run of CONFIG.yaml on the job's nodes; from the root of the checkout, or with LLAVA_ROOT=CHECKOUT
+           the training run, or the recipe, of CONFIG.yaml on the job's nodes; from the root of the checkout, or with LLAVA_ROOT=CHECKOUT
        sbatch --nodes 4 --time 8:00:00 scripts/slurm.sh configs/train/finetune_next.yaml --data_path ...
 A run that Slurm's warning stopped is queued again and goes on from its checkpoint, MAX_REQUEUES (100) times at most.
 Environment otherwise as in scripts/finetune.sh; RANK, ADDR and PORT come from Slurm, and NNODES unless it is set.
@@ -36,7 +36,7 @@ fi
 source "$root/scripts/common.sh"
 
 use_environment train,demo torch transformers deepspeed # once, where each node would make it for itself
-folder="$("$PYTHON" -P -m llava.config value output_dir "$@")" || exit
+folder="$(folder_of "$@")" || exit
 ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 export ADDR="${ADDR%%$'\n'*}" NNODES="${NNODES:-$SLURM_JOB_NUM_NODES}" PORT="${PORT:-$((10000 + SLURM_JOB_ID % 20000))}" RDZV_ID="$SLURM_JOB_ID"
 

@@ -117,8 +117,32 @@ MODELS = {
 }
 
 _CLIP_PROCESSOR = {"size": {"shortest_edge": 448}, "crop_size": {"height": 448, "width": 448}}
-# encoders that the project does not know offline: (config, image processor); sizes of OneVision-Encoder's model card
+# encoders that the project does not know offline: (config, image processor), sizes of their config.json or model card
 TOWERS = {
+    "facebook/dinov2-large": (
+        dict(
+            model_type="dinov2",
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            mlp_ratio=4,
+            image_size=518,
+            patch_size=14,
+        ),
+        {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+    ),
+    "google/siglip2-so400m-patch16-naflex": (
+        dict(
+            model_type="siglip2_vision_model",
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            num_patches=256,
+            patch_size=16,
+        ),
+        {"patch_size": 16, "max_num_patches": 256},
+    ),
     "lmms-lab-encoder/onevision-encoder-large": (
         dict(
             hidden_size=1024,
@@ -129,7 +153,7 @@ TOWERS = {
             patch_size=14,
         ),
         _CLIP_PROCESSOR,
-    )
+    ),
 }
 
 
@@ -153,6 +177,7 @@ DATA = {
         1_600_000, 300, 150, "samples of LLaVA-OneVision's last stage (arXiv 2408.03326); token counts assumed"
     ),
 }
+ELSE_TOKENS = 300, 150  # text and labels of a sample of other data
 PICTURE = 640, 480  # (width, height) of the picture that every sample is taken to have: most of these data are COCO's
 LARGEST = 2000, 2000  # of the one that memory must suffice for
 LONGEST_TEXT = 1024  # tokens beside it

@@ -5,12 +5,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from costs.facts import DATA, GLOBAL_BATCH, GLOBAL_BATCH_ELSE, LARGEST, LONGEST_TEXT, MEASURED, MODELS, PICTURE, TOWERS
+from costs.facts import (
+    DATA,
+    ELSE_TOKENS,
+    GLOBAL_BATCH,
+    GLOBAL_BATCH_ELSE,
+    LARGEST,
+    LONGEST_TEXT,
+    MEASURED,
+    MODELS,
+    PICTURE,
+    TOWERS,
+    Data,
+)
 from costs.model import Batch, Plan, memory, step
 from llava.errors import LlavaError
 
 _VISION = (
     *("mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type", "s2"),
+    *("image_size", "vision_tower_stage"),
     *("s2_scales", "image_aspect_ratio", "image_grid_pinpoints", "use_token_compression", "compression_input_size"),
     *("compression_output_size", "min_pixels", "max_pixels", "mm_vision_tower_type"),
 )
@@ -30,21 +43,43 @@ class Recipe(NamedTuple):
 
 
 def read_recipe(path: str, gpu, devices: int) -> Recipe:
-    """A train config as a run on `devices` of a kind.
+    """A train config as a run on `devices` of a kind, of the global batch that it was published with.
 
     Raises:
         LlavaError: it cannot be resolved, or its model, encoder or data are not known here.
     """
+    name = Path(path).stem
+    return _recipe([path], name, gpu, devices, GLOBAL_BATCH.get(name, GLOBAL_BATCH_ELSE))
+
+
+def read_run(argv: list[str], name: str, gpu, devices: int) -> Recipe:
+    """A training run's command line, CONFIG.yaml --key value ..., as a run on `devices` of a kind.
+
+    Where the command line says how many samples a step has, that is the global batch, else the published one.
+
+    Raises:
+        LlavaError: as `read_recipe`.
+    """
+    from llava.config.resolve import resolve
+
+    run = resolve(argv)
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    if run.config is None or any(run.source(key) not in (run.config, "default") for key in keys):
+        batch = run[keys[0]] * run[keys[1]] * devices
+    else:
+        batch = GLOBAL_BATCH.get(Path(run.config).stem, GLOBAL_BATCH_ELSE)
+    return _recipe(argv, name, gpu, devices, batch)
+
+
+def _recipe(argv: list[str], name: str, gpu, devices: int, batch: int) -> Recipe:
     from llava.config.resolve import resolve
     from llava.families.settings import trained_parts
 
-    run, name = resolve([path]), Path(path).stem
-    data = DATA.get(Path(run["data_path"] or "").name)
-    if data is None:
-        raise LlavaError(f"{path}: size of {run['data_path']} is not known, expected one of {', '.join(DATA)}")
-    config, sizes = _model(run, path)
+    run = resolve(argv)
+    data = _data(run, name)
+    config, sizes = _model(run, name)
     zero, offload = _zero(run["deepspeed"])
-    rows, batch = run["per_device_train_batch_size"], GLOBAL_BATCH.get(name, GLOBAL_BATCH_ELSE)
+    rows = run["per_device_train_batch_size"]
     plan = Plan(
         gpu=gpu,
         devices=devices,
@@ -61,7 +96,26 @@ def read_recipe(path: str, gpu, devices: int) -> Recipe:
         _batch(rows, usual, data.text, data.labels, limit),
         _batch(rows, largest, most, most * data.labels // data.text, limit),
     ]
-    return Recipe(name, config, plan, *batches, data, run["num_train_epochs"], batch)
+    epochs = run["num_train_epochs"]
+    if run["max_steps"] > 0:
+        epochs = run["max_steps"] * rows * devices * plan.accumulation / data.samples
+    return Recipe(name, config, plan, *batches, data, epochs, batch)
+
+
+def _data(run, name: str):
+    """What is known of a run's data, or can be counted."""
+    path = Path(run["data_path"] or "")
+    data = DATA.get(path.name)
+    if data is None and path.is_file():
+        from llava.data.records import load_records
+
+        count = len(load_records(str(path), run["seed"]))
+        return Data(count, *ELSE_TOKENS, f"records of {path}; token counts assumed")
+    if data is None:
+        raise LlavaError(
+            f"{name}: size of {run['data_path']} is not known, expected a file or one of {', '.join(DATA)}"
+        )
+    return data
 
 
 def _batch(rows: int, picture: tuple[int, list], text: int, labels: int, limit: int) -> Batch:
@@ -76,17 +130,17 @@ def _zero(deepspeed) -> tuple[int | None, bool]:
     return settings["stage"], "offload_optimizer" in settings
 
 
-def _model(run, path: str):
+def _model(run, where: str):
     """The model's config, and a function (width, height) -> (visual tokens, vision sequences) of one picture."""
     name = run["model_name_or_path"]
     file = Path(name) / "config.json"
     if name not in MODELS and not file.is_file():
-        raise LlavaError(f"{path}: size of {name} is not known, expected a folder or one of {', '.join(MODELS)}")
+        raise LlavaError(f"{where}: size of {name} is not known, expected a folder or one of {', '.join(MODELS)}")
     values = dict(MODELS[name].values) if name in MODELS else json.loads(file.read_text())
     if "vision_config" in values:
         return own_vision(values, run["min_pixels"], run["max_pixels"])
     if run["vision_tower"] is None:
-        raise LlavaError(f"{path}: found no vision_tower, expected a vision-language model")
+        raise LlavaError(f"{where}: found no vision_tower, expected a vision-language model")
     return llava_model(values, run["vision_tower"], **{key: run[key] for key in _VISION})
 
 
@@ -116,7 +170,10 @@ def llava_model(values: dict, tower: str, **vision):
     _, config_class = model_classes(resolve_architecture(values))
     given = {key: value for key, value in values.items() if key != "model_type"}
     config = config_class(**given, mm_vision_tower=tower, **vision)
-    config.mm_vision_config, config.mm_image_processor_config = TOWERS.get(tower) or PUBLISHED.get(tower) or (None,) * 2
+    encoder, processor = TOWERS.get(tower) or PUBLISHED.get(tower) or (None,) * 2
+    if processor and "crop_size" in processor and (side := vision.get("image_size")):  # as a run has it made
+        processor = processor | {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    config.mm_vision_config, config.mm_image_processor_config = encoder, processor
     layout = vision_layout(config)
 
     def sizes(size):

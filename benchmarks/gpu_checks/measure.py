@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from llava.train.peak_memory import PeakMemory  # noqa: F401 - the checks take it from here
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -85,46 +87,6 @@ def spread(seconds: list[float], name: str = "") -> dict[str, float]:
         f"{name}ms_min": round(min(seconds) * 1000, 3),
         f"{name}ms_max": round(max(seconds) * 1000, 3),
     }
-
-
-class PeakMemory:
-    """Context: `gib` is afterwards the most memory held since its start.
-
-    On CUDA what PyTorch allocated on the device; on a CPU the process's resident set, where Linux lets it be measured.
-    """
-
-    def __init__(self, device: str):
-        self.device, self.gib = device, None
-
-    def __enter__(self):
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self.can_reset = _reset_peak_resident()
-        return self
-
-    def __exit__(self, *exception):
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            self.gib = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        elif self.can_reset:
-            self.gib = _peak_resident_gib()
-
-
-def _reset_peak_resident() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or a kernel that does not offer it
-        return False
-    return True
-
-
-def _peak_resident_gib() -> float | None:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return round(int(line.split()[1]) / 2**20, 3)
-    return None
 
 
 def hardware(device: str) -> dict:

@@ -319,6 +319,15 @@ class Family(ABC):
     def picture_tokens(self, inputs: dict, loaded: Loaded) -> list[tuple[int, int]]:
         """(tokens of the vision encoder, tokens of the language model) of each picture of prepared inputs."""
 
+    def image_flops(self, loaded: Loaded) -> float | None:
+        """Operations of one image through the vision encoder at the encoder's own size, with all its patches, as
+        `llava.tools.towers` counts them; None: it has no size of its own.
+
+        Raises:
+            LlavaError: they cannot be counted.
+        """
+        return None
+
     def choose_patches(self, loaded: Loaded, choice) -> None:
         """Let the pictures to come keep the patches that a `PatchChoice` chooses; None: all.
 

@@ -293,6 +293,17 @@ class Llava(Family):
             for pixels, size, kind in media
         ]
 
+    def image_flops(self, loaded):
+        from llava.families.llava_layout import empty_tower
+        from llava.model.multimodal_encoder.flops import image_flops
+        from llava.model.multimodal_encoder.trust import naming
+
+        tower = loaded.model.get_vision_tower()
+        if tower is None:
+            return 0.0
+        with naming(getattr(tower, "own_class", None)):  # built anew on the meta device; it runs here already
+            return float(image_flops(empty_tower(SimpleNamespace(**loaded.model.config.to_dict()))))
+
     def choose_patches(self, loaded, choice):
         config, tower = loaded.model.config, loaded.model.get_vision_tower()
         if tower is None:

@@ -73,6 +73,8 @@ def describe(name: str) -> dict:
     except LlavaError as error:
         return row | {"loads": "refused", "reason": str(error)}
     try:
+        from llava.model.multimodal_encoder.flops import image_flops
+
         row["gflops"] = image_flops(tower) / 1e9
     except LlavaError as error:
         row["reason"] = str(error)
@@ -114,30 +116,6 @@ def _facts(tower, cfg) -> dict:
         "s2": getattr(tower, "s2_scales", None),
         "export_class": export_class(tower, cfg),
     }
-
-
-def image_flops(tower) -> int:
-    """Floating-point operations of one image through a tower on the meta device, as PyTorch counts its kernels.
-
-    Raises:
-        LlavaError: a tower that does not run without values.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    tower.reset_buffers()
-    chooser, tower.patch_chooser = tower.patch_chooser, None  # all patches: there are no pixels to choose by
-    pixels = torch.zeros(1, 3, tower.image_size, tower.image_size, device="meta", dtype=tower.dtype)
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            tower.eval()(pixels)
-    except (RuntimeError, NotImplementedError) as error:
-        raise LlavaError(
-            f"{tower.vision_tower_name}: its operations cannot be counted ({str(error).splitlines()[0]})"
-        ) from None
-    finally:
-        tower.patch_chooser = chooser
-    return counter.get_total_flops()
 
 
 def export_class(tower, cfg) -> str | None:

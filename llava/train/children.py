@@ -26,8 +26,6 @@ class Child:
         env: what its environment has beside this one's.
         out, err: file descriptors that its streams go to.
 
-    Attributes:
-        last_line: what it has said last, of both streams, progress bars apart; "" if nothing.
     """
 
     def __init__(self, words: list[str], env: dict[str, str] | None = None, out: int = 1, err: int = 2):
@@ -36,15 +34,13 @@ class Child:
             **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
             **{"env": _environment() | (env or {}), "start_new_session": True, "preexec_fn": _end_with_parent()},
         )
-        self.last_line = ""
-        self._readers = [
-            threading.Thread(target=self._hand_on, args=(stream, to), daemon=True)
-            for stream, to in ((self.process.stdout, out), (self.process.stderr, err))
-        ]
+        self._said = ["", ""]
+        streams = enumerate(((self.process.stdout, out), (self.process.stderr, err)))
+        self._readers = [threading.Thread(target=self._hand_on, args=(i, *pair), daemon=True) for i, pair in streams]
         for reader in self._readers:
             reader.start()
 
-    def _hand_on(self, stream, to: int) -> None:
+    def _hand_on(self, number: int, stream, to: int) -> None:
         end = b""
         while part := os.read(stream.fileno(), 65536):
             with contextlib.suppress(OSError):  # nobody reads it any more: the program goes on
@@ -53,8 +49,14 @@ class Child:
             lines = [line.rpartition(b"\r")[2].strip() for line in end.split(b"\n")]
             said = [line for line in lines if line and b"it/s]" not in line and b"s/it]" not in line]
             if said:
-                self.last_line = said[-1].decode(errors="replace")[:500]
+                self._said[number] = said[-1].decode(errors="replace")[:500]
         stream.close()
+
+    @property
+    def last_line(self) -> str:
+        """What it has said last, progress bars apart: where it has failed, of its errors; "" if nothing."""
+        out, err = self._said
+        return (err or out) if self.process.poll() else (out or err)
 
     def wait(self) -> int:
         """Its exit status, as a shell has it: 128 + N where signal N ended it."""

@@ -87,17 +87,34 @@ def _product(weights: float, tokens: float, learns: bool, before: bool) -> float
     return 2.0 * weights * tokens * (1 + learns + before)
 
 
-def _vision_flops(shape: ModelShape, patches: list, learns: _Learning, projected: int | None) -> float:
-    vision, projector = shape.vision, shape.projector
-    lengths = [length if isinstance(length, int) else length[0] * length[1] * length[2] for length in patches]
+def encoder_flops(config, patches: Iterable[int | tuple[int, int, int]]) -> float:
+    """Operations of the vision encoder alone, forward, as `step_flops` counts them; 0 without one.
+
+    Args:
+        config, patches: as there.
+    """
+    vision = shape_of(config).vision
+    return 0.0 if vision is None else _encoder_flops(vision, list(patches), _Learning(set(), 0))
+
+
+def _lengths(patches: list) -> list[int]:
+    return [length if isinstance(length, int) else length[0] * length[1] * length[2] for length in patches]
+
+
+def _encoder_flops(vision: VisionShape, patches: list, learns: _Learning) -> float:
+    lengths = _lengths(patches)
     count = sum(lengths) + vision.extra * len(lengths)
     whole = learns.tower and learns.tower_blocks is None
     total = _product(vision.patch_values * vision.hidden, sum(lengths), whole, False)  # pixels learn nothing
     last = 0 if not learns.tower else vision.layers if whole else learns.tower_blocks
     total += _product((vision.layers - last) * vision.layer_weights, count, False, False)
     total += _product(last * vision.layer_weights, count, learns.tower, learns.tower)
-    total += 4.0 * vision.hidden * _vision_pairs(vision, patches) * (1 + 2 * last / vision.layers)
+    return total + 4.0 * vision.hidden * _vision_pairs(vision, patches) * (1 + 2 * last / vision.layers)
 
+
+def _vision_flops(shape: ModelShape, patches: list, learns: _Learning, projected: int | None) -> float:
+    vision, projector, lengths = shape.vision, shape.projector, _lengths(patches)
+    total = _encoder_flops(vision, patches, learns)
     made = projector.tokens(lengths, vision.extra) if projected is None else projected
     if projector.compressor:
         cells = len(lengths) * projector.sides[1] ** 2

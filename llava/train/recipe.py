@@ -8,6 +8,7 @@ torchrun or DeepSpeed. The same command goes on after an interruption; a stage b
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -18,10 +19,11 @@ from pathlib import Path
 
 from llava.errors import LlavaError, report_errors, report_interrupts
 from llava.train.children import Child, handing_on
-from llava.train.recipe_file import Overrides, Recipe, Stage, read_recipe
+from llava.train.recipe_evaluation import command, draw_report, draws_report, keep, summary
+from llava.train.recipe_file import Evaluation, Overrides, Recipe, Stage, read_recipe
 from llava.train.recipe_settings import StagePlan, digest, plan_stages
 from llava.train.recipe_state import RecipeState, read_recipe_state
-from llava.train.run_state import Lock, read_state
+from llava.train.run_state import Lock, RunState, read_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,8 +53,8 @@ def prepare(recipe: Recipe, seed: int) -> None:
         LlavaError: a command failed.
         Stopped: a signal came.
     """
-    for command in recipe.prepare:
-        words = [word.replace("{seed}", str(seed)) for word in command]
+    for template in recipe.prepare:
+        words = [word.replace("{seed}", str(seed)) for word in template]
         words[0] = sys.executable if words[0] == "python" else words[0]
         try:
             status, came, last = run_child(words)
@@ -110,6 +112,10 @@ class RecipeRun:
         if self.start is not None:
             self.forget(self.start)
         todo = list(self.unfinished())
+        if not todo and self.until is None and self.is_evaluated():
+            found = "; ".join(summary(self.recipe, self.out))
+            print(f"{self.out}: {self.recipe.name} is finished ({found}); run with --overwrite to train it again")
+            return
         if self.first and todo and not self.prepared:
             prepare(self.recipe, self.overrides.seed)
         self.state.write()
@@ -138,8 +144,8 @@ class RecipeRun:
                     )
                 entry |= {"status": "finished", "settings": plan.settings}
             else:
-                if behind and read_state_of(plan.folder) == "finished":
-                    shutil.rmtree(plan.folder)
+                if behind and self.first and read_state_of(plan.folder) == "finished":
+                    remove(plan.folder)
                 behind = True
                 yield plan
             if plan.stage.name == self.until:
@@ -160,23 +166,25 @@ class RecipeRun:
     def check(self, plan: StagePlan) -> None:
         """Refuse settings of a later stage before an earlier one trains. Raises: Stopped."""
         words = [sys.executable, "-m", "llava.config", "show", *plan.check_argv]
-        child = Child(words, {"CUDA_VISIBLE_DEVICES": ""}, out=os.open(os.devnull, os.O_WRONLY), err=2)
-        with handing_on(child.tell) as came:
-            status = child.wait()
+        with open(os.devnull, "w") as nowhere:
+            child = Child(words, {"CUDA_VISIBLE_DEVICES": ""}, out=nowhere.fileno(), err=nowhere.fileno())
+            with handing_on(child.tell) as came:
+                status = child.wait()
         if came:
-            raise Stopped("stopped before anything was trained", _status_of(came))
+            raise Stopped("stopped before anything was trained; the same command goes on", _status_of(came))
         if status:
             self.state.tell(self.state.stages[plan.stage.name], status="failed", last_line=child.last_line)
-            raise Stopped("", status)  # it has said why
+            raise Stopped(child.last_line, status)
 
     def train(self, plan: StagePlan) -> None:
         entry = self.state.stages[plan.stage.name]
         words = ["bash", str(ROOT / "scripts/launch.sh"), *plan.argv]
         before, begun, spent = _state_text(plan.folder), time.monotonic(), entry["seconds"] or 0.0
-        command = " ".join(words)
-        self.state.tell(entry, status="running", command=command, last_line=None, settings=plan.settings)
+        self.state.tell(entry, status="running", command=" ".join(words), last_line=None, settings=plan.settings)
         env = {"PYTHON": sys.executable, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
         status, came, last = run_child(words, env)
+        if not self.first and status == 0:
+            wait_for_end(plan.folder)
         state = how_it_ended(plan.folder, before, status, bool(came))
         told = read_state(plan.folder) or {}
         steps = told.get("step") if state != "failed" or _state_text(plan.folder) != before else None
@@ -192,35 +200,43 @@ class RecipeRun:
 
     # --- after the stages ---------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> None:
-        from llava.train import recipe_evaluation as evaluation
+    def is_evaluated(self) -> bool:
+        """Whether all that follows the stages is there."""
+        return all(map(self._is_done, self.recipe.evaluations)) and (
+            not draws_report(self.recipe) or (self.out / "report.png").is_file()
+        )
 
-        last = self.plans[-1]
+    def _is_done(self, one: Evaluation) -> bool:
+        entry = self.state.evaluations[one.name]
+        as_asked = entry["status"] == "finished" and entry.get("fingerprint") == self._asked(one)
+        return as_asked and (self.out / f"eval_{one.name}.json").is_file()
+
+    def evaluate(self) -> None:
         for one in self.recipe.evaluations:
-            entry, file = self.state.evaluations[one.name], self.out / f"eval_{one.name}.json"
-            asked = self._asked(one)
-            if entry["status"] == "finished" and entry.get("fingerprint") == asked and file.is_file():
-                print(f"{file}: evaluated before", flush=True)
-                continue
-            begun = time.monotonic()
-            self.state.tell(entry, status="running", file=file.name, fingerprint=asked)
-            words, env = evaluation.command(one, self.overrides.evaluation(one.name), last, file)
-            status, came, said = run_child(words, env)
-            ended = "preempted" if came else "failed" if status else "finished"
-            if ended == "finished":
-                said = evaluation.keep(one, last, file) or said
-            seconds = round(time.monotonic() - begun, 1)
-            self.state.tell(entry, status=ended, seconds=seconds, last_line=said)
-            if came:
-                raise Stopped(f"stopped during the evaluation {one.name}; the same command goes on", _status_of(came))
-            if status:
-                raise Stopped("", status)
-        if self.recipe.report:
-            evaluation.report(self.recipe, self.plans, self.out)
-        for line in evaluation.summary(self.recipe, self.out):
+            if self._is_done(one):
+                print(f"{self.out}/eval_{one.name}.json: evaluated before", flush=True)
+            else:
+                self._evaluate(one)
+        if draws_report(self.recipe):
+            draw_report(self.recipe, self.plans, self.out)
+        for line in summary(self.recipe, self.out):
             print(line, flush=True)
 
-    def _asked(self, one) -> str:
+    def _evaluate(self, one: Evaluation) -> None:
+        entry, file, last = self.state.evaluations[one.name], self.out / f"eval_{one.name}.json", self.plans[-1]
+        begun = time.monotonic()
+        self.state.tell(entry, status="running", file=file.name, fingerprint=self._asked(one), last_line=None)
+        status, came, said = run_child(*command(one, self.overrides.evaluation(one.name), last, file))
+        ended = "preempted" if came else "failed" if status else "finished"
+        if ended == "finished":
+            said = keep(one, last, file) or said
+        self.state.tell(entry, status=ended, seconds=round(time.monotonic() - begun, 1), last_line=said)
+        if came:
+            raise Stopped(f"stopped during the evaluation {one.name}; the same command goes on", _status_of(came))
+        if status:
+            raise Stopped("", status)
+
+    def _asked(self, one: Evaluation) -> str:
         return digest(
             [vars(one) | {"args": one.args | self.overrides.evaluation(one.name)}, self.plans[-1].fingerprint]
         )
@@ -242,6 +258,13 @@ def _state_text(folder: Path) -> str:
         return (folder / "run_state.json").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def wait_for_end(folder: Path, seconds: float = 60) -> None:
+    """Until the first machine has said how the run ended: network file systems show it late."""
+    end = time.monotonic() + seconds
+    while read_state_of(folder) == "running" and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 def how_it_ended(folder: Path, before: str, status: int, stopped: bool) -> str:
@@ -282,6 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="start", metavar="STAGE", help="train this stage and all after it anew")
     parser.add_argument("--until", metavar="STAGE", help="stop when this stage is finished, without evaluations")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run")
+    parser.add_argument("--print-folder", action="store_true", help="print the folder, for scripts")
     parser.add_argument("--prepared", action="store_true", help="the data are there: run no command of `prepare`")
     return parser
 
@@ -298,8 +322,8 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, Recipe, Overrides
 
 
 def dry_run(run: RecipeRun) -> None:
-    for command in run.recipe.prepare:
-        print("prepare:", " ".join(word.replace("{seed}", str(run.overrides.seed)) for word in command))
+    for template in run.recipe.prepare:
+        print("prepare:", " ".join(word.replace("{seed}", str(run.overrides.seed)) for word in template))
     for plan in run.plans:
         state = read_state_of(plan.folder)
         print(f"{plan.stage.name} ({'to be trained' if state == 'unknown' else state}):", " ".join(plan.argv))
@@ -321,6 +345,9 @@ def check_folder(recipe: Recipe, out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args, recipe, overrides = read_command(sys.argv[1:] if argv is None else argv)
     out = args.output_dir
+    if args.print_folder:
+        print(out)
+        return
     check_folder(recipe, out)
     options = {"start": args.start, "until": args.until, "prepared": args.prepared}
     if args.dry_run:
@@ -330,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") != "0":
             RecipeRun(recipe, out, overrides, **options).run()
             return
-        with Lock(str(out)):
+        with Lock(str(out)), telling(RunState(str(out), writes=True)):
             if args.overwrite:
                 overwrite(recipe, out)
             RecipeRun(recipe, out, overrides, **options).run()
@@ -338,6 +365,24 @@ def main(argv: list[str] | None = None) -> None:
         if str(stop):
             print(stop, file=sys.stderr if stop.status else sys.stdout, flush=True)
         raise SystemExit(stop.status) from None
+
+
+@contextlib.contextmanager
+def telling(state: RunState) -> Iterator[None]:
+    """Write what becomes of the recipe as a whole to its folder's run_state.json, as a training run does."""
+    state.tell("running")
+    try:
+        yield
+    except Stopped as stop:
+        state.tell("preempted" if stop.status in (0, 130) else "failed", message=str(stop) or None)
+        raise
+    except KeyboardInterrupt:
+        state.tell("preempted", signal="SIGINT")
+        raise
+    except Exception as error:
+        state.tell("failed", message=str(error).partition("\n")[0])
+        raise
+    state.tell("finished")
 
 
 def overwrite(recipe: Recipe, out: Path) -> None:

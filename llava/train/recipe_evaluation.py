@@ -107,23 +107,32 @@ def read_lmms(folder: Path) -> dict:
         scores = [row.get(tasks[task]["metric"]) for row in rows] if task in tasks else []
         if scores and all(isinstance(score, (bool, int, float)) for score in scores):
             samples[task] = [
-                {"id": str(row.get("doc_id")), "image": None, "score": float(score)}
+                {"id": str(row.get("doc_id")), "image": _image_of(row.get("doc")), "score": float(score)}
                 for row, score in zip(rows, scores, strict=True)
             ]
     return {"kind": "lmms_eval", "tasks": tasks} | ({"samples": samples} if samples else {})
+
+
+def _image_of(document) -> str | None:
+    """The name of a question's image, where its task has one: questions on one image are not independent."""
+    named = document if isinstance(document, dict) else {}
+    found = (named.get(key) for key in ("image_id", "imageId", "image_path", "img_id", "image_name", "image"))
+    return next((str(name) for name in found if isinstance(name, (str, int)) and name != ""), None)
 
 
 def _is_score(key: str, value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and "stderr" not in key and key != "alias"
 
 
-def report(recipe: Recipe, plans: list[StagePlan], out: Path) -> None:
+def draws_report(recipe: Recipe) -> bool:
+    return recipe.report and any(one.kind == "exact_match" for one in recipe.evaluations)
+
+
+def draw_report(recipe: Recipe, plans: list[StagePlan], out: Path) -> None:
     """Draw `report.png` of the first evaluation that has questions, and the loss curves; also beside the model."""
     from llava.eval.report import main
 
     asked = [out / f"eval_{one.name}.json" for one in recipe.evaluations if one.kind == "exact_match"]
-    if not asked:
-        return
     states = [plan.folder / "trainer_state.json" for plan in plans]
     stages = [word for path in states if path.is_file() for word in ("--stage", str(path))]
     main(["--eval-json", str(asked[0]), "--output", str(out / "report.png"), *stages])

@@ -77,18 +77,7 @@ def _meet(training_args) -> None:
 
 
 def _train(model_args, data_args, training_args, make, state, stopping):
-    from transformers import set_seed
-
-    from llava.data import make_data
     from llava.families import family_of
-    from llava.families.precision import Precision
-    from llava.families.training import tunable_parts
-    from llava.train.evaluation import make_evaluation
-    from llava.train.llava_trainer import LLaVATrainer
-    from llava.train.lora import adapt
-    from llava.train.parts import set_trainable
-    from llava.train.preview import show_samples
-    from llava.train.speed import speed_up
 
     family = family_of(model_args.model_name_or_path)
     settings = training_args.run_config
@@ -103,9 +92,41 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     if checkpoint is not None:
         check_seen_by_all(os.path.join(checkpoint, STATE_NAME), "an output_dir that all machines share")
         check_checkpoint(checkpoint, training_args)
-    origins = family.check_fit(settings)
+    trainer = make_trainer(model_args, data_args, training_args, make=make, run_state=state, stopping=stopping)
+    enter("preparation of the training")
+    _take_steps(trainer, checkpoint)
+
+
+def make_trainer(model_args, data_args, training_args, *, make=None, run_state=None, stopping=None, first=None):
+    """The `LLaVATrainer` of a run that has passed its family's `check`, ready to take steps; nothing is written.
+
+    Args:
+        model_args, data_args, training_args: of `parse_args`.
+        make: in place of the `prepare` of the model's family.
+        run_state, stopping: as the trainer's.
+        first: how many of the records are trained on, the first ones; None: all.
+
+    Raises:
+        LlavaError: parts, records or settings that do not go together.
+    """
+    from transformers import set_seed
+
+    from llava.data import make_data
+    from llava.families import family_of
+    from llava.families.precision import Precision
+    from llava.families.training import tunable_parts
+    from llava.train.evaluation import make_evaluation
+    from llava.train.llava_trainer import LLaVATrainer
+    from llava.train.lora import adapt
+    from llava.train.parts import set_trainable
+    from llava.train.preview import show_samples
+    from llava.train.speed import speed_up
+
+    family = family_of(model_args.model_name_or_path)
+    origins = family.check_fit(training_args.run_config)
     enter("reading of records")
     records, held_out = _read_data(family, model_args, data_args, training_args)
+    records = records if first is None else records.first(first)
     enter("loading of the model")
     set_seed(training_args.seed)  # projector, newline token, new embeddings and adapters are drawn here
     loaded, args = (make or family.prepare)(model_args, data_args, training_args)
@@ -123,13 +144,12 @@ def _train(model_args, data_args, training_args, make, state, stopping):
     packing = _packing(data["train_dataset"], data_args, training_args, model.config)
     padded = replace(args, pack_sequences=False)
     evaluation = held_out and make_evaluation(*held_out, family, loaded, padded, training_args.eval_image_folder)
-    trainer = LLaVATrainer(
+    return LLaVATrainer(
         **{"model": model, "processing_class": loaded.processor, "args": training_args, "family": family},
-        **{"parts": parts, "evaluation": evaluation, "run_state": state, "stopping": stopping, "packing": packing},
+        **{"parts": parts, "evaluation": evaluation, "run_state": run_state, "stopping": stopping},
+        packing=packing,
         **data,
     )
-    enter("preparation of the training")
-    _take_steps(trainer, checkpoint)
 
 
 def _tell_parts(family, model, parts, origins, training_args) -> None:

@@ -168,6 +168,24 @@ def test_recipes(costs, monkeypatch, name, visual, patches):
     assert sum(recipe.largest.tokens) > sum(recipe.usual.tokens)
 
 
+def test_towers_of_the_table(costs, monkeypatch):
+    """DINOv2 at 336 has the tokens of CLIP at 336; SigLIP 2 sees 640 x 480 in patches of 16, or shrinks it to fit."""
+    monkeypatch.chdir(ROOT)
+    facts, model, recipes = costs
+
+    def read(tower, *flags):
+        argv = ["configs/train/finetune_next.yaml", "--tower", f"configs/towers/{tower}.yaml", *flags]
+        return recipes.read_run(argv, tower, facts.GPUS["a100-80"], 8)
+
+    clip, dino = read("clip_l336"), read("dinov2_l")
+    assert dino.usual == clip.usual and dino.largest == clip.largest
+    # hub: 304.4M with 1.4M positions and a layer more than the 23 that are used, of 4 C^2 + 8 C^2 each
+    assert model.parameters(dino.config)["mm_vision_tower"] == 588 * 1024 + 23 * 12 * 1024**2
+    native = "--image_aspect_ratio", "native", "--max_pixels"
+    assert read("siglip2_so400m_naflex", *native, "564480").usual.patches == [40 * 30] * 4
+    assert max(read("siglip2_so400m_naflex", *native, "65536").usual.patches) <= 256
+
+
 def test_what_breaks(costs, monkeypatch):
     monkeypatch.chdir(ROOT)
     facts, _, recipes = costs
@@ -207,11 +225,14 @@ def test_every_shipped_recipe_is_judged(script, tmp_path, capsys, monkeypatch):
     assert "utilisation of the arithmetic" in printed and "8 x a100-80" in printed
 
 
-def test_options_refused(script):
+def test_options_refused(script, tmp_path):
+    (tmp_path / "bad.json").write_text('[{"name": "one"}]')
     for flags, message in (
         (["--rows", "0"], "--rows 0"),
         (["--fits", "--hours", "-1"], "--hours -1"),
         (["--tower", "nobody/knows"], "--tower 'nobody/knows': expected one of"),
+        (["--runs", str(tmp_path / "bad.json")], "--runs .*expected a list of runs with name and argv"),
+        (["--runs", str(tmp_path / "none.json")], "--runs .*No such file"),
     ):
         with pytest.raises(SystemExit, match=message):
             script.main(flags)

@@ -325,19 +325,6 @@ def test_help(script):
     assert done.stdout.startswith("usage: ") and f" scripts/{script}" in done.stdout
 
 
-def test_demo_flags(tmp_path):
-    show = """; echo "$OUTPUT|$OVERWRITE|$SEED|${OVERRIDES[*]-}|$PWD" """
-    flags = "--output_dir=out --tower configs/towers/x.yaml --overwrite --seed 3 --max_steps 4"
-    assert bash(f"read_demo_flags {flags}{show}", cwd=tmp_path).stdout.strip().split("|") == [
-        str(tmp_path / "out"),
-        "yes",
-        "3",
-        "--tower configs/towers/x.yaml --seed 3 --max_steps 4",
-        str(ROOT),
-    ]
-    assert bash(f"read_demo_flags{show}").stdout.strip().split("|") == ["checkpoints/demo", "no", "0", "", str(ROOT)]
-
-
 @pytest.mark.parametrize(
     "environment, shown",
     [
@@ -349,14 +336,5 @@ def test_demo_flags(tmp_path):
     ],
 )
 def test_the_demo_takes_one_device_unless_told_otherwise(environment, shown):
-    assert bash('read_demo_flags; echo "${CUDA_VISIBLE_DEVICES-not set}"', **environment).stdout == f"{shown}\n"
-
-
-def test_a_finished_demo_is_told_in_one_line(tmp_path):
-    (tmp_path / "finetune").mkdir()
-    for name in ("eval.json", "report.png"):
-        (tmp_path / "finetune" / name).touch()
-    command = ["bash", str(ROOT / "scripts/finetune.sh"), "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stdout == f"{tmp_path}/finetune: the demo is finished; run with --overwrite to train it again\n"
+    code = 'use_environment() { echo "${CUDA_VISIBLE_DEVICES-not set}"; exit; }; demo_recipe demo'
+    assert bash(code, **environment).stdout == f"{shown}\n"

@@ -156,104 +156,30 @@ def test_no_state_at_all_is_no_end(tmp_path):
     assert subprocess.run(script(f"state_of {tmp_path}/none"), capture_output=True, text=True).stdout == "unknown\n"
 
 
-@pytest.fixture
-def demo(tmp_path):
-    """A function: the demo, whose stages write the texts of a list as their states and end with a status."""
+@pytest.mark.parametrize(
+    ("script", "recipe", "options"),
+    [
+        ("finetune", "demo", "--heldout.limit 9"),
+        ("pretrain", "demo", "--until pretrain"),
+        ("finetune_qwen2_vl", "demo_qwen2_vl", "--heldout.selections none budget:0.5 --heldout.limit 9"),
+    ],
+)
+def test_the_demos_are_recipes(tmp_path, script, recipe, options):
+    """A demo's script with a Python that does nothing: the recipe that it starts, from the root of the checkout."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "python").write_text(
         f"""#!{sys.executable}
-import json, os, pathlib, sys
-if "--output_dir" not in sys.argv:
-    sys.exit(print("asked", *sys.argv[1:3]))
-out = pathlib.Path(sys.argv[-1])
-out.mkdir(parents=True, exist_ok=True)
-ends = json.loads(pathlib.Path("{tmp_path}/ends").read_text())
-text, status = ends.pop(0)
-pathlib.Path("{tmp_path}/ends").write_text(json.dumps(ends))
-print("trained", out.name)
-if text is not None:
-    (out / "run_state.json").write_text(text)
-sys.exit(status)
-"""
-    )
-    (tmp_path / "python").chmod(0o755)
-
-    def run(*ends) -> tuple[int, str, str]:
-        (tmp_path / "ends").write_text(json.dumps(ends))
-        code = f"""
-        use_environment() {{ :; }}; make_demo() {{ :; }}
-        read_demo_flags --output_dir {tmp_path}/out
-        run_demo one one.yaml two two.yaml
-        """
-        env = {**os.environ, "PYTHON": str(tmp_path / "python"), "NUM_PROCS": "1"}
-        done = subprocess.run(script(code), env=env, capture_output=True, text=True, timeout=300)
-        return done.returncode, done.stdout, done.stderr
-
-    return run
-
-
-def state(name: str, step: int = 1) -> str:
-    return json.dumps({"state": name, "step": step})
-
-
-def test_nothing_is_built_on_half_a_stage(tmp_path, demo):
-    stopped = "stopped before its end, and nothing after it was begun; the same command goes on"
-    assert demo((state("preempted"), 0)) == (0, f"trained one\n{tmp_path}/out/one: {stopped}\n", "")
-    # a launcher that was stopped itself says 1; the run has said what became of it
-    assert demo((state("preempted", 2), 1)) == (0, f"trained one\n{tmp_path}/out/one: {stopped}\n", "")
-    status, said, _ = demo((state("finished"), 0), (state("preempted"), 0))
-    assert (status, said) == (0, f"trained one\ntrained two\n{tmp_path}/out/two: {stopped}\n")
-    # what another run has left is not what this one says
-    assert demo((state("preempted"), 1))[:2] == (1, f"{tmp_path}/out/one: finished before\ntrained two\n")
-    assert demo((state("failed"), 1))[:2] == (1, f"{tmp_path}/out/one: finished before\ntrained two\n")
-    assert demo((state("running"), 137))[0] == 137
-    status, _, error = demo((state("running", 2), 0))
-    assert status == 2 and "run_state.json" in error and error.count("\n") == 1
-    status, said, _ = demo((state("finished"), 0))
-    assert "asked -m llava.eval.exact_match\nasked -m llava.eval.report" in said
-
-
-def test_a_stage_that_is_stopped_before_it_says_anything(tmp_path):
-    """A signal while the program is being loaded ends it; the stage has not failed."""
-    (tmp_path / "python").write_text(
-        f"#!{sys.executable}\nimport time\nopen('{tmp_path}/begun', 'w')\ntime.sleep(60)\n"
-    )
-    (tmp_path / "python").chmod(0o755)
-    env = {**os.environ, "PYTHON": str(tmp_path / "python"), "NUM_PROCS": "1"}
-    code = f"read_demo_flags --output_dir {tmp_path}/out; demo_stage one one.yaml; echo not reached"
-    with running(script(code), env=env) as process:
-        wait_for(tmp_path / "begun", process)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and "the same command goes on" in said and "not reached" not in said
-
-
-def test_qwen2_vls_demo(tmp_path):
-    """`scripts/finetune_qwen2_vl.sh` with a Python that does nothing: what is made, trained and asked, and in what."""
-    for name in ("scripts", "playground"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("demo", "__pycache__"))
-    (tmp_path / "python").write_text(
-        f"""#!{sys.executable}
-import pathlib, sys
+import os, sys
 if sys.argv[1] not in ("-c", "-"):
-    with open("{tmp_path}/asked", "a") as file:
-        print(*sys.argv[1:], file=file)
-for flag in ("--output", "--output_dir"):
-    if flag in sys.argv:
-        out = pathlib.Path(sys.argv[sys.argv.index(flag) + 1])
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "run_state.json").write_text('{{"state": "finished"}}')
+    print(os.getcwd(), os.environ["CUDA_VISIBLE_DEVICES"], *sys.argv[1:])
 """
     )
     (tmp_path / "python").chmod(0o755)
-    command = ["bash", tmp_path / "scripts/finetune_qwen2_vl.sh", "--output_dir", tmp_path / "out", "--max_steps", "2"]
-    env = {**os.environ, "PYTHON": str(tmp_path / "python"), "NUM_PROCS": "1", "SELECTIONS": "none budget:0.5"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    (tmp_path / "here").mkdir()
+    command = ["bash", tmp_path / f"scripts/{script}.sh", "--output_dir", "out", "--max_steps", "2"]
+    env = {**os.environ, "PYTHON": str(tmp_path / "python"), "SELECTIONS": "none budget:0.5", "EVAL_LIMIT": "9"}
+    env |= {"CUDA_VISIBLE_DEVICES": "3"}
+    done = subprocess.run(command, cwd=tmp_path / "here", env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    *made, first, second, asked, _ = (tmp_path / "asked").read_text().splitlines()
-    assert [line.split()[0] for line in made] == [f"playground/make_demo_{what}.py" for what in ("data", "model")]
-    train, out = f"{tmp_path}/llava/train/train_mem.py", f"{tmp_path}/out/qwen2_vl"
-    stage = "configs/train/demo_qwen2_vl"
-    assert first == f"{train} {stage}_pretrain.yaml --max_steps 2 --output_dir {out}_pretrain"
-    assert second == f"{train} {stage}.yaml --max_steps 2 --model_name_or_path {out}_pretrain --output_dir {out}"
-    assert asked.startswith(f"-m llava.eval.exact_match --model-path {out} ")
-    assert asked.endswith(" --blank-images --selections none budget:0.5")
+    flags = f"{options} --output_dir {tmp_path}/here/out --max_steps 2"
+    assert done.stdout == f"{tmp_path} 3 -m llava.train.recipe configs/recipes/{recipe}.yaml {flags}\n"

@@ -178,11 +178,16 @@ def test_a_training_conversation_asks_all_there_is():
 
 
 def test_captions_come_in_the_order_they_are_to_be_read(demo):
+    """Layouts, then statements among them, more and more: their share never jumps."""
     texts = [record["conversations"][1]["value"] for record in read(demo, "pretrain")]
     canvases = 180
-    layouts = canvases * data.LAYOUT_ROUNDS
-    assert len(texts) == canvases * (data.LAYOUT_ROUNDS + data.STATEMENT_ROUNDS)
-    assert all(": " in text for text in texts[:layouts]) and not any(": " in text for text in texts[layouts:])
+    assert len(texts) == canvases * data.CAPTION_ROUNDS
+    stated = np.array([": " not in text for text in texts])
+    first, last = (int(share * len(texts)) for share in data.MIXED)
+    assert not stated[:first].any() and stated[last + 1 :].all()
+    ramp = np.linspace(0, 1, last - first)
+    for part in np.array_split(np.arange(last - first), 6):
+        assert abs(stated[first:last][part].mean() - ramp[part].mean()) < 0.2
     names = [record["image"] for record in read(demo, "pretrain")]
     assert sorted(names[:canvases]) == sorted(set(names)) and names[:canvases] != names[canvases : 2 * canvases]
 
