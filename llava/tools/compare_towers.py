@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava.errors import report_errors
+from llava.errors import report_errors, report_interrupts
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @report_errors
+@report_interrupts
 def main(argv: list[str] | None = None) -> None:
     args, words = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
 
