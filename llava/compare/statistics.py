@@ -17,8 +17,8 @@ Communications in Statistics B 24 (1995), p. 285; Owen, "The pigeonhole bootstra
 (2007), p. 386; Cameron, Gelbach and Miller, Journal of Business and Economic Statistics 29 (2011), p. 238.
 
 Why no percentile bootstrap: resampled seeds vary only (S - 1) / S times as much as seeds do, and percentiles know no
-degrees of freedom; over 2 seeds its 95% intervals held the truth in 84% of simulated studies. The jackknife resamples seeds
-and images as well, is free of that fault, and gives the same numbers each time.
+degrees of freedom; over 2 seeds its 95% intervals held the truth in 84% of simulated studies. The jackknife resamples
+seeds and images as well, is free of that fault, and gives the same numbers each time.
 
 How good it is, in 1,000 simulated comparisons per case (scripts/long_tests/test_comparison_coverage.py prints the
 table): 2 to 10 seeds, 100 to 1,400 questions. Intervals of a difference hold the truth in 93 to 97% of the cases. What
