@@ -28,7 +28,7 @@ is marked in less than 5%. What is outside:
 - two seeds and little or no seed noise: 97 to 98%, since that there is none cannot be seen in two seeds
 - accuracies above 0.9 with fewer than 1,000 questions: up to 99%, since rare faults are few to tell a variance by
 - two towers whose seeds' standard deviations differ threefold or more, with two seeds: below 93%
-- a tower's own mean, with two seeds and mostly seed noise: 89 to 94%
+- a tower's own mean: 89 to 94% with two seeds and mostly seed noise, 87 to 96% above 0.9 with 100 questions
 - a tower that fails with some seeds only: no interval over a few seeds can know of what did not happen in them
 """
 
