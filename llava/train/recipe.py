@@ -111,7 +111,7 @@ class RecipeRun:
         """All that is not done yet. Raises: Stopped, LlavaError."""
         if self.start is not None:
             self.forget(self.start)
-        todo = list(self.unfinished())
+        todo = self.unfinished()
         if not todo and self.until is None and self.is_evaluated():
             found = "; ".join(summary(self.recipe, self.out))
             print(f"{self.out}: {self.recipe.name} is finished ({found}); run with --overwrite to train it again")
@@ -124,32 +124,36 @@ class RecipeRun:
         for plan in self.plans:
             if plan in todo:
                 self.train(plan)
-            else:
+            elif read_state_of(plan.folder) == "finished":
                 print(f"{plan.folder}: finished before", flush=True)
             if plan.stage.name == self.until:
                 return
         if self.first:
             self.evaluate()
 
-    def unfinished(self) -> Iterator[StagePlan]:
-        """The stages to train; those that are finished must be what these settings ask for."""
-        behind = False  # a stage before is to be trained: what was built on an earlier one is no longer wanted
-        for plan in self.plans:
-            entry = self.state.stages[plan.stage.name]
-            if not behind and (read_state_of(plan.folder)) == "finished":
+    def unfinished(self) -> list[StagePlan]:
+        """The stages to train: a stage that is finished needs no other one any more.
+
+        Raises:
+            LlavaError: a finished stage had other settings.
+        """
+        names = [plan.stage.name for plan in self.plans]
+        plans = self.plans[: names.index(self.until) + 1] if self.until else self.plans
+        sources = {plan.stage.source for plan in plans}
+        wanted, todo = {plan.stage.name for plan in plans} - sources, []
+        for plan in reversed(plans):
+            if read_state_of(plan.folder) == "finished":
+                entry = self.state.stages[plan.stage.name]
                 if changed := plan.changed(entry.get("settings")):
                     raise LlavaError(
                         f"{plan.folder}: is finished, with other settings ({changed}); expected the same, or --from "
                         f"{plan.stage.name} to train this stage and what follows anew, or --overwrite for all"
                     )
                 entry |= {"status": "finished", "settings": plan.settings}
-            else:
-                if behind and self.first and read_state_of(plan.folder) == "finished":
-                    remove(plan.folder)
-                behind = True
-                yield plan
-            if plan.stage.name == self.until:
-                return
+            elif plan.stage.name in wanted:
+                todo.insert(0, plan)
+                wanted.add(plan.stage.source)
+        return todo
 
     def forget(self, start: str) -> None:
         """Remove what `start` and all after it have left. Raises: LlavaError: a stage before it is not finished."""
@@ -197,6 +201,8 @@ class RecipeRun:
         if state == "failed":
             why = "" if status else f"error: {plan.folder}: the stage ended without a word of its end in run_state.json"
             raise Stopped(why, status or 2)
+        for evaluation in self.state.evaluations.values():
+            evaluation["fingerprint"] = None  # of another model
 
     # --- after the stages ---------------------------------------------------------------------------------------------
 

@@ -29,10 +29,10 @@ def row(studies: int, seeds: int, questions: int, accuracy: float, uneven: float
 
 
 def bounds(seeds: int, questions: int, accuracy: float, ratio: float) -> tuple[float, float]:
-    """The few faults that 100 questions of an accuracy of 0.93 show make intervals too long rather than too short."""
-    few_faults = questions * (1 - accuracy) < 10
-    hardly_noisy = seeds <= 3 and ratio <= 0.1
-    return 0.93, 1.0 if few_faults else 0.985 if hardly_noisy else 0.98
+    """Rare faults and two seeds without noise make intervals too long rather than too short."""
+    rare_faults = accuracy > 0.9 and questions < 1000
+    hardly_noisy = seeds == 2 and ratio <= 0.1
+    return 0.93, 1.0 if rare_faults else 0.985 if hardly_noisy else 0.98  # 0.97, and 1,000 studies' own chance
 
 
 @pytest.mark.parametrize("accuracy", ACCURACIES)

@@ -6,6 +6,7 @@ The training runs of most tests are a program that does nothing but say how it e
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,19 @@ def test_from_and_until(alone):
     assert alone.run("--prepared", "--until", "two")[1] == f"{alone.out}/one: finished before\ntrained two\n"
     status, _, error = alone.run("--prepared", "--until", "four")
     assert status == 2 and "expected one of one, two, three" in error
+
+
+def test_what_is_built_on_is_needed_no_more(alone, monkeypatch):
+    """A first stage that was removed is not trained again for a second one that is finished, which is never lost."""
+    monkeypatch.setattr(recipe.RecipeRun, "check", lambda self, plan: None)
+    alone.recipe["stages"].append({"name": "two", "config": f"{alone.folder}/two.yaml", "from": "one"})
+    assert alone.run("--prepared")[0] == 0
+    shutil.rmtree(alone.out / "one")
+    assert alone.run("--prepared")[0] == 0 and not alone.launched
+    assert alone.run("--prepared", "--until", "one")[0] == 0 and len(alone.launched) == 1
+    (alone.out / "one/run_state.json").write_text(state("preempted"))
+    shutil.rmtree(alone.out / "two")
+    assert alone.run("--prepared")[0] == 0 and len(alone.launched) == 2
 
 
 def test_a_folder_of_another_recipe(alone):
