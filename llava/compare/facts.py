@@ -112,7 +112,8 @@ def _resolved(comparison: Comparison, run: Run, facts: Facts) -> dict:
             check_settings(resolved)
         except LlavaError as error:
             raise LlavaError(f"{where}: {error}") from None
-        said = [f"{plan.stage.name}: {notice}" for notice in resolved.notices if "not on this machine" in notice]
+        told = [notice for notice in resolved.notices if "not on this machine" in notice and run.name not in notice]
+        said = [f"{plan.stage.name}: {notice}" for notice in told]  # what a stage before will leave is no news
         facts.notices += [line for line in said if line not in facts.notices]
     return found
 

@@ -92,7 +92,8 @@ def _passed(stage: Stage, before: StagePlan) -> tuple[list[str], list[str]]:
     """Flags with which a stage takes up what another has left, and flags that stand for them before that is there."""
     base = ["--model_name_or_path", _value(before.check_argv, "model_name_or_path")]
     if stage.passes == "projector":
-        return ["--pretrain_mm_mlp_adapter", str(before.folder)], []
+        projector = ["--pretrain_mm_mlp_adapter", str(before.folder)]
+        return projector, projector
     if stage.passes == "lora":
         return [*base, "--lora_weight_path", str(before.folder)], base
     return ["--model_name_or_path", str(before.folder)], base
