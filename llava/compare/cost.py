@@ -155,7 +155,7 @@ class _Entry:
 
     def _alone(self, unit, measure, kept: bool, what: str) -> bool:
         """Run `measure` with the unit on the device; whether it could be. No other is there meanwhile."""
-        with self._told(what), contextlib.redirect_stdout(sys.stderr):
+        with self._told(what):
             unit.load()
             measure()
             unit.rest() if kept else unit.drop()
@@ -273,8 +273,11 @@ def main(argv: list[str] | None = None) -> None:
     # one device: of several a trainer in one process would take all
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
+    from transformers.utils import logging
+
     from llava.train.checkpoints import write_json
 
+    logging.disable_progress_bar()  # of each loading, among the turns of this one
     costs, notes = measure(subjects, rounds=rounds)
     Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(args.output), {"schema": 1, "host": platform.node(), "notes": notes, "costs": costs})
