@@ -98,18 +98,25 @@ class Asking:
 
     def gflops(self) -> tuple[float, bool]:
         """(1e9 operations of the vision encoder for one image, whether the image is of the encoder's own size); one
-        without such a size has those of the pictures on average. After `facts`.
+        without such a size has those of the pictures on average, one that chooses patches those of the chosen ones.
+        After `facts`.
 
         Raises:
             LlavaError: they cannot be counted.
         """
         from llava.train.flops import encoder_flops
 
-        found = self.inference.family.image_flops(self.inference.loaded)
-        if found is not None:
-            return found / 1e9, True
-        patches = [patches for patches, _ in self._counts]
-        return encoder_flops(self.inference.model.config, patches) / len(patches) / 1e9, False
+        family, loaded, config = self.inference.family, self.inference.loaded, self.inference.model.config
+        found, patches = family.image_flops(loaded), [patches for patches, _ in self._counts]
+        if found is None:
+            return encoder_flops(config, patches) / len(patches) / 1e9, False
+        choice = family.patch_choice(loaded)
+        if choice is not None:  # counted with all patches: of these the pictures keep some
+            family.choose_patches(loaded, None)
+            every = [patches for question in self.questions for patches, _ in self._tokens(question)]
+            family.choose_patches(loaded, choice)
+            found *= encoder_flops(config, patches) / encoder_flops(config, every)
+        return found / 1e9, True
 
     @staticmethod
     def _pictures(question) -> list:

@@ -118,7 +118,7 @@ def test_questions_of_the_training_data(llava, tmp_path):
 
 
 def test_a_tower_that_chooses_patches(adaptive, tmp_path):
-    """Its tokens depend on the pictures and on the choice; its operations are those of all patches."""
+    """Its tokens and operations depend on the pictures and on the choice."""
     one = subject(adaptive, tmp_path / "out")
     every = Subject(one.model, one.argv, one.data_path, one.image_folder, selection="none")
     found, _ = measure({"v1": one, "all": every}, rounds=1)
@@ -128,7 +128,9 @@ def test_a_tower_that_chooses_patches(adaptive, tmp_path):
     inference.family.choose_patches(inference.loaded, None)
     whole = [merged_tokens(inference, inputs) for inputs in prepared(adaptive, inference)]
     assert found["all"]["visual_tokens"] == statistics.fmean(whole) > statistics.fmean(merged)
-    assert found["v1"]["tower_gflops"] == found["all"]["tower_gflops"] > 0
+    share = statistics.fmean(merged) / statistics.fmean(whole)
+    # layers take as many times fewer operations, attention fewer still
+    assert share**2 < found["v1"]["tower_gflops"] / found["all"]["tower_gflops"] <= share < 1
     assert found["v1"]["train_samples_per_s"] is not None
 
 
