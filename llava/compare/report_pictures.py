@@ -247,10 +247,14 @@ def kind_panel(axes, results: dict, towers: list[dict], evaluation: str, kind: s
                 look = {"marker": "o", "markerfacecolor": "white"} if mark == "blank" else {"marker": "|"}
                 axes.plot(known[-1], place, color=_FAINT, markersize=5 if mark == "blank" else 9, zorder=2, **look)
                 marks.add(mark)
-    low, high = min(known, default=0), max(known, default=1)
-    room = (high - low) or abs(high) or 1
-    axes.set_xlim(low - 0.1 * room, high + 0.45 * room)
-    axes.locator_params(axis="x", nbins=4)
+    if shown.sign == "%":  # one scale for all kinds
+        axes.set_xlim(-8, 145)
+        axes.set_xticks((0, 50, 100))
+    else:
+        low, high = min(known, default=0), max(known, default=1)
+        room = (high - low) or abs(high) or 1
+        axes.set_xlim(low - 0.1 * room, high + 0.45 * room)
+        axes.locator_params(axis="x", nbins=4)
     axes.set_yticks(range(len(towers)), [short(tower["name"]) for tower in towers])
     axes.set_ylim(len(towers) - 0.5, -0.5)
     for label in axes.get_yticklabels():
