@@ -55,9 +55,10 @@ def _work(args, words: list[str], comparison: Comparison, out: Path, program) ->
     if args.collect:
         plan = driver.make_plan(comparison, out, written=True)
         driver.select(plan, args.only)
-        if not (out / record.STATE).is_file():
+        if (out / record.STATE).is_file():
+            record.check_folder(out, comparison.name, [], plan.common)
+        elif not (out / "runs").is_dir():
             raise LlavaError(f"--collect: {out} holds no comparison, expected one that was begun")
-        record.check_folder(out, comparison.name, [], plan.common)
         return _report(args, plan)
     record.check_name(out, comparison.name)
     prepare(comparison.recipe, comparison.seeds[0])

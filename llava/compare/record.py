@@ -36,9 +36,24 @@ def tell(run: Run, status: str, error: str | None = None, seconds: float = 0.0) 
 def status_of(run: Run) -> tuple[str, str | None]:
     """(finished, failed, preempted or missing; why it failed) of a run as it is asked for now."""
     told = read_json(run.folder / FILE)
+    if not told:
+        return _status_by_hand(run)
     if told.get("asked") != asked(run):
         return "missing", None
     return told.get("status", "missing"), told.get("error")
+
+
+def _status_by_hand(run: Run) -> tuple[str, str | None]:
+    """The same of a run that its command alone has made, as `--dry-run` lists it: what its recipe.json says."""
+    state = read_recipe_state(run.folder) or {}
+    before = {one.get("name"): one.get("settings") for one in state.get("stages", ())}
+    parts = [*state.get("stages", ()), *state.get("evaluations", ())]
+    if not parts or any(plan.changed(before.get(plan.stage.name)) for plan in run.stages):
+        return "missing", None
+    failed = next((one for one in parts if one.get("status") == "failed"), None)
+    if failed is not None:
+        return "failed", f"{failed.get('name')}: {failed.get('last_line')}"
+    return ("finished" if all(one.get("status") == "finished" for one in parts) else "missing"), None
 
 
 def check_name(out: Path, name: str) -> dict:

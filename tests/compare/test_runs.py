@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,26 @@ def go(plan, count=1, only=None):
 
 def statuses(plan) -> list[str]:
     return [record.status_of(run)[0] for run in plan.runs]
+
+
+def test_runs_by_hand_count_too(small, made):
+    """Run as `--dry-run` lists them, somewhere else, and put in their folders."""
+    plan = made([small.tower("clip"), small.tower("siglip", "siglip")], {"siglip/seed_1": {"fail": "finetune"}})
+    go(plan)
+    told = [record.status_of(run) for run in plan.runs]
+    for run in plan.runs:
+        (run.folder / record.FILE).unlink()
+    assert [record.status_of(run) for run in plan.runs] == told and told[3][0] == "failed"
+    # of another training, as its recipe.json has it
+    file = plan.runs[0].folder / "recipe.json"
+    state = json.loads(file.read_text())
+    state["stages"][0]["settings"] = plan.runs[0].stages[0].settings | {"max_steps": 9}
+    file.write_text(json.dumps(state))
+    state["stages"][1]["settings"] = plan.runs[1].stages[1].settings
+    (plan.runs[1].folder / "recipe.json").write_text(json.dumps(state | {"stages": state["stages"][1:]}))
+    assert statuses(plan) == ["missing", "finished", "finished", "failed"]
+    shutil.rmtree(plan.runs[2].folder)
+    assert statuses(plan)[2] == "missing"
 
 
 def test_each_run_is_a_recipe_run_in_its_own_folder(small, made, monkeypatch):
