@@ -36,4 +36,4 @@ if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     exit
 fi
 
-demo_recipe demo ${EVAL_LIMIT:+--heldout.limit "$EVAL_LIMIT"} "$@"
+demo_recipe demo "$@"

@@ -33,7 +33,7 @@ done
 tell_recipe() {
     kill -s "$1" "$2"
 }
-supervise tell_recipe demo_recipe demo_lora ${EVAL_LIMIT:+--heldout.limit "$EVAL_LIMIT"} "$@"
+supervise tell_recipe demo_recipe demo_lora "$@"
 cd "$ROOT"
 if [[ "$(state_of "$out/lora")" != finished ]]; then
     exit # told to stop; the recipe has said so

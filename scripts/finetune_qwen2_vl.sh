@@ -22,4 +22,4 @@ if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     exec bash "$ROOT/scripts/finetune.sh" "$@"
 fi
 # shellcheck disable=SC2086 # several words
-demo_recipe demo_qwen2_vl ${SELECTIONS:+--heldout.selections $SELECTIONS} ${EVAL_LIMIT:+--heldout.limit "$EVAL_LIMIT"} "$@"
+demo_recipe demo_qwen2_vl ${SELECTIONS:+--heldout.selections $SELECTIONS} "$@"

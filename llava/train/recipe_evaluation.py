@@ -37,6 +37,7 @@ def command(one: Evaluation, args: dict, last: StagePlan, file: Path) -> tuple[l
         shutil.rmtree(_lmms_folder(file), ignore_errors=True)
         return [*words, *logged, "--output_path", str(_lmms_folder(file))], {"PYTHON": os.environ.get("PYTHON", "")}
     given = {"data_path": one.data_path, "image_folder": one.image_folder, "blank_images": one.blank_images} | args
+    given |= {"limit": os.environ["EVAL_LIMIT"]} if os.environ.get("EVAL_LIMIT") and "limit" not in given else {}
     given = ({"vision_tower": own[0]} if own else {}) | ({"model_base": base} if base else {}) | given
     words = [sys.executable, "-m", "llava.eval.exact_match", "--model-path", str(last.folder)]
     return [*words, *_options(given, "-"), "--output", str(file)], {}

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from tests import tiny
+from tests.support.forks import hear_all
 
 STUB = Path(__file__).with_name("stub_recipe.py")
 TRAIN = """tower: {folder}/clip.yaml
@@ -70,7 +71,8 @@ def start(words: list, behave: dict | None = None) -> subprocess.Popen:
     """The command in a process of its own; with `behave` each run is `stub_recipe.py`, which behaves so."""
     env = dict(os.environ) | ({} if behave is None else {"STUB_RECIPE": json.dumps(behave)})
     command = [sys.executable, "-m", "tests.compare.small", *map(str, words)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, preexec_fn=hear_all, **pipes)  # a background job may ignore Ctrl-C
 
 
 def main(words: list[str]) -> int:

@@ -159,9 +159,9 @@ def test_no_state_at_all_is_no_end(tmp_path):
 @pytest.mark.parametrize(
     ("script", "recipe", "options"),
     [
-        ("finetune", "demo", "--heldout.limit 9"),
-        ("pretrain", "demo", "--until pretrain"),
-        ("finetune_qwen2_vl", "demo_qwen2_vl", "--heldout.selections none budget:0.5 --heldout.limit 9"),
+        ("finetune", "demo", ""),
+        ("pretrain", "demo", "--until pretrain "),
+        ("finetune_qwen2_vl", "demo_qwen2_vl", "--heldout.selections none budget:0.5 "),
     ],
 )
 def test_the_demos_are_recipes(tmp_path, script, recipe, options):
@@ -177,9 +177,9 @@ if sys.argv[1] not in ("-c", "-"):
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "here").mkdir()
     command = ["bash", tmp_path / f"scripts/{script}.sh", "--output_dir", "out", "--max_steps", "2"]
-    env = {**os.environ, "PYTHON": str(tmp_path / "python"), "SELECTIONS": "none budget:0.5", "EVAL_LIMIT": "9"}
+    env = {**os.environ, "PYTHON": str(tmp_path / "python"), "SELECTIONS": "none budget:0.5"}
     env |= {"CUDA_VISIBLE_DEVICES": "3"}
     done = subprocess.run(command, cwd=tmp_path / "here", env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    flags = f"{options} --output_dir {tmp_path}/here/out --max_steps 2"
+    flags = f"{options}--output_dir {tmp_path}/here/out --max_steps 2"
     assert done.stdout == f"{tmp_path} 3 -m llava.train.recipe configs/recipes/{recipe}.yaml {flags}\n"

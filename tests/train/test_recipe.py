@@ -434,7 +434,7 @@ def plan_of(bench, **run):
     return plan
 
 
-def test_the_command_of_an_exact_match(bench):
+def test_the_command_of_an_exact_match(bench, monkeypatch):
     plan = plan_of(bench)
     (plan.folder / "model-00001-of-00002.safetensors").touch()
     args = {"selections": ["none", "v1"], "limit": 5, "trust_remote_code": False}
@@ -446,6 +446,11 @@ def test_the_command_of_an_exact_match(bench):
         said == f"-m llava.eval.exact_match --model-path {plan.folder} {expected} --output {bench.out}/eval_held.json"
     )
     assert words[0] == sys.executable and env == {}
+    monkeypatch.setenv("EVAL_LIMIT", "7")  # where nothing else says it
+    words, _ = command(Evaluation("held", "exact_match", "q.json"), {}, plan, bench.out / "eval_held.json")
+    assert words[words.index("--limit") + 1] == "7"
+    words, _ = command(one, {}, plan, bench.out / "eval_held.json")
+    assert words[words.index("--limit") + 1] == "5"
 
 
 @pytest.mark.parametrize("lora", [True, False])
