@@ -145,7 +145,7 @@ def _file_hash(path: str, *_) -> str:
 
 def is_whole(folder: Path) -> bool:
     """A stage's folder is there, finished, and the run's own."""
-    from llava.train.recipe import read_state_of
+    from llava.train.stage_end import read_state_of
 
     return not folder.is_symlink() and read_state_of(folder) == "finished"
 

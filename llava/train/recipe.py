@@ -24,6 +24,7 @@ from llava.train.recipe_file import Evaluation, Overrides, Recipe, Stage, read_r
 from llava.train.recipe_settings import StagePlan, digest, plan_stages
 from llava.train.recipe_state import RecipeState, read_recipe_state
 from llava.train.run_state import Lock, RunState, read_state
+from llava.train.stage_end import how_it_ended, read_state_of, state_text, wait_for_end
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +184,7 @@ class RecipeRun:
     def train(self, plan: StagePlan) -> None:
         entry = self.state.stages[plan.stage.name]
         words = ["bash", str(ROOT / "scripts/launch.sh"), *plan.argv]
-        before, begun, spent = _state_text(plan.folder), time.monotonic(), entry["seconds"] or 0.0
+        before, begun, spent = state_text(plan.folder), time.monotonic(), entry["seconds"] or 0.0
         self.state.tell(entry, status="running", command=" ".join(words), last_line=None, settings=plan.settings)
         env = {"PYTHON": sys.executable, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
         status, came, last = run_child(words, env)
@@ -191,7 +192,7 @@ class RecipeRun:
             wait_for_end(plan.folder)
         state = how_it_ended(plan.folder, before, status, bool(came))
         told = read_state(plan.folder) or {}
-        steps = told.get("step") if state != "failed" or _state_text(plan.folder) != before else None
+        steps = told.get("step") if state != "failed" or state_text(plan.folder) != before else None
         seconds = round(spent + time.monotonic() - begun, 1)
         message = last if state != "failed" else (told.get("message") if steps is not None else None) or last
         self.state.tell(entry, status=state, seconds=seconds, steps=steps, last_line=message)
@@ -246,43 +247,6 @@ class RecipeRun:
         return digest(
             [vars(one) | {"args": one.args | self.overrides.evaluation(one.name)}, self.plans[-1].fingerprint]
         )
-
-
-def read_state_of(folder: Path) -> str:
-    """running, finished, preempted or failed, as a run's folder says; `unknown` where it says nothing. A folder of an
-    earlier version has no run_state.json, and a trainer_state.json where its run has finished."""
-    state = read_state(folder)
-    if state is not None:
-        return state["state"]
-    old = folder / "trainer_state.json"
-    whole = old.is_file() and old.stat().st_size > 0 and not (folder / "run_state.json").exists()
-    return "finished" if whole else "unknown"
-
-
-def _state_text(folder: Path) -> str:
-    try:
-        return (folder / "run_state.json").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def wait_for_end(folder: Path, seconds: float = 60) -> None:
-    """Until the first machine has said how the run ended: network file systems show it late."""
-    end = time.monotonic() + seconds
-    while read_state_of(folder) == "running" and time.monotonic() < end:
-        time.sleep(0.5)
-
-
-def how_it_ended(folder: Path, before: str, status: int, stopped: bool) -> str:
-    """finished, preempted or failed, of a run that was started when its run_state.json said `before` and has ended with
-    an exit status. What counts is what the run says; one that ended before it said anything was stopped where this
-    program was told to stop."""
-    state = read_state_of(folder)
-    if status and _state_text(folder) == before:
-        state = "unknown"  # what is said there is of an earlier run
-    if state in ("finished", "preempted", "failed"):
-        return state
-    return "preempted" if stopped else "failed"
 
 
 def remove(folder: Path) -> None:
