@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .varlen_attention import autocast_dtype, pack_lengths, varlen_attention
+from .varlen_attention import autocast_dtype, pack_lengths, traced_attention, varlen_attention
 
 # attn_implementation -> backend of `varlen_attention`
 ATTENTION_BACKENDS = {"varlen": None, "sdpa": "torch", "flash_attention_2": "flash_attn", "eager": "reference"}
@@ -43,6 +43,12 @@ class TracedLengths(NamedTuple):
 def describe_lengths(lengths, device) -> tuple[torch.Tensor | None, int | None]:
     """(`cu_seqlens`, `max_seqlen`) as `varlen_attention` takes them."""
     return tuple(lengths) if isinstance(lengths, TracedLengths) else pack_lengths(lengths, device)
+
+
+def is_traced(cu_seqlens, max_seqlen) -> bool:
+    """Whether lengths are those of a graph. A block that is compiled by itself has them from the host: cut at its
+    attention, it need not compute that anew in the backward pass."""
+    return torch.compiler.is_compiling() and (cu_seqlens is None or max_seqlen is None)
 
 
 def build_norm(config) -> nn.Module:
@@ -136,7 +142,8 @@ class Attention(nn.Module):
 
     def forward(self, x_ND, rotary, cu_seqlens, max_seqlen):
         q, k, v = self.project(x_ND, rotary)
-        out_NHE = varlen_attention(
+        attend = traced_attention if is_traced(cu_seqlens, max_seqlen) else varlen_attention
+        out_NHE = attend(
             q,
             k,
             v,
@@ -286,7 +293,8 @@ class ProbeAttention(nn.Module):
         width, heads = x_ND.shape[-1], self.config.num_attention_heads
         q_D = F.linear(probe_D, self.in_proj_weight[:width], self.in_proj_bias[:width])
         k, v = F.linear(x_ND, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
-        out_SHE = varlen_attention(
+        attend = traced_attention if is_traced(cu_seqlens, max_seqlen) else varlen_attention
+        out_SHE = attend(
             q_D.unflatten(0, (heads, -1)).repeat(samples, 1, 1),
             k.unflatten(-1, (heads, -1)),
             v.unflatten(-1, (heads, -1)),

@@ -19,15 +19,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .varlen_backends import BACKENDS, Rule, attend_equal, flash_attn_loads, usable_backends
+from .varlen_backends import BACKENDS, flash_attn_loads, usable_backends
 from .varlen_lengths import host_copy, pack_lengths
-from .varlen_op import attend, autocast_dtype, check_arguments, equal_segments
+from .varlen_op import attend, autocast_dtype, equal_segments, prepare, traced_attention
 
 __all__ = [
     "BACKENDS",
     "autocast_dtype",
     "flash_attn_loads",
     "pack_lengths",
+    "traced_attention",
     "usable_backends",
     "varlen_attention",
     "varlen_attention_forward",
@@ -38,6 +39,7 @@ __all__ = [
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # it works with lengths on the host; a compiled block is cut here once rather than many times
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -56,16 +58,12 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Attention within each segment of a packed sequence, differentiable.
 
-    In a graph that `torch.compile` or `torch.export` traces it is one operator if the host does not know the lengths
-    (`max_seqlen` None), plain batched attention if all segments are equally long (`cu_seqlens` None), and where the
-    host does know them a graph break, since kernels then need not be run twice for a backward pass.
-
     Args:
         q: [Nq, H, E].
         k, v: [Nk, G, E]; H must be a multiple of G (grouped-query attention).
         cu_seqlens: [S + 1] integers, where the segments of q begin and the last one ends; None: all segments of q have
             `max_seqlen` tokens.
-        max_seqlen: longest segment of q; None: read from `cu_seqlens`.
+        max_seqlen: longest segment of q; None: as `cu_seqlens` says.
         cu_seqlens_k, max_seqlen_k: the same for k and v where their lengths differ from q's.
         causal: a query sees the keys up to its own place; the last query of a segment sees all of the segment's keys.
         scale: factor on q k; None: E ** -0.5.
@@ -80,34 +78,14 @@ def varlen_attention(
     Raises:
         ValueError: shapes or lengths that do not fit together, an empty segment, a backend that cannot run here.
     """
-    check_arguments(q, k, v, causal, window, softcap)
-    if autocast_dtype(q) is not None:
-        q, k, v = (x.to(autocast_dtype(q)) for x in (q, k, v))
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype")
+    q, k, v = prepare(q, k, v, causal, window, softcap)
+    if cu_seqlens is None:
+        if cu_seqlens_k is None and max_seqlen_k is not None:
+            cu_seqlens_k, max_seqlen_k = equal_segments(k, max_seqlen_k)
+        cu_seqlens, max_seqlen = equal_segments(q, max_seqlen)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     lengths = cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k
-    if torch.compiler.is_compiling():
-        if cu_seqlens is None and cu_seqlens_k is None:
-            rule = Rule(causal, scale, dropout_p, window, softcap)
-            return attend_equal(q, k, v, max_seqlen, max_seqlen_k or max_seqlen, rule, backend)
-        if max_seqlen is None or (cu_seqlens_k is not None and max_seqlen_k is None):
-            # a graph holds no random state of the operator's, whose backward pass must drop the same weights
-            seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else None
-            return torch.ops.llavavit.varlen_attention(
-                q, k, v, *lengths, causal, scale, dropout_p, seed, window, softcap, backend
-            )
-    return _attend_on_host(q, k, v, *lengths, causal, scale, dropout_p, window, softcap, backend)
-
-
-@torch.compiler.disable  # it works with lengths on the host; a compiled block is cut here once rather than many times
-def _attend_on_host(q, k, v, cu_q, max_q, cu_k, max_k, *rule):
-    if cu_q is None:
-        cu_q, equal_q = equal_segments(q, max_q)
-        if cu_k is None and max_k is not None:
-            cu_k, max_k = equal_segments(k, max_k)
-        max_q = equal_q
-    return attend(q, k, v, cu_q, max_q, cu_k, max_k, *rule)
+    return attend(q, k, v, *lengths, causal, scale, dropout_p, window, softcap, backend)
 
 
 # --- as an attention of transformers' language models -----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`varlen_attention` on tensors whose lengths the host knows, and the operator that stands for it in traced graphs.
+"""What `varlen_attention` does once the lengths are known, and what stands for it in traced graphs.
 
 Shapes as in `varlen_attention`. `torch.ops.llavavit.varlen_attention` is opaque to `torch.compile` and `torch.export`:
 only when it runs are the lengths read, so that one graph serves any number of tokens and segments.
@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .varlen_backends import BACKENDS, Rule, choose_backend, log_once
+from .varlen_backends import BACKENDS, Rule, attend_equal, choose_backend, log_once
 from .varlen_lengths import HostCopy, host_copy, pack_lengths
 
 
@@ -26,8 +26,12 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 # --- on the host ------------------------------------------------------------------------------------------------------
 
 
-def check_arguments(q, k, v, causal: bool, window: int | None, softcap: float | None) -> None:
-    """Refuse shapes and rules that do not fit together."""
+def prepare(q, k, v, causal: bool, window: int | None, softcap: float | None):
+    """q, k and v in the one dtype that they are worked with.
+
+    Raises:
+        ValueError: shapes, dtypes and rules that do not fit together.
+    """
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q, k, v: found shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, expected [Nq, H, E] and "
@@ -39,6 +43,11 @@ def check_arguments(q, k, v, causal: bool, window: int | None, softcap: float | 
         raise ValueError(f"window: found {window}, expected at least 1: a query sees itself")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: found {softcap}, expected a positive number or None")
+    if autocast_dtype(q) is not None:
+        q, k, v = (x.to(autocast_dtype(q)) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype")
+    return q, k, v
 
 
 def _check_total(host: HostCopy, tokens: torch.Tensor, max_seqlen: int | None, cu_name: str, name: str) -> None:
@@ -77,6 +86,43 @@ def attend(q, k, v, cu_q, max_q, cu_k, max_k, causal, scale, dropout_p, window, 
     log_once(chosen, q.device.type, q.dtype)
     cu_q, cu_k = (cu.to(device=q.device, dtype=torch.int32) for cu in (cu_q, cu_k))
     return BACKENDS[chosen](q, k, v, host_q, host_k, cu_q, cu_k, rule)
+
+
+# --- in a traced graph ------------------------------------------------------------------------------------------------
+
+
+def traced_attention(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    max_seqlen,
+    *,
+    cu_seqlens_k=None,
+    max_seqlen_k=None,
+    causal=False,
+    scale=None,
+    dropout_p=0.0,
+    window=None,
+    softcap=None,
+    backend=None,
+):
+    """`varlen_attention` in a graph that `torch.compile` or `torch.export` traces, without a break.
+
+    Segments of equal length (`cu_seqlens` None) are plain batched attention. Others are one operator, which runs the
+    same backends; its backward pass computes the attention anew, where `varlen_attention` keeps what it needs.
+    """
+    q, k, v = prepare(q, k, v, causal, window, softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cu_seqlens is None and cu_seqlens_k is None:
+        keys = max_seqlen if max_seqlen_k is None else max_seqlen_k
+        return attend_equal(q, k, v, max_seqlen, keys, Rule(causal, scale, dropout_p, window, softcap), backend)
+    # the operator has no random state of its own, and its backward pass must drop the same weights
+    seed = torch.randint(2**62, (1,), device="cpu") if dropout_p else None
+    lengths = cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k
+    return torch.ops.llavavit.varlen_attention(
+        q, k, v, *lengths, causal, scale, dropout_p, seed, window, softcap, backend
+    )
 
 
 # --- the operator -----------------------------------------------------------------------------------------------------
