@@ -60,8 +60,6 @@ def as_indices(indices, batch: int, widths: tuple[int, ...], device) -> torch.Te
         ValueError: any other shape, dtype or device; truth values in a traced graph, where K must be known.
     """
     indices = _as_tensor(indices, "visible_indices", device)
-    if indices.is_floating_point() or indices.is_complex():
-        raise ValueError(f"visible_indices: found {indices.dtype}, expected integers or truth values")
     if indices.ndim == 1:
         indices = indices.expand(batch, -1)
     is_mask = indices.dtype == torch.bool
@@ -69,6 +67,8 @@ def as_indices(indices, batch: int, widths: tuple[int, ...], device) -> torch.Te
     if wrong or (indices.shape[1] not in widths if is_mask else indices.shape[1] == 0):
         expected = f"[{batch}, {widths[0]}] of truth values" if is_mask else f"[{batch}, K] with K > 0"
         raise ValueError(f"visible_indices: found shape {tuple(indices.shape)}, expected {expected}")
+    if not is_mask and not _is_integer(indices):
+        raise ValueError(f"visible_indices: found {indices.dtype}, expected integers or truth values")
     return _where_true(indices) if is_mask else indices.long()
 
 
