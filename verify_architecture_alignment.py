@@ -1,6 +1,6 @@
 """`scripts/verify_architecture_alignment.py` under its published place: same flags, same exit status.
 
-    python verify_architecture_alignment.py [--verbose] [--hub-dir D] [--config C]
+python verify_architecture_alignment.py [--verbose] [--hub-dir D] [--config C]
 """
 
 import runpy

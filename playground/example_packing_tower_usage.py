@@ -1,0 +1,10 @@
+"""The walk through the packed HEVC-ViT tower under its published name; as `packing_tower_example.py`, which it runs.
+
+python playground/example_packing_tower_usage.py [--vision_tower FOLDER]
+"""
+
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":
+    runpy.run_path(str(Path(__file__).resolve().with_name("packing_tower_example.py")), run_name="__main__")
