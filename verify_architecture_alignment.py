@@ -1,6 +1,8 @@
 """`scripts/verify_architecture_alignment.py` under its published place: same flags, same exit status.
 
-python verify_architecture_alignment.py [--verbose] [--hub-dir D] [--config C]
+    python verify_architecture_alignment.py [--verbose] [--hub-dir D] [--config C]
+
+It may be called from any folder.
 """
 
 import runpy

@@ -1,6 +1,8 @@
-"""The walk through the packed HEVC-ViT tower under its published name; as `packing_tower_example.py`, which it runs.
+"""`packing_tower_example.py`, the walk through the packed HEVC-ViT tower, under its published name.
 
-python playground/example_packing_tower_usage.py [--vision_tower FOLDER]
+    python playground/example_packing_tower_usage.py [--vision_tower FOLDER]
+
+It may be called from any folder.
 """
 
 import runpy
