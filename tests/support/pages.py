@@ -31,12 +31,13 @@ def run_snippets(text: str, replaced: dict[str, str], namespace: dict | None = N
     """
     namespace = {} if namespace is None else namespace
     for block in blocks(text):
-        said = [line for line in re.findall(r"^ *print\(.*\)  # (.*)$", block, re.MULTILINE)]
+        said = re.findall(r"^ *print\(.*\)  # (.*)$", block, re.MULTILINE)
         assert len(said) == len(re.findall(r"^ *print\(", block, re.MULTILINE)), block
         for name, value in replaced.items():
             block = block.replace(name, value)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(block, "<page>", "exec"), namespace)
-        assert printed.getvalue().splitlines() == said, block
+        lines = printed.getvalue().splitlines()
+        assert [line for line in lines if not line.startswith("loading vision tower")] == said, block
     return namespace
