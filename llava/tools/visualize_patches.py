@@ -67,6 +67,11 @@ class Output:
         except OSError as error:
             raise self.unwritable(error) from None
 
+    def write_stats(self, options: dict, found: list[dict], failed: list[dict]) -> None:
+        with open(self.stats, "w") as file:
+            json.dump({"options": options, "pictures": found, "failed": failed}, file, indent=1, sort_keys=True)
+            file.write("\n")
+
     def unwritable(self, error: OSError) -> LlavaError:
         wish = "; name a folder with --output-dir" if self.beside else ""
         return LlavaError(f"--output-dir {self.folder}: cannot be written to ({error.strerror or error}){wish}")
@@ -74,6 +79,8 @@ class Output:
 
 def _results_of(pictures, stats: str) -> bool:
     """Whether a file holds the figures that an earlier run has written of some of these pictures."""
+    if not os.path.isfile(stats):  # a pipe would be waited for
+        return False
     try:
         with open(stats) as file:
             found = json.load(file)
@@ -257,13 +264,13 @@ def main(argv: list[str] | None = None) -> int:
             f"second, and at least {(2 * args.patch_size) ** 2}"
         )
     output.make(pictures)
+    options = {key: value for key, value in vars(args).items() if key not in ("input", "input_image", "output_dir")}
+    options["thresholds"] = tokenizer.thresholds
     try:
+        # first, so that what a run leaves that is cut short is known as its own
+        output.write_stats(options, [], [{"file": file.name, "error": "not drawn yet"} for file in pictures.values()])
         found, failed = visualize_all(pictures, tokenizer, args, output)
-        options = {key: value for key, value in vars(args).items() if key not in ("input", "input_image", "output_dir")}
-        options["thresholds"] = tokenizer.thresholds
-        with open(output.stats, "w") as file:
-            json.dump({"options": options, "pictures": found, "failed": failed}, file, indent=1, sort_keys=True)
-            file.write("\n")
+        output.write_stats(options, found, failed)
     except OSError as error:
         raise output.unwritable(error) from None
     print(f"{len(found)} of {len(pictures)} pictures in {output.folder}")

@@ -1,4 +1,4 @@
-"""A OneVision-Encoder checkpoint called as its release describes it: AutoModel, a picture, frames on a long time axis."""
+"""A OneVision-Encoder checkpoint called as its release describes it: by AutoModel, pictures and far-apart frames."""
 
 import numpy as np
 import pytest

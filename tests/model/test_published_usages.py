@@ -56,6 +56,12 @@ def test_arguments_of_any_kind(clip, args):
     assert (tower.select_layer, tower.select_feature) == (-1, "cls_patch")
 
 
+@pytest.mark.parametrize("form", [dict, MappingProxyType, lambda values: argparse.Namespace(**values)])
+def test_a_whole_config_of_any_kind(clip, form):
+    tower = build_vision_tower(form({"mm_vision_tower": clip, **VALUES}), delay_load=True)
+    assert type(tower) is CLIPVisionTower and (tower.select_layer, tower.select_feature) == (-1, "cls_patch")
+
+
 def test_loaded_later(clip):
     tower = CLIPVisionTower(clip, args=Args(), delay_load=True)
     assert not tower.is_loaded and tower.vision_tower_name == clip
@@ -230,10 +236,13 @@ def test_what_is_computed_is_no_value():
 # --- projectors ---
 
 
-@pytest.mark.parametrize("form", [dict, lambda **values: SimpleNamespace(**values), PreTrainedConfig])
+@pytest.mark.parametrize(
+    "form",
+    [dict, lambda **values: MappingProxyType(values), lambda **values: SimpleNamespace(**values), PreTrainedConfig],
+)
 def test_projector_of_any_config(form):
     projector = build_vision_projector(form(mm_projector_type="mlp2x_gelu", mm_hidden_size=32, hidden_size=48))
     assert projector(torch.zeros(1, 4, 32)).shape == (1, 4, 48)
     assert build_vision_projector(form(mm_hidden_size=8, hidden_size=6), vision_cfg=None).weight.shape == (6, 8)
-    with pytest.raises(LlavaError, match="mm_hidden_size: found None in the config, expected a number of channels"):
+    with pytest.raises(LlavaError, match="mm_hidden_size: found none in the config, expected a number of channels"):
         build_vision_projector(form(hidden_size=48))

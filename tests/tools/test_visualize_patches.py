@@ -1,6 +1,7 @@
 """`python -m llava.tools.visualize_patches`: files, figures, colours of the lines, faults."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -232,6 +233,31 @@ def test_no_other_file_is_written_over(tmp_path, picture, capsys, name):
     )
 
 
+def test_a_run_that_was_cut_short(tmp_path, picture, monkeypatch):
+    """What it left is its own, and the next one writes it over."""
+
+    def stop(self, path, *rest):
+        (tmp_path / path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(picture), *FLAGS, "0.3"])
+    monkeypatch.undo()
+    stats = json.loads((tmp_path / "p_stats.json").read_text())
+    assert stats["pictures"] == [] and stats["failed"] == [{"file": "p.png", "error": "not drawn yet"}]
+    assert main([str(picture), *FLAGS, "0.3"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == NAMES | {"p.png"}
+    Image.open(tmp_path / "p_patches.png").load()
+
+
+def test_a_pipe_in_place_of_the_figures(tmp_path, picture, capsys):
+    os.mkfifo(tmp_path / "p_stats.json")
+    with pytest.raises(SystemExit):
+        main([str(picture), *FLAGS, "0.3"])
+    assert "p_stats.json: exists, and no earlier run" in capsys.readouterr().err
+
+
 def test_a_picture_of_the_same_name(tmp_path, picture, capsys):
     assert main([str(picture), *FLAGS, "0.3"]) == 0
     Image.open(picture).convert("RGB").save(tmp_path / "p.jpg")
@@ -274,7 +300,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, picture, capsys, monkeypat
 
     monkeypatch.setattr(Image.Image, "save", full)
     assert "(No space left on device)" in fault()
-    assert {path.name for path in tmp_path.iterdir()} == {"p.png", "file"}
+    assert {path.name for path in tmp_path.iterdir()} == {"p.png", "file", "p_stats.json"}
 
 
 def test_all_patches(tmp_path, capsys):

@@ -141,8 +141,7 @@ class PatchTokenizer:
             masks {size: bool [B, h, w]}, levels uint8 [B, H1, W1], and a list with the tokens of each image.
 
         Raises:
-            LlavaError: values that cannot be; alpha and thresholds are looked at with every method, as published, and
-                used by theirs alone.
+            LlavaError: values that cannot be. alpha and thresholds are used by their methods alone, as published.
         """
         maps = _batched(maps)
         if isinstance(maps, dict) and set(maps) != set(self._sizes()):

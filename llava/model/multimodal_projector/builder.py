@@ -4,6 +4,7 @@ Shapes: B images, T tokens on an h x w grid, D vision channels, E language model
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -42,13 +43,11 @@ def build_vision_projector(config, **kwargs) -> nn.Module:
     Raises:
         LlavaError: unknown kind, or one of the widths is missing.
     """
-    config = SimpleNamespace(**config) if isinstance(config, dict) else config
+    config = SimpleNamespace(**config) if isinstance(config, Mapping) else config
     kind = getattr(config, "mm_projector_type", None) or "linear"
     for name in ("mm_hidden_size", "hidden_size"):
-        if not isinstance(getattr(config, name, None), int):
-            raise LlavaError(
-                f"{name}: found {getattr(config, name, None)!r} in the config, expected a number of channels"
-            )
+        if getattr(config, name, None) is None:
+            raise LlavaError(f"{name}: found none in the config, expected a number of channels")
     d_vision, d_text = config.mm_hidden_size, config.hidden_size
     if kind == "linear":
         return nn.Linear(d_vision, d_text)
