@@ -144,7 +144,8 @@ def alphas_of(alpha, batch: int) -> list[float]:
 
 
 def _per_image(name: str, value, batch: int) -> list:
-    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor, or an array
+    if hasattr(value, "tolist"):  # of torch or numpy
+        value = value.tolist()
     values = list(value) if isinstance(value, (list, tuple)) else [value] * batch
     if len(values) != batch or any(isinstance(x, (bool, str)) or not hasattr(x, "__float__") for x in values):
         raise LlavaError(f"{name}: found {value!r}, expected a number, or one for each of {batch} images")
