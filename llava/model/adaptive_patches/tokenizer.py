@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from llava.config import patch_choice as choice
-from llava.config.patch_choice import METHODS, PatchChoice, check_importance, check_thresholds, check_together
+from llava.config.patch_choice import PatchChoice, check_importance, check_thresholds, check_together
 from llava.errors import LlavaError
 from llava.model.adaptive_patches.importance import patch_entropy, patch_laplacian, patch_reconstruction_error
 from llava.model.adaptive_patches.layout import check_pixels, patch_grid, pooled
@@ -20,7 +20,7 @@ from llava.model.adaptive_patches.selection import (
 
 MEASURES = (patch_entropy, patch_laplacian, patch_reconstruction_error)
 IMPORTANCES = dict(zip(choice.IMPORTANCES, MEASURES, strict=True))
-SELECTIONS = (*METHODS, "all")
+METHODS = (*choice.METHODS, "all")
 
 
 class PatchTokenizer:
@@ -75,13 +75,11 @@ class PatchTokenizer:
         if laplacian_aggregate != "mean":
             raise LlavaError(f"laplacian_aggregate: found {laplacian_aggregate!r}, expected mean")
         self.image_size = image_size
+        importance = _either("importance", importance, "patch_importance", patch_importance, default=None)
         for name, value in {"num_scales": num_scales, "base_patch_size": base_patch_size}.items():
             if type(value) is not int or value < 1:
                 raise LlavaError(f"{name}: found {value!r}, expected a positive whole number")
-        measure = (
-            None if method is None or method in SELECTIONS else check_importance(method, "method", also=SELECTIONS)
-        )
-        importance = _either("importance", importance, "patch_importance", patch_importance, default=None)
+        measure = None if method is None or method in METHODS else check_importance(method, "method", also=METHODS)
         if importance is not None:
             importance = check_importance(importance)
         selection = method if measure is None else None
@@ -105,8 +103,8 @@ class PatchTokenizer:
         return cls(choice.num_scales, base_patch_size, choice.thresholds, mean, std, **method)
 
     def _check_method(self, method) -> None:
-        if method not in SELECTIONS:
-            raise LlavaError(f"patch_selection_method: found {method!r}, expected {', '.join(SELECTIONS)}")
+        if method not in METHODS:
+            raise LlavaError(f"patch_selection_method: found {method!r}, expected {', '.join(METHODS)}")
         check_together(method, self.importance)
 
     def compute_importance_maps(self, images) -> dict[int, torch.Tensor]:
