@@ -28,7 +28,10 @@ def parse_command_line(argv: list[str], keys: dict[str, Key] | None = None, file
     those that may be given as `--config FILE`.
 
     A boolean key alone means True, `--no_key` False; a list key takes several words; a dash in a key is an underscore;
-    the last of two equal keys wins, and an empty label is its default. Raises `LlavaError` for an unknown key or a word that is not the key's type.
+    the last of two equal keys wins; an empty label is its default.
+
+    Raises:
+        LlavaError: an unknown key, or a word that is not the key's type.
     """
     line, old, rest = CommandLine(), {}, list(argv)
     old_names = OLD_NAMES if keys is None else {}

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's entry point for preference training: `python llava/train/train_dpo.py <flags>`, which says what is there."""
+"""LLaVA-NeXT's entry point for preference training, which does not exist here: it says so."""
 
 from llava.errors import LlavaError, report_errors
 

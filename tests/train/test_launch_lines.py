@@ -1,4 +1,4 @@
-"""The launch lines of the projects that this one is written after, on stand-ins for their models: golden/launch_lines.json.
+"""The launch lines of the projects that this one follows, on stand-ins for their models: golden/launch_lines.json.
 
 A row's "argv" are the flags of one line of a script, its shell variables filled in where the script or its comments say
 with what; a variable that nobody fills in leaves a flag without a value.
