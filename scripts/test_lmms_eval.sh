@@ -55,7 +55,7 @@ check_own() { # FLAG...
     "$PYTHON" scripts/lmms_eval/check_wrappers.py --model-path "$crops" --data-path playground/demo/heldout.json \
         --image-folder playground/demo/images "$@"
 }
-run_own llava llava demo_digits_image,demo_digits_choice "" --batch_size 1
+run_own llava llava demo_digits_image "" --batch_size 1
 run_own llava-batched llava demo_digits_image "" --batch_size 8
 run_own llava_onevision llava_onevision demo_digits_image "" --batch_size 1
 check_own --results "$work"/{llava,llava-batched,llava_onevision}

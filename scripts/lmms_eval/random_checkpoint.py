@@ -22,6 +22,7 @@ def make(output: str, anyres: bool = False) -> None:
     config = make_config(str(DEMO / "llm"), config_class, read_config(str(DEMO / "llm")))
     config.image_aspect_ratio, config.mm_use_im_patch_token = "anyres" if anyres else "pad", False
     config.image_grid_pinpoints = GRID if anyres else None
+    config.mm_use_im_start_end = False  # lmms-eval's `llava_vid` reads it
     config.conversation_template = "qwen_1_5"
     config.tie_word_embeddings, config.initializer_range = False, 0.2
     model = model_class(config)

@@ -13,6 +13,7 @@ from llava.eval.questions import is_correct, read_questions
 
 IMAGES = "playground/demo/images"
 FRAMES, FRAMES_PER_SECOND, STEP = 8, 4, 4  # of a clip; its picture moves that many pixels to the right per frame
+SIDE = 96  # pixels of a clip: decord cannot read some sizes that are no multiple of 16
 
 
 def all_questions(records):
@@ -51,9 +52,9 @@ def visuals(doc):
 
 
 def frames(paths):
-    """Of a clip that shows a picture: [FRAMES, H, W, 3], uint8; what leaves on the right comes back on the left."""
+    """Of a clip that shows a picture: [FRAMES, SIDE, SIDE, 3], uint8; what leaves on the right comes back on the left."""
     (path,) = paths
-    picture = np.asarray(Image.open(path).convert("RGB"))
+    picture = np.asarray(Image.open(path).convert("RGB").resize((SIDE, SIDE)))
     return np.stack([np.roll(picture, STEP * index, axis=1) for index in range(FRAMES)])
 
 
@@ -66,7 +67,7 @@ def clips(doc):
         with av.open(str(path), "w") as container:
             pictures = frames(json.loads(doc["paths"]))
             stream = container.add_stream("ffv1", rate=FRAMES_PER_SECOND)
-            stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "bgr0"
+            stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "bgr0"
             for picture in pictures:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
