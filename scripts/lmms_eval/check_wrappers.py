@@ -3,8 +3,8 @@ answers to the same questions.
 
 python scripts/lmms_eval/check_wrappers.py --model-path DIR --data-path F.json --image-folder D --results RUN [RUN ...]
 
-Those models round pixels to float16 whatever the model's dtype is, and so does the check. The likelihoods of given answers
-are not asked for: lmms-eval 0.7.3 cannot score those of its own models (see `Score` in the adapter).
+Those models round pixels to float16 whatever the model's dtype is, and so does the check. The likelihoods of given
+answers are not asked for: lmms-eval 0.7.3 cannot score those of its own models (see `Score` in the adapter).
 """
 
 import argparse

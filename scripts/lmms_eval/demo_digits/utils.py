@@ -52,7 +52,7 @@ def visuals(doc):
 
 
 def frames(paths):
-    """Of a clip that shows a picture: [FRAMES, SIDE, SIDE, 3], uint8; what leaves on the right comes back on the left."""
+    """Of a clip: [FRAMES, SIDE, SIDE, 3], uint8; what leaves on the right comes back on the left."""
     (path,) = paths
     picture = np.asarray(Image.open(path).convert("RGB").resize((SIDE, SIDE)))
     return np.stack([np.roll(picture, STEP * index, axis=1) for index in range(FRAMES)])
