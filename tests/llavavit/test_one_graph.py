@@ -137,6 +137,21 @@ def test_truth_values_want_an_eager_frame():
         assert torch.equal(found.pooler_output, model(pixels, visible_indices=mask).pooler_output)
 
 
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_a_graph_that_breaks_inside(kind):
+    """A user's hook that no graph can hold: what follows goes on in other frames, some of them eager."""
+    model = make(kind, num_hidden_layers=2)
+    inputs = packed_inputs(MIXED[1]) if kind == "packed" else padded_inputs("image", 2, 5)
+    with torch.no_grad():
+        expected = model(**inputs)
+        seen = []
+        model.encoder.layers[0].register_forward_hook(lambda *args: seen.append(args[-1].tolist()))
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="eager")(**inputs)
+    assert difference(found.last_hidden_state, expected.last_hidden_state) < 1e-6 and len(seen) == 1
+    assert difference(found.pooler_output, expected.pooler_output) < 1e-6
+
+
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
