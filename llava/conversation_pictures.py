@@ -24,8 +24,8 @@ def pictures_of(message) -> tuple[list, str]:
 
 
 def shown(picture, mode: str, max_len: int, min_len: int):
-    """A PIL image (RGB) to show: squared ("Pad"), 336 x 336 ("Resize") or as it is ("Default", "Crop"); then scaled, its
-    aspect kept, to a shorter side of at most `min_len` and a longer one of at most `max_len` pixels, never larger.
+    """A PIL image (RGB) to show: squared ("Pad"), 336 x 336 ("Resize") or as it is ("Default", "Crop"); then scaled,
+    its aspect kept, to a shorter side of at most `min_len` and a longer one of at most `max_len` pixels, never larger.
 
     Raises:
         LlavaError: another mode, or a file that cannot be read.

@@ -8,10 +8,7 @@ import os
 from llava.constants import LOGDIR
 
 # read from video files; imported when they are first used
-_VIDEO = {
-    "process_video_with_decord": "llava.images.video_arrays",
-    "process_video_with_pyav": "llava.images.video_arrays",
-}
+_VIDEO = dict.fromkeys(("process_video_with_decord", "process_video_with_pyav"), "llava.images.video_arrays")
 
 server_error_msg = "**The model could not be reached. Please try again.**"
 moderation_msg = "This message was not sent on: it may break the rules of the service."

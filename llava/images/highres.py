@@ -21,8 +21,8 @@ def resize_and_center_crop(image, shortest_edge_length: int):
 def auto_pad_images(image, grid_params):
     """Resize (Lanczos) and pad with black to one of the sizes whose sides are among `grid_params`.
 
-    Of all pairs of sides those of the nearest aspect are looked at, and of these the one whose longer side is nearest to
-    the image's in proportion; the earliest on a tie.
+    Of all pairs of sides those of the nearest aspect are looked at, and of these the one whose longer side is nearest
+    to the image's in proportion; the earliest on a tie.
     """
     if not grid_params:
         raise LlavaError("auto_pad_images: found no sides in grid_params, expected at least one")
@@ -43,8 +43,8 @@ def auto_pad_images(image, grid_params):
 
 
 def extract_patches(image, patch_size: int, overlap_ratio: float) -> list:
-    """Squares of side `patch_size`, row by row, each overlapping the next by a share of its side; what does not fill one
-    is left out, equally much at both ends.
+    """Squares of side `patch_size`, row by row, each overlapping the next by a share of its side; what does not fill
+    one is left out, equally much at both ends.
 
     Raises:
         LlavaError: no side, or a share outside [0, 1).
