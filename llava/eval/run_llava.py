@@ -10,7 +10,7 @@ that LLaVA goes by its name for. Addresses (http, https) are read, since you nam
 import argparse
 import sys
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.errors import LlavaError, report_errors
 
 # what LLaVA goes by in a checkpoint's name, in this order; in others it takes llava_v0, here they have their own
@@ -48,7 +48,7 @@ def eval_model(args) -> str:
         *(args.model_path, base),
         **{"version": template, "device": getattr(args, "device", None), "dtype": getattr(args, "dtype", None)},
     )
-    answer = inference.generate([inference.prompt([("human", question)])], [pictures], **_options(args))[0]
+    answer = inference.generate([_prompt(inference, question)], [pictures], **_options(args))[0]
     print(answer)
     return answer
 
@@ -61,6 +61,19 @@ def _question(query: str, pictures: int) -> str:
     if marked:
         return query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
     return f"{DEFAULT_IMAGE_TOKEN}\n" * pictures + query
+
+
+def _prompt(inference, question: str) -> list[int]:
+    """Token ids; pictures stay where the question has them, which chat and training move to its front."""
+    if not inference.family.chooses_template:
+        return inference.prompt([("human", question)])
+    if getattr(inference.model.config, "mm_use_im_start_end", False):
+        marked = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
+        question = question.replace(DEFAULT_IMAGE_TOKEN, marked)
+    conversation = inference.template.copy()
+    for role, text in zip(conversation.roles, (question, None), strict=True):
+        conversation.append_message(role, text)
+    return inference.tokens(conversation.get_prompt())
 
 
 def _template(path: str, asked: str | None) -> str | None:

@@ -1,20 +1,3 @@
-"""Where a chat's pictures come from: see `llava.inference.pictures`."""
+"""Where a chat's pictures come from: `llava.inference.pictures`, under the name it had."""
 
-from llava.inference.pictures import (
-    CHUNK,
-    MAX_BYTES,
-    SCHEMES,
-    TIMEOUT,
-    Download,
-    Picture,
-    check_scheme,
-    fetch,
-    is_address,
-    open_picture,
-    split_sources,
-)
-
-__all__ = [
-    *("CHUNK", "MAX_BYTES", "SCHEMES", "TIMEOUT", "Download", "Picture"),
-    *("check_scheme", "fetch", "is_address", "open_picture", "split_sources"),
-]
+from llava.inference.pictures import *  # noqa: F403

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava import conversation as conversation_lib
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.constants import IGNORE_INDEX
 from llava.conversation import SeparatorStyle
 from llava.data import preprocess as prompts
 from llava.data.dataset import SampleArgs, read_media
