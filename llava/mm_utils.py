@@ -6,6 +6,7 @@ from io import BytesIO
 import torch
 from PIL import Image
 
+from llava.absent import absent
 from llava.images.geometry import (
     divide_to_patches,
     expand2square,
@@ -41,11 +42,16 @@ __all__ = [
     "process_highres_image_crop_split",
     "process_image",
     "process_images",
+    "process_native_image",
     "resize_and_center_crop",
     "resize_and_pad_image",
     "select_best_resolution",
     "tokenizer_image_token",
 ]
+
+process_native_image = absent(
+    "llava.mm_utils.process_native_image", "use process_images with a config of image_aspect_ratio native"
+)
 
 
 def process_images(images, image_processor, model_cfg):

@@ -160,6 +160,8 @@ def load_pretrained_model(
     model.eval()
     if getattr(model.config, "conversation_template", None) is None:
         model.config.conversation_template = LANGUAGE_MODELS[architecture].template
+    if not hasattr(model.config, "mm_use_im_start_end"):
+        model.config.mm_use_im_start_end = False  # LLaVA's scripts read it off every model
 
     tower = model.get_vision_tower()
     if getattr(tower, "own_class", None) and dtype != torch.float32:

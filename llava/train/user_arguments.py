@@ -4,6 +4,12 @@ import dataclasses
 from functools import cache
 
 
+def _parsed_type(key):
+    """A key's type in the form that the parser takes: of several kinds, as of a path or a list, the first."""
+    first = next(kind for kind in key.kinds if kind is not type(None))
+    return first | None if type(None) in key.kinds else first
+
+
 @cache
 def arguments_class(name: str) -> type:
     """ "ModelArguments" or "DataArguments": a dataclass of the keys of that group, with their defaults.
@@ -17,8 +23,8 @@ def arguments_class(name: str) -> type:
     fields = [
         (
             key.name,
-            key.type,
-            dataclasses.field(default=key.default, metadata={"help": key.description.replace("%", "%%")}),
+            _parsed_type(key),
+            dataclasses.field(default=key.default, metadata={"help": key.description}),
         )
         for key in own_keys().values()
         if key.group == group

@@ -104,9 +104,7 @@ def preprocess_gemma(sources: list, tokenizer, has_image: bool = False) -> dict:
 def _of_style(sources, tokenizer, has_image: bool, kind: str, style: SeparatorStyle) -> dict:
     found = conversation_lib.default_conversation.sep_style
     if found is not style:
-        raise LlavaError(
-            f"preprocess_{kind}: found a default_conversation of style {found.name}, expected {style.name}"
-        )
+        raise LlavaError(f"preprocess_{kind}: found default_conversation of style {found.name}, expected {style.name}")
     return _preprocess(sources, tokenizer, has_image, _default_name())
 
 
