@@ -124,9 +124,8 @@ def load_pretrained_model(
     """
     kwargs.pop("multimodal", None)  # LLaVA-NeXT's evaluation passes it; every model here is
     if kwargs.pop("use_flash_attention_2", False) or use_flash_attn:
-        attn_implementation = attn_implementation or "flash_attention_2"
-    if device is not None and str(device) != "cuda":
-        device_map = "cpu" if str(device) == "cpu" else {"": device}
+        attn_implementation = attn_implementation or _flash_attention()
+    device_map = device_map if device is None else _device_map(device, device_map)
     torch_dtype = torch_dtype if dtype is None else dtype
     on_cpu = not torch.cuda.is_available() or (isinstance(device_map, str) and device_map == "cpu")
     if load_8bit or load_4bit:
@@ -187,6 +186,25 @@ def _checkpoint_config(path, base, name, config, overwrite):
         # transformers is about to write the base's name over the checkpoint's, in which this folder lies
         config.mm_vision_tower = os.path.join(path, config.mm_vision_tower)
     return architecture, config
+
+
+def _flash_attention() -> str:
+    if not flash_attention_runs():
+        raise LlavaError("use_flash_attn: needs a flash-attn package that can be imported, expected False without one")
+    return "flash_attention_2"
+
+
+def _device_map(device, otherwise):
+    """transformers' device map for a model on one device; "cuda" leaves it at `otherwise`."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise LlavaError(f"device: found {device!r}, expected cpu, cuda or cuda:N") from None
+    if str(device) == "cuda":
+        return otherwise
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise LlavaError(f"device: found {device!r}, but PyTorch sees no GPU here; expected cpu")
+    return "cpu" if kind == "cpu" else {"": device}
 
 
 def _given_config(config, path: str, config_class):

@@ -7,7 +7,7 @@ import torch
 
 from llava.errors import LlavaError
 from tests.compatibility.faces import NOTEBOOK, PREDICT
-from tests.compatibility.table import name
+from tests.compatibility.table import found, name
 
 BUILDER = "LLaVA-NeXT: llava/model/builder.py; LLaVA: llava/model/builder.py"
 ONE_VISION = "OneVision-Encoder: llava_next/llava/model/builder.py"
@@ -36,11 +36,20 @@ def _(function, world):
     assert model.dtype == torch.float32 and model.device.type == "cpu" and processor is not None and length == 4096
     assert len(tokenizer) and model.config.mm_use_im_start_end is False
     config = {"overwrite_config": {"mm_spatial_pool_stride": 2}, "multimodal": True, "attn_implementation": "eager"}
+    model.tie_weights()
     half = function(world.checkpoint, None, "x", False, False, "cpu", "bfloat16", **config)[1]
     assert half.dtype == torch.bfloat16 and half.config._attn_implementation == "eager"
     assert half.config.mm_spatial_pool_stride == 2
     given = function(world.checkpoint, None, "x", customized_config=f"{world.checkpoint}/config.json", device="cpu")[1]
     assert given.config.image_aspect_ratio == model.config.image_aspect_ratio
+    for wrong, message in (
+        ({"device": "xyz"}, "device: found 'xyz', expected cpu, cuda or cuda:N"),
+        ({"device": "cuda:0"}, "device: found 'cuda:0', but PyTorch sees no GPU"),
+        ({"use_flash_attn": True}, "use_flash_attn: needs a flash-attn package"),
+    ):
+        if not torch.cuda.is_available() or wrong == {"device": "xyz"}:
+            with pytest.raises(LlavaError, match=message):
+                function(world.checkpoint, None, "x", **wrong)
     with pytest.raises(LlavaError, match=r"customized_config no\.json: cannot be read"):
         function(world.checkpoint, None, "x", customized_config="no.json")
 
@@ -49,6 +58,7 @@ def _(function, world):
 def _(module, world):
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    AutoConfig.register("llava_qwen", found("llava.model.language_model.llava_qwen.LlavaQwenConfig"))  # llava_vid does
     config = AutoConfig.from_pretrained(world.checkpoint)
     assert type(config).__name__ == "LlavaQwenConfig" and config.mm_vision_tower
     model = AutoModelForCausalLM.from_pretrained(world.checkpoint)

@@ -201,17 +201,8 @@ def program(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_run_llava_is_a_program(world):
-    flags = [
-        "--model-path",
-        world.checkpoint,
-        "--image-file",
-        world.png,
-        "--query",
-        "What is it?",
-        "--temperature",
-        "0",
-    ]
-    done = program("llava.eval.run_llava", *flags, "--max_new_tokens", "6")
+    flags = ["--model-path", world.checkpoint, "--image-file", world.png, "--query", "What is it?"]
+    done = program("llava.eval.run_llava", *flags, "--temperature", "0", "--max_new_tokens", "6")
     expected = ask(world, f"{DEFAULT_IMAGE_TOKEN}\nWhat is it?", [world.picture(60, 40)])
     assert done.returncode == 0 and done.stdout.strip().endswith(expected)
 
