@@ -22,7 +22,7 @@ WORKER = "LLaVA-NeXT: llava/serve/model_worker.py; LLaVA: llava/serve/model_work
 # --- constants ---
 
 CONSTANTS = {
-    "IGNORE_INDEX": (-100, NOTEBOOK),
+    "IGNORE_INDEX": (-100, "LLaVA-NeXT: docs/LLaVA_OneVision_Tutorials.ipynb; LLaVA: llava/train/train.py"),
     "IMAGE_TOKEN_INDEX": (-200, PREDICT),
     "DEFAULT_IMAGE_TOKEN": ("<image>", PREDICT),
     "DEFAULT_IMAGE_PATCH_TOKEN": ("<im_patch>", "LLaVA-NeXT: llava/model/builder.py; LLaVA: llava/model/builder.py"),
@@ -147,7 +147,7 @@ def _(method, world):
 
 @name(
     "llava.conversation.Conversation.process_image",
-    DEMO,
+    "LLaVA-NeXT: llava/conversation.py; LLaVA: llava/conversation.py",
     "differs",
     "LLaVA-NeXT's sizes (at most 672 x 448 pixels); LLaVA's are max_len=1344, min_len=672, and smaller ones stay",
 )
@@ -177,7 +177,7 @@ def _(method, world):
 # --- mm_utils ---
 
 
-@name("llava.mm_utils.process_images", PREDICT, note="native gives a list; highres and crop_split are refused")
+@name("llava.mm_utils.process_images", NOTEBOOK, note="native gives a list; highres and crop_split are refused")
 def _(function, world):
     config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints="[[56, 28], [28, 56], [56, 56]]")
     made = function([world.picture(60, 40), world.picture(40, 20)], world.processor, config)
@@ -280,6 +280,9 @@ def _(function, world):
     made = np.asarray(function(Image.new("RGB", (100, 40), (9, 9, 9)), [28, 56, 112]))
     assert made.shape == (56, 112, 3)
     assert [int(row) for row in np.flatnonzero(made[:, 0, 0])[[0, -1]]] == [6, 49]
+    made = np.asarray(function(Image.new("RGB", (40, 100), (9, 9, 9)), [28, 56, 112]))
+    assert made.shape == (112, 56, 3)
+    assert [int(column) for column in np.flatnonzero(made[0, :, 0])[[0, -1]]] == [6, 49]
 
 
 @name("llava.mm_utils.process_highres_image", TRAIN, note="any processor with a side; no model is trained with it")

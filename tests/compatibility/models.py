@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from llava.errors import LlavaError
-from tests.compatibility.faces import NOTEBOOK, PREDICT
+from tests.compatibility.faces import PREDICT
 from tests.compatibility.table import found, name
 
-BUILDER = "LLaVA-NeXT: llava/model/builder.py; LLaVA: llava/model/builder.py"
-ONE_VISION = "OneVision-Encoder: llava_next/llava/model/builder.py"
 ARCH = "LLaVA-NeXT: llava/model/language_model/llava_mpt.py; LLaVA: llava/model/language_model/llava_mpt.py"
 
 
@@ -31,9 +29,9 @@ def refused(value, message: str, *args):
 )
 def _(function, world):
     tokenizer, model, processor, length = function(
-        model_path=world.checkpoint, model_base=None, model_name="llava_qwen", device="cpu", dtype=torch.float32
+        model_path=world.checkpoint, model_base=None, model_name="llava_qwen", device="cpu", dtype=torch.bfloat16
     )
-    assert model.dtype == torch.float32 and model.device.type == "cpu" and processor is not None and length == 4096
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu" and processor is not None and length == 4096
     assert len(tokenizer) and model.config.mm_use_im_start_end is False
     config = {"overwrite_config": {"mm_spatial_pool_stride": 2}, "multimodal": True, "attn_implementation": "eager"}
     model.tie_weights()
@@ -77,16 +75,21 @@ def _model_classes(language_model: str, config_name: str, model_type: str):
     return check
 
 
-HERE = {"Llama": "LlavaConfig", "Qwen": "LlavaQwenConfig", "Mistral": "LlavaMistralConfig"}
-HERE |= {"Qwen3": "LlavaQwen3Config", "Gemma2": "LlavaGemma2Config"}
-for _language_model, _config in HERE.items():
+NEXT, FIRST = "LLaVA-NeXT: llava/model/{}", "LLaVA: llava/model/{}"
+HERE = {
+    "Llama": ("LlavaConfig", f"{NEXT}; {FIRST}"),
+    "Qwen": ("LlavaQwenConfig", NEXT),
+    "Mistral": ("LlavaMistralConfig", f"{NEXT}; {FIRST}"),
+    "Qwen3": ("LlavaQwen3Config", "OneVision-Encoder: llava_next/llava/model/{}"),
+}
+for _language_model, (_config, _used) in HERE.items():
     _module = f"llava_{_language_model.lower()}"
-    _used = {"Qwen3": ONE_VISION, "Gemma2": "llava itself"}.get(_language_model, BUILDER)
     _check = _model_classes(_language_model, _config, _module)
     for _class in (_config, f"Llava{_language_model}Model", f"Llava{_language_model}ForCausalLM"):
-        name(f"llava.model.language_model.{_module}.{_class}", _used)(_check)
+        _file = f"language_model/{_module}.py"
+        name(f"llava.model.language_model.{_module}.{_class}", _used.replace("{}", _file))(_check)
         if not _class.endswith("Model"):
-            name(f"llava.model.{_class}", "LLaVA-NeXT: llava/train/train.py; LLaVA: llava/train/train.py")(_check)
+            name(f"llava.model.{_class}", _used.replace("{}", "__init__.py"))(_check)
 
 MISSING = {"Mixtral": "mixtral", "Gemma": "gemma", "QwenMoe": "qwen_moe", "Mpt": "mpt"}
 for _language_model, _module in MISSING.items():
@@ -118,7 +121,10 @@ def _(value, world):
     assert isinstance(world.loaded[1], value)
 
 
-@name("llava.model.llava_arch.LlavaMetaForCausalLM.get_vision_tower", NOTEBOOK)
+@name(
+    "llava.model.llava_arch.LlavaMetaForCausalLM.get_vision_tower",
+    "LLaVA-NeXT: docs/LLaVA_OneVision_Tutorials.ipynb; LLaVA: llava/serve/model_worker.py",
+)
 def _(method, world):
     tower = method(world.loaded[1])
     assert tower.num_patches == 4 and tower.is_loaded and tower.image_processor is not None

@@ -37,6 +37,7 @@ def _(function, world, capsys=None):
 @name("llava.eval.m4c_evaluator.EvalAIAnswerProcessor", "LLaVA: scripts/convert_vqav2_for_submission.py")
 def _(processor, world):
     assert processor()("Two  dogs, the dog's\nball? isnt") == "2 dogs dog 's ball isn't"
+    assert processor()("cat?dog") == "catdog"
 
 
 ROWS = [
@@ -74,7 +75,7 @@ def _(value, world):
 
 @name(
     "llava.eval.model_vqa",
-    "LLaVA: scripts/v1_5/eval/mmvet.sh; LLaVA-NeXT: llava/eval/model_vqa.py",
+    "LLaVA: scripts/v1_5/eval/mmvet.sh; ToConv: LLaVA/scripts/v1_5/eval/mmvet.sh",
     "differs",
     "the program takes LLaVA's flags and files; greedy unless --temperature is given, and it goes on where it was cut",
 )
@@ -102,7 +103,7 @@ def _(module, world):
 
 @name(
     "llava.serve.cli",
-    "LLaVA: README.md; LLaVA-NeXT: llava/serve/cli.py",
+    "LLaVA: README.md",
     "differs",
     "the program takes LLaVA's flags; the template is the checkpoint's unless --conv-mode names one",
 )
@@ -119,7 +120,10 @@ NOT_HERE = {
     ),
     "llava.eval.model_vqa_qbench": ("LLaVA: scripts/v1_5/eval/qbench.sh", "llava.eval.model_vqa, or lmms-eval"),
     "llava.eval.eval_textvqa": ("LLaVA: scripts/v1_5/eval/textvqa.sh", "llava.eval.score --metric vqa"),
-    "llava.eval.evaluate_interleave": ("LLaVA-NeXT: scripts/interleave/eval_all.sh", "llava.eval.score"),
+    "llava.eval.evaluate_interleave": ("LLaVA-NeXT: scripts/interleave/eval_interleave_3d.sh", "llava.eval.score"),
+    "llava.model.apply_delta": ("LLaVA: docs/MODEL_ZOO.md", "weights are published whole"),
+    "llava.model.make_delta": ("LLaVA: llava/model/make_delta.py", "weights are saved whole"),
+    "llava.model.consolidate": ("LLaVA: llava/model/consolidate.py", "every folder that is saved is whole"),
     "llava.serve.controller": ("LLaVA: README.md", "no web demo; llava.serve.cli, or an exported model"),
     "llava.serve.model_worker": ("LLaVA: README.md", "no web demo; llava.serve.cli, or an exported model"),
     "llava.serve.gradio_web_server": ("LLaVA: README.md", "no web demo; llava.serve.cli, or an exported model"),

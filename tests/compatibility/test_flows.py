@@ -207,6 +207,15 @@ def test_run_llava_is_a_program(world):
     assert done.returncode == 0 and done.stdout.strip().endswith(expected)
 
 
+def test_the_builder_alone_makes_the_model_types_known(world):
+    """lmms-eval's llava_onevision reads a config before it loads the model."""
+    code = "import sys, llava.model.builder; from transformers import AutoConfig, AutoModelForCausalLM\n"
+    code += "config = AutoConfig.from_pretrained(sys.argv[1])\n"
+    code += "print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)].__name__)"
+    done = subprocess.run([sys.executable, "-c", code, world.checkpoint], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["LlavaQwenConfig", "LlavaQwenForCausalLM"], done.stderr
+
+
 def test_programs_that_are_not_here_say_so_in_one_line():
     done = program("llava.serve.controller", "--host", "0.0.0.0", "--port", "10000")
     assert done.returncode == 2 and done.stderr.count("\n") == 1

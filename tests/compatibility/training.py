@@ -53,6 +53,16 @@ def _golden(call, versions=None) -> int:
 @name("llava.train.train.preprocess", BOTH, note="several conversations are padded on the right")
 def _(function, world):
     assert _golden(lambda sources, tok, image: function(sources, tok, has_image=image)) == len(CASES)
+    tok = copy.deepcopy(world.tokenizer)
+    tok.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    for text in ("What is <image> it?", "<im_start><image><im_end>\nWhat?"):  # an image stays where the text has it
+        with template("qwen_1_5"):
+            made = function(
+                [[{"from": "human", "value": text}, {"from": "gpt", "value": "A cat."}]], tok, has_image=True
+            )
+        before = made["input_ids"][0].tolist()
+        before = tok.decode(before[: before.index(-200)])
+        assert before.endswith("user\n" + text[: text.index("<image>")])
     with pytest.raises(LlavaError, match="default_conversation: found a template"):
         before = conversation_lib.default_conversation
         conversation_lib.default_conversation = conversation_lib.Conversation("x", ("a", "b"), [], 0)
@@ -362,7 +372,7 @@ def _(function, world):
 
 
 for _kind, _used in (
-    ("flash", "LLaVA-NeXT: llava/train/train_mem.py"),
+    ("flash", "LLaVA-NeXT: llava/train/llama_flash_attn_monkey_patch.py"),
     ("xformers", "LLaVA: llava/train/train_xformers.py"),
 ):
     name(
