@@ -4,6 +4,7 @@ import importlib
 import logging
 import logging.handlers
 import os
+import sys
 
 from llava.constants import LOGDIR
 
@@ -75,8 +76,6 @@ class StreamToLogger:
     """A text stream whose lines become a logger's messages; what a stream has besides is the terminal's."""
 
     def __init__(self, logger: logging.Logger, log_level: int = logging.INFO):
-        import sys
-
         self.terminal, self.logger, self.log_level, self.linebuf = sys.stdout, logger, log_level, ""
 
     def __getattr__(self, name: str):

@@ -35,11 +35,10 @@ def eval_model(args) -> str:
         LlavaError: a checkpoint, template or picture that cannot be had; as many placeholders as pictures are expected.
     """
     from llava.inference.engine import Inference
-    from llava.inference.pictures import is_address, open_picture
+    from llava.inference.pictures import open_picture
 
     sep = getattr(args, "sep", None) or ","
-    whole = is_address(args.image_file) and sep not in args.image_file
-    names = [args.image_file] if whole else [name.strip() for name in args.image_file.split(sep) if name.strip()]
+    names = [name.strip() for name in args.image_file.split(sep) if name.strip()]
     pictures = [open_picture(name, allow_remote=True).image for name in names]
     question = _question(args.query, len(pictures))
     base = getattr(args, "model_base", None)

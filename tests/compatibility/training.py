@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -173,7 +174,9 @@ def _(value, world):
 
     flags = ["--output_dir", str(world.folder / "o"), "--lora_enable", "True", "--version", "v1", "--use_cpu", "true"]
     parser = HfArgumentParser((ModelArguments, DataArguments, value))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses([*flags, "--data_path", "x.json"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of a key that it renames
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses([*flags, "--data_path", "x.json"])
     assert (model_args.version, data_args.data_path, training_args.lora_enable) == ("v1", "x.json", True)
     assert training_args.model_max_length == 4096 and training_args.lora_r == 64
 
