@@ -121,6 +121,7 @@ NOT_HERE = {
     "llava.eval.model_vqa_qbench": ("LLaVA: scripts/v1_5/eval/qbench.sh", "llava.eval.model_vqa, or lmms-eval"),
     "llava.eval.eval_textvqa": ("LLaVA: scripts/v1_5/eval/textvqa.sh", "llava.eval.score --metric vqa"),
     "llava.eval.evaluate_interleave": ("LLaVA-NeXT: scripts/interleave/eval_interleave_3d.sh", "llava.eval.score"),
+    "llava.train.train_dpo": ("LLaVA-NeXT: scripts/train/dpo.sh", "preferences (DPO) are not trained on"),
     "llava.model.apply_delta": ("LLaVA: docs/MODEL_ZOO.md", "weights are published whole"),
     "llava.model.make_delta": ("LLaVA: llava/model/make_delta.py", "weights are saved whole"),
     "llava.model.consolidate": ("LLaVA: llava/model/consolidate.py", "every folder that is saved is whole"),

@@ -256,6 +256,13 @@ def _(function, world):
     assert function is train
 
 
+@name("llava.train.train_xformers.train", "LLaVA: scripts/pretrain_xformers.sh", note="xformers is not needed")
+def _(function, world):
+    from llava.train.train import train
+
+    assert function is train
+
+
 @name(
     "llava.train.train.LLaVATrainer",
     BOTH,
