@@ -20,9 +20,9 @@ from llava.model.multimodal_encoder.trust import naming
 from llava.model.ranks import is_partitioned
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
-from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
+from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens, unpad_image
 
-__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
 
 class LlavaMetaForCausalLM(ImageEncoding):
