@@ -12,6 +12,7 @@ import os
 
 from llava.errors import LlavaError
 from llava.eval import answer_file
+from llava.eval.weights_hash import newest_change, weights_hash
 from llava.utils import get_model_name_from_path
 
 SCHEMA = 1
@@ -99,3 +100,14 @@ def fault_of(answers: str, expected: dict) -> str | None:
     if not words:
         return None
     return f"{answers}: was answered with {'; '.join(words)} ({path}); --overwrite asks anew"
+
+
+def has_changed(answers: str, meta: dict) -> bool:
+    """Whether the model's files have changed since it answered; not where its folder is no longer there.
+
+    They are read again only where one of them is newer than what says which they were.
+    """
+    place = meta["model"], meta["settings"].get("model_base")
+    if not os.path.isdir(place[0]) or newest_change(*place) <= os.stat(meta_path(answers)).st_mtime:
+        return False
+    return weights_hash(*place) not in (None, meta["weights_hash"])

@@ -75,7 +75,14 @@ def test_vqa_normalisation(text, normal):
 def test_vqa_accuracy_normalises_both_sides():
     assert scorers.vqa_accuracy("The two.", ten(two=2, **{"2": 2, "three": 6})) == 1.0
     with pytest.raises(LlavaError, match="ten people"):
-        scorers.vqa_accuracy("two", ["two"])
+        scorers.vqa_accuracy("two", [])
+
+
+def test_vqa_accuracy_of_other_numbers_of_people():
+    assert scorers.vqa_accuracy("The two.", ["2"]) == 1.0 and scorers.vqa_accuracy("three", ["2"]) == 0.0
+    assert scorers.vqa_accuracy("2", ["2", "two"]) == pytest.approx(1 / 3)  # each time one other agrees
+    assert scorers.vqa_accuracy("2", ["2", "two", "3"]) == pytest.approx((1 / 3 + 1 / 3 + 2 / 3) / 3)
+    assert scorers.vqa_accuracy("2", ["2"] * 4) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -161,7 +168,7 @@ OPTIONS = ["cat", "dog", "black cat", "It is a bird."]
         ("it is a bird", "D"),
         ("I see a black cat", "C"),  # "cat" is part of it
         ("I see (B) there", "B"),
-        ("(A) or (B)?", "A"),  # it begins with one
+        ("(A) or (B)?", None),
         ("Maybe (A), maybe (B)", None),
         ("a cat and a dog", None),
         ("dogs", None),  # another word
@@ -204,9 +211,13 @@ def test_files_are_scored(tmp_path, capsys):
             ]
         )
     )
-    main(["--answers", answers, "--references", str(references), "--metric", "vqa", "--output", str(tmp_path / "o")])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "vqa: 0.6333 (n=3, 1 without an answer)"  # (1 + 0.9 + 0) / 3
+    with pytest.raises(SystemExit) as caught:
+        main(["--answers", answers, "--references", str(references), "--metric", "vqa", "--output", f"{tmp_path}/o"])
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "vqa: 0.6333 (n=3, 1 without an answer)"  # (1 + 0.9 + 0) / 3
+    errors = [line for line in said.err.splitlines() if line.startswith("error:")]
+    assert caught.value.code == 1 and len(errors) == 1
+    assert "1 of 3 references have no answer (first: question 3)" in errors[0]
     result = json.loads((tmp_path / "o").read_text())
     assert [row["score"] for row in result["rows"]] == pytest.approx([1.0, 0.9, 0.0])
     assert result["by_category"] == {"colour": {"score": pytest.approx(0.45), "n": 2}, "count": {"score": 1.0, "n": 1}}
