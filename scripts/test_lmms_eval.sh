@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The models for lmms-eval, run by the real package on the demo's held-out questions, without network: its answers,
-# accuracies and likelihoods are those of this package. Makes an environment of some GB (lmms-eval wants torchvision, and
-# that a CUDA build of torch, which runs on a CPU too). CHECKPOINT=DIR takes a trained checkpoint rather than a random
-# one, LIMIT=N that many questions, VENV=DIR another environment than .venv-lmms.
+# accuracies and likelihoods are those of this package; and the scorers, beside lmms-eval's on 100,000 generated answers.
+# Makes an environment of some GB (lmms-eval wants torchvision, and that a CUDA build of torch, which runs on a CPU too).
+# CHECKPOINT=DIR takes a trained checkpoint rather than a random one, LIMIT=N that many questions, VENV=DIR another
+# environment than .venv-lmms.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -15,6 +16,7 @@ if ! has_checkout "$VENV/bin/python" lmms_eval; then
 fi
 PYTHON="$VENV/bin/python"
 cd "$ROOT"
+"$PYTHON" scripts/lmms_eval/compare_scorers.py || fail "a scorer differs from lmms-eval's"
 "$PYTHON" playground/make_demo.py --seed "${SEED:-0}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT

@@ -1,92 +1,15 @@
 """Which option an answer chooses, in the ways people and models write it.
 
-Letters are found first ("mentions": "(B)", "B.", "option B", a bare B that is no word), those that are joined make a group
-("A or B"), and of each group the clause around it says whether it is denied. An option is chosen by what is said last
-and plainly, or by nothing: of every rule below it is better to find none than another option than the one that is meant.
+Letters are found first ("mentions": "(B)", "B.", "option B", a bare B that is no word), those that are joined make a
+group ("A or B"), and of each group the clause around it says whether it is denied. An option is chosen by what is said
+plainly, or by nothing: with every rule below, none is better than another option than the one that is meant.
 """
 
 import re
 import string
 from dataclasses import dataclass
 
-# --- what an answer is wrapped in ---
-
-_WIDE = str.maketrans("（）［］【】．：，、。；！？—–", "()[][].:,,.;!?--") | dict.fromkeys(
-    map(ord, "「」『』“”《》〈〉"), '"'
-)
-_WIDE |= str.maketrans("‘’", "''")
-_WIDE |= {ord("Ａ") + i: ord("A") + i for i in range(26)} | {ord("ａ") + i: ord("a") + i for i in range(26)}
-_FINAL = re.compile(
-    r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|<answer>(.*?)(?:</answer>|$)|<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|$)",
-    re.DOTALL | re.IGNORECASE,
-)
-_COMMANDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mathsf|operatorname|boxed|fbox)\s*\{([^{}]*)\}")
-_MARKUP = re.compile(
-    r"\*+|`+|\$+|(?<!\w)_+|_+(?!\w)|\\[()\[\]]|^[ \t]*(?:#+|>|[-•])[ \t]+|</?[a-z][a-z0-9]*>", re.MULTILINE
-)
-_QUOTED = re.compile(r"(?<!\w)([\"'])\s*\(?([A-Za-z])\)?([.,:]?)\s*\1(?!\w)")
-
-# --- letters ---
-
-_OPEN, _CLOSE = "\ue000", "\ue001"  # around a mention: B, or B! where it can be nothing but an option
-_WORDS_BEFORE = r"(?:options?|choices?|letters?|选项)\s*:?\s*"
-_BRACKETED = rf"[(\[{{]\s*(?:{_WORDS_BEFORE})?([A-Za-z])\s*[.:]?\s*[)\]}}]"
-_NAMED = rf"(?i:(?<![a-z]){_WORDS_BEFORE})(?:\(\s*)?([A-Za-z])(?![0-9A-Za-z_'+#-])"
-_BARE = r"(?<![0-9A-Za-z_À-ɏ.'°+#/-])(?<!\d )(?<!° )(?<![A-Z]\. )([A-Z])(?![0-9A-Za-z_'°+#-])(?!\.\w)"
-_SMALL = r"(?<![0-9A-Za-z_.'-])([a-z])(?=\)|[.:]?\s*$|[.:]?\s*\n)"
-_MENTION = re.compile(rf"(?P<bracketed>{_BRACKETED})|(?P<named>{_NAMED})|(?P<bare>{_BARE})|(?P<small>{_SMALL})")
-# after which an A is no article
-_NO_NOUN = re.compile(
-    r"\s+(?:is|isn't|are|aren't|was|and|or|nor|because|since|seems|looks|appears|would|could|should|cannot|can't|but|"
-    r"shows|does|doesn't|while|whereas)\b|\s*[^\w\s]|\s*$|\s*\n|\s*[\u3040-\u9fff]|\s+" + _OPEN
-)
-_TOKEN = rf"{_OPEN}[A-Z]!?{_CLOSE}"
-_JOINED = r"[ \t]*(?:,|/|&|;|、|and/or)?[ \t]*(?:and|or|nor|as well as|或者?|和|与|及)?[ \t]*(?:maybe|perhaps|possibly|also|even)?[ \t]*"
-_GROUP = re.compile(rf"{_TOKEN}(?:{_JOINED}{_TOKEN})*")
-
-# --- what is said of them ---
-
-_CLAUSE = r"[.,;:!?\n]|-\s|\b(?:but|so|therefore|thus|hence|because|since|while|whereas|although|though|then)\b|而是|所以|因此|但"
-_DENIED = re.compile(
-    r"\b(?:not|never|no|nor|neither|none|cannot|without|except|excluding|exclud\w*|eliminat\w*|rul(?:e|es|ed|ing) out|"
-    r"discard\w*|reject\w*|rather than|instead of|unlike|unlikely|other than|apart from|doubt\w*|impossible|wrong|"
-    r"incorrect|false|invalid|mistaken)\b|n't\b|不|非|排除|除了|错",
-    re.IGNORECASE,
-)
-# after a letter: what is denied is what comes next
-_NOT_THE_NEXT = re.compile(
-    rf"\b(?:rather than|instead of|unlike|other than|apart from|except)\b|\b(?:(?:and |but )?not(?=\s+(?:{_WORDS_BEFORE})?{_OPEN}))",
-    re.IGNORECASE,
-)
-_ALL_BUT = re.compile(r"\b(?:anything|everything|all|any)\s+but\b", re.IGNORECASE)
-_NO_DENIAL = re.compile(r"\b(?:no|without|beyond)\s+(?:a\s+|any\s+)?(?:doubt|question)\b", re.IGNORECASE)
-_OPEN_QUESTION = re.compile(r"\b(?:if|whether|unless|suppos\w+|assum\w+|either|between)\b|如果|是否", re.IGNORECASE)
-_GOES_ON = re.compile(r"\s*,?\s*(?:or|if|unless|when|in case|otherwise)\b", re.IGNORECASE)
-_HOW = r"(?:(?:clearly|definitely|probably|most likely|likely|indeed|simply|obviously|certainly|perhaps|maybe|actually|the|an?|most)\s+)*"
-_BE = r"(?:is|was|'s|are|(?:would|must|should|will|has to|may|might|could|can)(?:\s+also)?(?:\s+only)?\s+be|seems to be|being)"
-_CUE = re.compile(
-    r"(?:"
-    rf"\b(?:answers?|solution|selection|conclusion|choice|option|pick|guess|(?:correct|right|best|true|only)(?:\s+\w+)?)\b"
-    rf"[^.;:!?\n]{{0,60}}?(?:\b{_BE}|'s|:|=|->|→)"
-    r"|\b(?:final\s+)?answer\b"
-    rf"|\b(?:it|this|that|which|one)\s*{_BE}"
-    r"|\b(?:say|think|believe|guess|suppose|claim|argue|choos|chose|pick|select|prefer|go with|opt for|vote for)(?:e|s|es|ed|ing)?"
-    r"(?:\s+that)?"
-    r"|\b(?:so|thus|therefore|hence|leav(?:es|ing)(?:\s+us\s+with)?|left with|remaining|only|conclude(?:\s+that)?|"
-    r"probably|likely|definitely|maybe|perhaps|certainly|clearly|obviously|must be|should be)"
-    r"|=>|->|[→⇒]"
-    r"|(?:答案|选择|应选|应该选|选|而是|所以|因此)(?:是|为|应为|应该是|[:：])?"
-    rf")\s*,?\s*:?\s*{_HOW}:?\s*(?i:{_WORDS_BEFORE})?$",
-    re.IGNORECASE,
-)
-_PREDICATE = re.compile(
-    rf"\s*(?:(?:is|was|seems|looks|appears)(?:\s+to\s+be)?\s+(?:my\s+|the\s+|more\s+|{_HOW})*(?:correct|right|best|true|accurate|"
-    r"answer|appropriate|one|choice|option|solution|left)\b|remains\b|fits\b|是正确|正确|是对)",
-    re.IGNORECASE,
-)
-_SECOND_THOUGHTS = re.compile(
-    r"\b(?:wait|actually|correction|sorry|on second thought|hmm|scratch that|no,)", re.IGNORECASE
-)
+from llava.eval import choice_words as words
 
 
 @dataclass
@@ -94,25 +17,23 @@ class _Group:
     """Letters that are joined.
 
     Attributes:
-        letters: which.
+        letters: which; "?" where the answer goes on to others.
         sure: their form is an option's alone, not that of a word.
+        boxed: one of them is in a box.
         start, end: where they are.
-        denied: its clause says that it is not these.
-        unclear: it is a question or a condition, or denied twice.
-        cued: it is said to be the answer.
+        asserted: nothing denies them, and they are no question or condition.
+        denied: their clause says that it is not these.
+        cued: it is said that they are the answer.
     """
 
     letters: set[str]
     sure: bool
+    boxed: bool
     start: int
     end: int
+    asserted: bool = True
     denied: bool = False
-    unclear: bool = False
     cued: bool = False
-
-    @property
-    def asserted(self) -> bool:
-        return not self.denied and not self.unclear
 
 
 def chosen_letter(prediction: str, options: list[str]) -> str | None:
@@ -121,57 +42,75 @@ def chosen_letter(prediction: str, options: list[str]) -> str | None:
     The first of these rules that speaks decides; nothing is guessed. Of a letter that is denied ("not B", "B is wrong",
     "neither A nor B") or asked for ("B?"), none speaks.
 
-    1. what is in \\boxed{} or <answer></answer>, by the rules below
+    1. what is in \\boxed{} or <answer></answer>
     2. the whole answer is a letter: "A", "a", "(A)", "**A**."
-    3. the whole answer is the text of one option
-    4. one letter is said to be the answer: "the answer is A", "Answer: (A)", "I choose A", "so A", "A is correct", "选A"
-    5. one letter stands alone, as a line or a sentence: "A\\nIt barks.", "...\\nA", "A. cat"
-    6. the answer begins with a letter, and has no other: "A, because", "A) cat", "A - cat", "A is the cat"
+    3. the whole answer is the text of one option, or a letter and its text: "A. cat", "cat (A)"
+    4. one letter is said to be the answer: "the answer is A", "Answer: (A)", "I choose A", "so A", "A is correct"
+    5. one letter stands alone, as a line or a sentence: "A\\nIt meows.", "...\\nA", "A. It meows"
+    6. the answer begins with a letter, and has no other: "A, because", "A - cat", "A is the cat"; or ends with one that
+       is a clause of its own: "Sure, A."
     7. one letter has a form that only options have: "(A)", "option A"
     8. no letter is there, and the text of one option is, as words; an option in the text of another found one does not
        count, nor does one in a clause that denies something
 
-    An A or I that goes on as a sentence is a word ("A cat sits"). A letter with another option's text behind it ("A. dog",
-    where B is dog) chooses none, nor does a bare letter that is another option's text.
+    An A or I that goes on as a sentence is a word ("A cat sits"). A letter with another option's text behind it
+    ("A. dog", where B is dog) chooses none, nor does a bare letter that is another option's text.
 
     Rules in the manner of MMBench's and MMMU's answer matching (arXiv 2307.06281, 2311.16502), which in the end ask a
     model or draw a random letter; this does neither.
     """
-    text = prediction.rsplit("</think>", 1)[-1].translate(_WIDE).strip()
-    final = {_letter(next(filter(None, found), ""), options) for found in _FINAL.findall(text)}
-    if final:
-        return final.pop() if len(final) == 1 else None
-    return _letter(text, options)
+    text = prediction.rsplit("</think>", 1)[-1].translate(words.WIDE).strip()
+    boxes = [next(filter(None, found.groups()), "") for found in words.FINAL.finditer(text)]
+    single = [words.WHOLE.fullmatch(_without_markup(box)) for box in boxes]
+    if all(single):  # the text around them is read too: it may deny one
+        letters = iter(single)
+        text = words.FINAL.sub(lambda _: f"{words.BOXED}({next(letters)[1]})", text)
+        return _letter(text, options)
+    final = {_letter(box, options) for box in boxes}
+    return final.pop() if len(final) == 1 else None
 
 
 def _letter(text: str, options: list[str]) -> str | None:
     letters = string.ascii_uppercase[: len(options)]
     plain = [_plain(option) for option in options]
     text = _without_markup(text)
-    whole = re.fullmatch(r"[(\[{<\"']?\s*([A-Za-z])\s*[)\]}>\"']?[.:,;!]?[)\"']?", text)
+    whole = words.WHOLE.fullmatch(text.removeprefix(words.BOXED))
     if whole:
-        return _checked(whole[1].upper(), text[0] in "([{<", "", letters, plain)
+        return _checked(whole[1].upper(), text[0] in f"([{{<{words.BOXED}", "", letters, plain)
     same = [letter for letter, option in zip(letters, plain, strict=True) if option and option == _plain(text)]
     if same:
         return same[0] if len(same) == 1 else None
-    with_text = re.match(r"([A-Z])\s", text)
-    if with_text and with_text[1] in letters and plain[letters.index(with_text[1])] == _plain(text[2:]):
+    text = _without_own_texts(text, letters, plain)
+    with_text = re.fullmatch(rf"[(\[]?([A-Z])[)\]]?[.:,]? {words.ITS_TEXT}[.!]?", text)
+    if with_text:
         return with_text[1]
     marked = _mark(text, letters)
     groups = _groups(marked)
+    if len(groups) == 1 and len(groups[0].letters) == 1:
+        (letter,), rest = groups[0].letters, re.sub(rf"{words.TOKEN}|[()=-]", " ", marked)
+        said = [name for name, option in zip(letters, plain, strict=True) if option and option == _plain(rest)]
+        if said:  # "dog (B)"
+            return letter if letter in said else None
     if any(group.letters & set(letters) or group.sure or group.cued for group in groups):
         group = _deciding(marked, groups)
-        if group is None:
-            return None
-        return _checked(*group.letters, group.sure, marked[group.end :], letters, plain)
+        return group and _checked(*group.letters, group.sure, marked[group.end :], letters, plain)
     return _by_text(text, letters, plain)
 
 
 def _without_markup(text: str) -> str:
-    while (bare := _COMMANDS.sub(r"\1", text)) != text:
+    while (bare := words.COMMANDS.sub(r"\1", text)) != text:
         text = bare
-    text = _MARKUP.sub("", text).strip()
-    return _ALL_BUT.sub("except", _QUOTED.sub(r"(\2)\3", text))
+    text = words.MARKUP.sub("", text).strip()
+    return words.ALL_BUT.sub("except", words.QUOTED.sub(r"(\2)\3", text))
+
+
+def _without_own_texts(text: str, letters: str, plain: list[str]) -> str:
+    """An option's text behind its own letter says nothing more, whatever words are in it."""
+    for letter, option in zip(letters, plain, strict=True):
+        own = r"\s+".join(map(re.escape, option.split()))
+        behind = rf"(?<![0-9A-Za-z_])({letter}[)\]]?[.:,]?)\s*[\"']?(?i:{own})[\"']?(?!\w)"
+        text = re.sub(behind, rf"\1 {words.ITS_TEXT}", text) if option else text
+    return text
 
 
 def _checked(letter: str, sure: bool, rest: str, letters: str, plain: list[str]) -> str | None:
@@ -194,46 +133,50 @@ def _mark(text: str, letters: str) -> str:
 
     def put(found: re.Match) -> str:
         kind = found.lastgroup
-        letter = next(part for part in found.groups()[:] if part and len(part) == 1)
+        letter = next(part for part in found.groups() if part and len(part) == 1)
         before, after = text[: found.start()], text[found.end() :]
-        if kind in ("bare", "named") and letter.upper() in "AI" and not _NO_NOUN.match(after):
+        if _is_word(kind, letter, before, after) or (
+            kind != "bracketed"
+            and (kind == "small" or letter.upper() not in letters)
+            and before.strip()
+            and not words.CUE.search(before[-120:])
+        ):
             return found[0]
-        if kind == "named" and letter.islower() and re.match(r"\s+\w", after) and letter in "ai":
-            return found[0]
-        if kind == "bare" and letter == "I" and re.match(r"\s+\w", after):
-            return found[0]
-        if kind == "small" and before.strip() and not _CUE.search(before[-120:]):
-            return found[0]
-        if kind == "bare" and letter not in letters and not _CUE.search(before[-120:]):
-            return found[0]
-        sure = "!" if kind in ("bracketed", "named") or after.startswith(")") else ""
-        return f"{_OPEN}{letter.upper()}{sure}{_CLOSE}"
+        sure = "!" if kind in ("bracketed", "named") or after.startswith((")", "选项")) else ""
+        boxed = "*" if words.BOXED in found[0] else ""
+        return f"{words.OPEN}{letter.upper()}{sure}{boxed}{words.CLOSE}"
 
-    return _MENTION.sub(put, text)
+    return words.MENTION.sub(put, text)
+
+
+def _is_word(kind: str, letter: str, before: str, after: str) -> bool:
+    """Whether a letter without brackets is an article, a pronoun or part of a name."""
+    if kind == "bare" and (words.ABBREVIATED.search(before[-6:]) or (letter == "I" and re.match(r"\s+\w", after))):
+        return True
+    return kind in ("bare", "named") and letter.upper() in "AI" and not words.NO_NOUN.match(after)
 
 
 def _groups(marked: str) -> list[_Group]:
     groups = []
-    for found in _GROUP.finditer(marked):
-        names = re.findall(rf"{_OPEN}([A-Z])(!?)", found[0])
-        group = _Group({name for name, _ in names}, all(sure for _, sure in names), *found.span())
-        before, after = _NO_DENIAL.sub("", marked[max(group.start - 400, 0) : group.start]), marked[group.end :]
-        clause_before = re.split(_CLAUSE, before)[-1]
-        clause_after = re.split(_CLAUSE, _NOT_THE_NEXT.split(after.lstrip(")"), maxsplit=1)[0], maxsplit=1)[0]
-        sentence_before = re.split(r"[.!?\n]", before)[-1]
-        sentence_after = re.match(r"[^.!?\n]*([.!?\n]?)", after)[1]
-        denials = len(_DENIED.findall(clause_before)) + len(_DENIED.findall(clause_after))
-        group.denied = denials == 1 or re.search(r"(?i:\bneither)\s*$", clause_before) is not None
-        group.unclear = (
-            (denials > 1 and not group.denied)
-            or sentence_after == "?"
-            or _OPEN_QUESTION.search(clause_before) is not None
-            or re.search(r"(?i:\b(?:if|suppos\w+|assum\w+)\b.*\bwould\b)", sentence_before) is not None
+    for found in words.GROUP.finditer(marked):
+        names = re.findall(rf"{words.OPEN}([A-Z])(!?)", found[0])
+        letters, sure = {name for name, _ in names}, all(mark for _, mark in names)
+        group = _Group(letters, sure, "*" in found[0], *found.span())
+        before, after = words.NO_DENIAL.sub("", marked[max(group.start - 400, 0) : group.start]), marked[group.end :]
+        clause = words.CLAUSE.split(before.rstrip(" \n").removesuffix(":"))[-1]  # "Wrong: B"
+        behind = words.CLAUSE.split(words.NOT_THE_NEXT.split(after.lstrip(")"), maxsplit=1)[0], maxsplit=1)[0]
+        denials = len(words.DENIED.findall(clause)) + len(words.DENIED.findall(behind))
+        group.denied = denials == 1 or re.search(r"(?i:\bneither)\s*$", clause) is not None
+        group.asserted = not (
+            denials  # twice: it may be meant after all
+            or re.match(r"[^.!?\n]*([.!?\n]?)", after)[1] == "?"
+            or words.OPEN_QUESTION.search(clause)
+            or words.UNREAL.search(re.split(r"[.!?\n]", before)[-1])
         )
-        if _GOES_ON.match(after):
-            group.letters.add("?")  # another is named further on, or a condition
-        but = groups and groups[-1].denied and re.search(r"(?:\bbut|而是)\s*(?:rather\s*)?$", before)
-        group.cued = bool(but or _CUE.search(before[-120:]) or _PREDICATE.match(after))
+        but = groups and groups[-1].denied and words.BUT.search(before)
+        group.cued = bool(but or words.CUE.search(before[-120:]) or words.PREDICATE.match(after))
+        if words.GOES_ON.match(after):
+            group.letters.add("?")
         groups.append(group)
     return groups
 
@@ -241,21 +184,28 @@ def _groups(marked: str) -> list[_Group]:
 def _deciding(marked: str, groups: list[_Group]) -> _Group | None:
     """The group of one letter that says what is chosen."""
     asserted = [group for group in groups if group.asserted]
+    boxed = [group for group in asserted if group.boxed]
+    if boxed:
+        return _only(boxed)
     alone = [group for group in asserted if _is_line(marked, group)]
     cued = [group for group in asserted if group.cued]
     if cued:
-        first = cued[0]
-        thoughts = list(_SECOND_THOUGHTS.finditer(marked, first.end))
+        thoughts = list(words.SECOND_THOUGHTS.finditer(marked, cued[0].end))
         if thoughts:
-            cued = alone = [group for group in [*cued, *alone] if group.start > thoughts[-1].start()]
-        return _only([*cued, *alone])
+            return _only([group for group in [*cued, *alone] if group.start > thoughts[-1].start()])
+        last = [group for group in asserted if group.start > cued[0].start and _ends(marked, group)]
+        return _only([*cued, *alone, *last])
     if alone:
         return _only(alone)
     if any(_is_sentence(marked, group) for group in asserted):
-        return _only([group for group in asserted if _is_sentence(marked, group) or _heads(marked, group)])
-    if asserted and not marked[: asserted[0].start].strip(" (") and _leads(marked[asserted[0].end :]):
-        return _only(asserted)
-    return _only(asserted) if any(group.sure for group in asserted) else None
+        tests = (_is_sentence, _heads, _ends)
+        return _only([group for group in asserted if any(test(marked, group) for test in tests)])
+    if not asserted:
+        return None
+    first, last = asserted[0], asserted[-1]
+    leads = not marked[: first.start].strip(" (") and words.LEADS.match(marked[first.end :])
+    closes = _ends(marked, last) and marked[: last.start].rstrip(" (").endswith((",", ":", ";"))
+    return _only(asserted) if leads or closes or any(group.sure for group in asserted) else None
 
 
 def _only(groups: list[_Group]) -> _Group | None:
@@ -274,20 +224,14 @@ def _is_sentence(marked: str, group: _Group) -> bool:
     return (not before or before[-1] in ".!?\n;") and re.match(r"[.:)](?=\s|$)|\s*$", after) is not None
 
 
+def _ends(marked: str, group: _Group) -> bool:
+    """The text or a line ends with it."""
+    return re.match(r"\)?\s*[.!]?\s*(?:\n|$)", marked[group.end :]) is not None
+
+
 def _heads(marked: str, group: _Group) -> bool:
     """It stands in front of something, as in a list of the options."""
-    return re.match(r"\)?\s?[.:)]\s*\w", marked[group.end :]) is not None
-
-
-def _leads(after: str) -> bool:
-    """What follows the letter that an answer begins with goes on about it."""
-    return (
-        re.match(
-            r"\)|\s*[.,:;)-](?=\s|\w|$)|\s+(?:is|was|because|since|as|seems|looks|appears|shows|rather than|instead of|(?:and )?not)\b|\n",
-            after,
-        )
-        is not None
-    )
+    return re.match(rf"\)?\s?[.:)]\s*[\w{words.ITS_TEXT}]", marked[group.end :]) is not None
 
 
 # --- by an option's text ---
@@ -302,18 +246,17 @@ def _holds(text: str, part: str) -> bool:
 
 
 def _by_text(text: str, letters: str, plain: list[str]) -> str | None:
-    words = _plain(text)
-    yes_or_no = re.match(r"(?:yes|no|true|false)(?=[.,;:!\n])", words)
+    said = _plain(text)
+    yes_or_no = re.match(r"(?:yes|no|true|false)(?=[.,;:!\n])", said)
     if yes_or_no and plain.count(yes_or_no[0]) == 1:
         return letters[plain.index(yes_or_no[0])]
-    found = [i for i, option in enumerate(plain) if option and _holds(words, option)]
+    found = [i for i, option in enumerate(plain) if option and _holds(said, option)]
     found = [i for i in found if not any(i != j and _holds(plain[j], plain[i]) for j in found)]
     if len(found) != 1:
         return None
-    option = plain[found[0]]
-    for place in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", words):
-        before, after = _NO_DENIAL.sub("", words[: place.start()]), words[place.end() :]
-        clause = re.split(_CLAUSE, before)[-1] + " " + re.split(_CLAUSE, after, maxsplit=1)[0]
-        if _DENIED.search(clause) or _OPEN_QUESTION.search(clause):
+    for place in re.finditer(rf"(?<!\w){re.escape(plain[found[0]])}(?!\w)", said):
+        before, after = words.NO_DENIAL.sub("", said[: place.start()]), said[place.end() :]
+        clause = f"{words.CLAUSE.split(before)[-1]} {words.CLAUSE.split(after, maxsplit=1)[0]}"
+        if words.DENIED.search(clause) or words.OPEN_QUESTION.search(clause):
             return None
     return letters[found[0]]

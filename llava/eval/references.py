@@ -106,6 +106,6 @@ def _plain(text) -> str:
 
 
 def _same_question(prompt, question) -> bool:
-    """Whether one is in the other, since a prompt may add what form the answer should have; nothing said is no other."""
+    """Whether one is in the other: a prompt may add what form the answer should have, and a file may say nothing."""
     one, other = _plain(prompt), _plain(question)
     return one in other or other in one

@@ -75,10 +75,27 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
         answers: of the ten people asked; of n people at most (n - 1) / 3 can be reached. A single answer, which leaves
             nobody to agree with, scores 1 where it is the same and 0 where it is not.
     """
+    return _agreement(normalize_vqa(prediction), [normalize_vqa(answer) for answer in answers])
+
+
+def textvqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """`vqa_accuracy` as TextVQA's evaluation server and lmms-eval's `textvqa` compute it.
+
+    Commas and question marks vanish before other marks are looked at, and an 's is a word of its own ("10,000-2" is
+    "10000 2", where VQA has "100002").
+    """
+    return _agreement(normalize_textvqa(prediction), [normalize_textvqa(answer) for answer in answers])
+
+
+def normalize_textvqa(text: str) -> str:
+    """An answer as TextVQA compares it; see `textvqa_accuracy`."""
+    return normalize_vqa(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
+
+
+def _agreement(said: str, answers: list[str]) -> float:
     if not answers:
         raise LlavaError("answers: the list is empty, expected those of ten people, or one")
-    said = normalize_vqa(prediction)
-    same = [normalize_vqa(answer) == said for answer in answers]
+    same = [answer == said for answer in answers]
     if len(same) == 1:
         return float(same[0])
     return sum(min((sum(same) - left_out) / 3, 1.0) for left_out in same) / len(same)
@@ -133,8 +150,8 @@ def relaxed_accuracy(prediction: str, answer: str, tolerance: float = 0.05) -> f
 
     Source: Masry et al., "ChartQA" (arXiv 2203.10244), section 5.1, after Methani et al., "PlotQA" (arXiv 1909.00997);
     per cent signs as in Pix2Struct's and Qwen-VL's evaluation: "5%" is 0.05. To a true value of zero no relative
-    distance is defined; there the texts are compared, and so are "1,000", "−5" with a typographic sign, "nan" and "inf",
-    which are no numbers here.
+    distance is defined; there the texts are compared, and so are "1,000", "nan", "inf" and "−5" with a typographic
+    sign, which are no numbers here.
     """
     said, true = prediction.strip(), answer.strip()
     value, target = _number(said), _number(true)

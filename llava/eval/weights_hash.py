@@ -42,7 +42,7 @@ def is_here(model_path: str, model_base: str | None = None) -> bool:
 
 
 def newest_change(model_path: str, model_base: str | None = None) -> float:
-    """When a file of the model was last written or put there, in seconds since 1970; 0 where none is on this machine."""
+    """When a file of the model was last written or put there, in seconds since 1970; 0 where none is here."""
     folders = [_on_this_machine(path) for _, path in _sources(model_path, model_base)]
     files = [os.path.join(folder, name) for folder in folders if folder for name in model_files(folder)]
     return max((max(os.stat(file).st_mtime, os.stat(file).st_ctime) for file in files), default=0.0)
