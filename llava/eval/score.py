@@ -6,7 +6,8 @@ The references are a list (.json) or lines (.jsonl) of `{question_id, answer}`, 
 the LLaVA-format records that were asked. The metrics are of `llava.eval.scorers`:
 
 - exact: the same text as the answer, or as one of them
-- vqa: VQA accuracy, against the answers of ten people (texts, or `{"answer": text}` as VQA has them), or one
+- vqa: VQA accuracy, against the answers of ten people (texts, or `{"answer": text}` as VQA has them), or one;
+  textvqa the same with TextVQA's normalisation
 - anls: similarity to the nearest answer
 - relaxed: ChartQA's, the best over the answers
 - choice: `options` (or `choices`), and `answer` the true letter or text
@@ -46,8 +47,8 @@ def score_row(metric: str, prediction: str, row: dict) -> float:
         LlavaError: the row lacks what the metric needs.
     """
     answers = read_answers(row)
-    if metric == "vqa":
-        return scorers.vqa_accuracy(prediction, answers)
+    if metric in ("vqa", "textvqa"):
+        return (scorers.vqa_accuracy if metric == "vqa" else scorers.textvqa_accuracy)(prediction, answers)
     if metric == "anls":
         return scorers.anls(prediction, answers)
     if metric == "choice":
@@ -118,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Score answers against references.")
     parser.add_argument("--answers", required=True, help="what llava.eval.model_vqa wrote, .jsonl")
     parser.add_argument("--references", required=True, help="true answers, .json or .jsonl")
-    parser.add_argument("--metric", required=True, choices=("exact", "vqa", "anls", "relaxed", "choice"))
+    parser.add_argument("--metric", required=True, choices=("exact", "vqa", "textvqa", "anls", "relaxed", "choice"))
     parser.add_argument("--question-file", help="the questions, to be sure that it is these that were answered")
     parser.add_argument(
         *("--allow_changed_model", "--allow-changed-model"),

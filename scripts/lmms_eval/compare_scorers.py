@@ -142,7 +142,7 @@ PAIRS = (exact, vqa, textvqa, anls, relaxed, mmmu, mmbench, mcq)
 
 
 def compare(pair, theirs, count: int, seed: int) -> int:
-    """Print one function's table. Returns how many answers differ without a reason or get a letter that is not meant."""
+    """Print one function's table. Returns how many differ without a reason or get a letter that is not meant."""
     rng, kinds, examples = random.Random(f"{seed}/{pair.__name__}"), Counter(), {}
     for _ in range(count):
         given, ours, other, reason = pair(rng, theirs)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from llava.errors import LlavaError
 from llava.eval import answer_file
 from llava.eval.model_vqa import build_parser, chunk, main, read_question_file, run
+from llava.eval.score import main as score
 from llava.eval.weights_hash import is_here, weights_hash
 from llava.inference.engine import Inference
 from tests.eval import common
@@ -381,6 +382,49 @@ def test_every_file_of_a_model_counts(kit, tmp_path):
     (tower / "model.safetensors").write_bytes(content)
     assert weights_hash(str(base)) != before and is_here(str(base))
     assert weights_hash("no/such-model") is None and not is_here("no/such-model")
+
+
+def scored(capsys, *flags) -> tuple[int, str, str]:
+    """(exit status, output, errors) of `score`."""
+    try:
+        score(list(map(str, flags)))
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_score_says_where_the_answers_do_not_match(kit, whole, tmp_path, capsys):
+    model, path, references = tmp_path / "llava-tiny", tmp_path / "a.jsonl", tmp_path / "r.jsonl"
+    shutil.copytree(kit / "llava-tiny", model)
+    main(flags(kit, path, **{"model-path": model}))
+    capsys.readouterr()
+    jsonl(references, [row | {"answer": "x"} for row in question_rows()])
+    given = ["--answers", path, "--references", references, "--metric", "exact"]
+    assert scored(capsys, *given, "--question-file", kit / "q.jsonl")[::2] == (0, "")
+    status, _, errors = scored(capsys, *given, "--question-file", references)
+    assert status == 2 and "answers to another question file" in errors
+    os.utime(model / "model.safetensors")  # touched, the same weights
+    assert scored(capsys, *given)[::2] == (0, "")
+    retrained(model)
+    status, out, errors = scored(capsys, *given)
+    assert status == 2 and not out and errors.count("\n") == 1 and "has changed since it answered" in errors
+    assert scored(capsys, *given, "--allow_changed_model")[::2] == (0, "")
+    shutil.rmtree(model)  # gone: nothing can be said of it
+    assert scored(capsys, *given)[::2] == (0, "")
+    rows = read(path)
+    jsonl(path, [row | {"model_id": "other"} for row in rows])
+    assert "found answers of 'other', but of 'llava-tiny'" in scored(capsys, *given)[2]
+    jsonl(path, [rows[0] | {"model_id": "other"}, *rows[1:]])
+    assert "found answers of 'llava-tiny' and of 'other'" in scored(capsys, *given)[2]
+    jsonl(path, rows[:3])
+    status, out, errors = scored(capsys, *given)
+    assert status == 1 and "11 without an answer" in out and "11 of 14 references have no answer" in errors
+    Path(f"{path}.meta.json").unlink()
+    jsonl(path, [{"question_id": row["question_id"], "text": row["text"]} for row in rows])  # another program's
+    status, _, errors = scored(capsys, *given)
+    assert status == 0 and errors.startswith("note: ") and errors.count("\n") == 1
 
 
 PROGRAM = "llava.eval.model_vqa:main"

@@ -72,6 +72,23 @@ def test_vqa_normalisation(text, normal):
     assert scorers.normalize_vqa(text) == normal
 
 
+@pytest.mark.parametrize(
+    ("text", "vqa", "textvqa"),  # lmms-eval 0.7.3's EvalAIAnswerProcessor: without its word_tokenize, and with it
+    [
+        ("1,000-2", "10002", "1000 2"),
+        ("10,000?", "10000", "10000"),
+        ("the cat's tail", "cat's tail", "cat 's tail"),
+        ("A red/blue t-shirt?", "red blue t shirt", "red blue t shirt"),
+        ("1,,000-2", "10002", "1000 2"),
+        ("dont know, Im here", "don't know im here", "don't know im here"),
+        ("x" + "." * 40 + "y", "x" + "." * 8 + "y", "x" + "." * 8 + "y"),
+    ],
+)
+def test_the_two_normalisations_of_lmms_eval(text, vqa, textvqa):
+    assert (scorers.normalize_vqa(text), scorers.normalize_textvqa(text)) == (vqa, textvqa)
+    assert scorers.textvqa_accuracy(text, ["x"] * 6 + [text] * 4) == 1.0
+
+
 def test_vqa_accuracy_normalises_both_sides():
     assert scorers.vqa_accuracy("The two.", ten(two=2, **{"2": 2, "three": 6})) == 1.0
     with pytest.raises(LlavaError, match="ten people"):
@@ -109,6 +126,11 @@ def test_edit_distance(a, b, distance):
         ("123", ["199"], 0.0),  # 1/3 does not
         ("kitten", ["dog", "sitting"], 1 - 3 / 7),  # the nearest answer
         ("", ["a"], 0.0),
+        # lmms-eval 0.7.3's: blanks count in the length, and so does what upper case makes longer
+        ("a c", ["a  b"], 0.75),
+        ("abce   ", ["abcd"], 6 / 7),
+        ("STRASSE 5", ["straße 5"], 7 / 9),
+        ("", [""], 1.0),
     ],
 )
 def test_anls(said, answers, score):
@@ -133,6 +155,25 @@ def test_anls(said, answers, score):
         ("Blue", "blue", 1.0),
         ("blue.", "blue", 0.0),
         ("about 100", "100", 0.0),
+        # lmms-eval 0.7.3's, of numbers as Python reads them
+        ("1.05", "1", 0.0),  # in floating point it is more than 5% away
+        ("5%%", "0.05", 1.0),
+        ("1_000", "1000", 1.0),
+        ("５", "5", 1.0),
+        ("1,000", "1000", 0.0),
+        ("−5", "-5", 0.0),
+        ("-0", "0", 0.0),
+        # what is not finite is text
+        ("nan", "nan", 1.0),
+        ("NaN", "nan", 1.0),
+        ("inf", "infinity", 0.0),
+        ("1e999", "inf", 0.0),
+        ("1e999", "1e999", 1.0),
+        ("nan%", "nan", 0.0),
+        ("5", "nan", 0.0),
+        ("nan", "5", 0.0),
+        ("5", "inf", 0.0),
+        ("-inf", "inf", 0.0),
     ],
 )
 def test_relaxed_accuracy(said, answer, score):
@@ -227,6 +268,10 @@ def test_files_are_scored(tmp_path, capsys):
     ("metric", "row", "score"),
     [
         ("exact", {"answers": ["two", "red"]}, 1.0),
+        ("vqa", {"answer": "The red"}, 1.0),
+        ("vqa", {"answers": ["red"]}, 1.0),
+        ("vqa", {"answers": [{"answer": "red"}] * 3 + [{"answer": "blue"}] * 7}, 0.9),
+        ("textvqa", {"answers": ["red?"] * 10}, 1.0),
         ("anls", {"answer": "rod"}, 1 - 1 / 3),
         ("relaxed", {"answer": 3}, 0.0),
         ("choice", {"answer": "B", "options": ["blue", "red"]}, 1.0),
@@ -236,6 +281,21 @@ def test_every_metric_reads_its_rows(tmp_path, metric, row, score):
     answers = write(tmp_path / "a.jsonl", [{"question_id": "q", "text": "red"}])
     references = write(tmp_path / "r.jsonl", [{"question_id": "q", **row}])
     assert evaluate(metric, answers, references)["score"] == pytest.approx(score)
+
+
+def test_a_conversation_has_an_id_for_each_question(tmp_path):
+    turns = [("human", "<image>\nA?"), ("gpt", "yes"), ("human", "B?"), ("gpt", "no")]
+    record = {"id": "r", "image": "0.png", "kind": "k", "conversations": [{"from": w, "value": v} for w, v in turns]}
+    one = {"id": 7, "conversations": [{"from": "human", "value": "C?"}, {"from": "gpt", "value": "red"}]}
+    said = [("r#1", "A?", "yes"), ("r#2", "B?", "yes"), (7, "C?", "red")]
+    answers = [{"question_id": name, "prompt": prompt, "text": text} for name, prompt, text in said]
+    references = write(tmp_path / "r.jsonl", [record, one])
+    result = evaluate("exact", write(tmp_path / "a.jsonl", answers), references)
+    assert [(row["question_id"], row["score"]) for row in result["rows"]] == [("r#1", 1.0), ("r#2", 0.0), (7, 1.0)]
+    assert result["by_category"] == {"all": {"score": 1.0, "n": 1}, "k": {"score": 0.5, "n": 2}}
+    spelled_out = [{"question_id": name, "question": prompt, "answer": text} for name, prompt, text in said]
+    result = evaluate("exact", str(tmp_path / "a.jsonl"), write(tmp_path / "s.jsonl", spelled_out))
+    assert result["score"] == 1.0
 
 
 def test_questions_that_share_an_id_are_told_apart(tmp_path):
@@ -253,6 +313,13 @@ def test_questions_that_share_an_id_are_told_apart(tmp_path):
         ([{"question_id": 1}], [{"question_id": 1, "answer": "x"}], "row 1: text: found None"),
         ([{"question_id": 1, "text": "x"}], [{"question_id": 1}], "question 1: answer: found None"),
         ([{"question_id": 1, "text": "x"}], [], "found no row"),
+        (
+            [{"question_id": 1, "prompt": "How many?", "text": "x"}],
+            [{"question_id": 1, "question": "What colour?", "answer": "x"}],
+            "question 1: found the answer to 'How many\\?', expected one to 'What colour\\?'",
+        ),
+        ([{"question_id": 1, "text": "x"}], [{"id": 1, "conversations": []}], "question 1: answer: found None"),
+        ([{"question_id": 1, "text": "x"}], [{"id": 1, "conversations": [3]}], r"row 1 \(question 1\): turn 0"),
     ],
 )
 def test_files_that_do_not_fit_are_named(tmp_path, answers, references, said):
@@ -260,3 +327,11 @@ def test_files_that_do_not_fit_are_named(tmp_path, answers, references, said):
     with pytest.raises(LlavaError, match=said) as caught:
         evaluate("exact", *paths)
     assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+def test_a_prompt_may_say_more_than_the_question(tmp_path):
+    prompt = "<image>\nWhat  Colour?\nAnswer the question using a single word."
+    answers = write(tmp_path / "a.jsonl", [{"question_id": 1, "prompt": prompt, "text": "red"}])
+    for question in ("what colour?", prompt, None, ""):
+        row = {"question_id": 1, "question": question, "answer": "red"}
+        assert evaluate("exact", answers, write(tmp_path / "r.jsonl", [row]))["score"] == 1.0
