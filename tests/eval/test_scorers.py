@@ -1,6 +1,8 @@
 """Scorers against values worked out by hand, and the command that applies them to files."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -335,3 +337,19 @@ def test_a_prompt_may_say_more_than_the_question(tmp_path):
     for question in ("what colour?", prompt, None, ""):
         row = {"question_id": 1, "question": question, "answer": "red"}
         assert evaluate("exact", answers, write(tmp_path / "r.jsonl", [row]))["score"] == 1.0
+
+
+def documented() -> list[tuple[str, dict, str, float]]:
+    """(metric, reference, answer, score) of each row of the table in docs/answers.md."""
+    text = (Path(__file__).parents[2] / "docs" / "answers.md").read_text(encoding="utf-8")
+    row = re.compile(r"\| `(\w+)` \| `(\{.*?\})` \| `(.*?)` \| ([\d.]+): .* \|")
+    return [(m[1], json.loads(m[2]), m[3], float(m[4])) for m in map(row.fullmatch, text.splitlines()) if m]
+
+
+def test_the_documented_references_score_as_documented(tmp_path):
+    found = documented()
+    assert {metric for metric, *_ in found} == {"exact", "vqa", "textvqa", "anls", "relaxed", "choice"}
+    for metric, reference, answer, score in found:
+        answers = write(tmp_path / "a.jsonl", [{"question_id": 1, "text": answer}])
+        result = evaluate(metric, answers, write(tmp_path / "r.jsonl", [reference]))
+        assert result["score"] == pytest.approx(score, abs=5e-5), (metric, answer)
