@@ -25,10 +25,10 @@ WHOLE = re.compile(r"[(\[{<\"']?\s*([A-Za-z])\s*[)\]}>\"']?[.:,;!]?[)\"']?")
 OPEN, CLOSE = "\ue000", "\ue001"  # around a mention: B, B! where it can be nothing but an option, B!* in a box
 BOXED, ITS_TEXT = "\ue002", "\ue003"  # in front of a letter in a box; in place of an option's text behind its letter
 _BEFORE, _AFTER = r"(?<![0-9A-Za-z_À-ɏ.'°+#/-])", r"(?![0-9A-Za-z_'°+#-])"  # B-52, C++, 20 °C, D.C. are none
-CALLED = r"(?:options?|choices?|letters?|选项)\s*:?\s*"
+CALLED = r"(?:options?|choices?|选项)\s*:?\s*"
 MENTION = re.compile(
     rf"""
-    (?P<bracketed> {BOXED}? [(\[{{] \s* (?:{CALLED})? ([A-Za-z]) \s* [.:]? \s* [)\]}}])
+    (?P<bracketed> (?:{BOXED}|(?<![0-9A-Za-z])) [(\[{{] \s* (?:{CALLED})? ([A-Za-z]) \s* [.:]? \s* [)\]}}])
     | (?P<named> (?i:(?<![a-z]){CALLED}) {BOXED}? (?: \(\s*([A-Za-z])\s*\) | ([A-Za-z]){_AFTER} ))
     | (?P<bare> (?<!\d[ ]) (?<!°[ ]) {_BEFORE} ([A-Z]) {_AFTER} (?!\.\w) (?! (?<=[A-Z]\.[ ].) \.\s[A-Z] ))
     | (?P<small> (?<![0-9A-Za-z_.'-]) ([a-z]) (?= \) | [.:]?\s*$ | [.:]?\s*\n ))
@@ -105,7 +105,7 @@ CUE = re.compile(
         | => | -> | [→⇒]
         | (?: 答案 | 选择 | 应选 | 应该选 | 选 | 而是 | 所以 | 因此 ) (?: 应该是 | 应为 | 是 | 为 | : )?
         | (?:应该|认为)是
-    ) \s* ,? \s* :? \s* {_HOW} :? \s* (?:{CALLED})? [(]? $
+    ) \s* ,? \s* :? \s* {_HOW} :? \s* (?:{CALLED}|letter\s+)? [(]? $
     """,
     re.IGNORECASE | re.VERBOSE,
 )

@@ -150,9 +150,13 @@ def _mark(text: str, letters: str) -> str:
 
 
 def _is_word(kind: str, letter: str, before: str, after: str) -> bool:
-    """Whether a letter without brackets is an article, a pronoun or part of a name."""
+    """Whether a letter is an article, a pronoun, part of a name, or a copyright sign."""
+    if kind == "bracketed":
+        return letter in "cC" and re.match(r"\s*(?:19|20)\d\d\b", after) is not None
     if kind == "bare" and (words.ABBREVIATED.search(before[-6:]) or (letter == "I" and re.match(r"\s+\w", after))):
         return True
+    if kind == "small" and letter == "a" and not after and before.strip() and not before.rstrip().endswith(":"):
+        return True  # an answer that was cut short
     return kind in ("bare", "named") and letter.upper() in "AI" and not words.NO_NOUN.match(after)
 
 

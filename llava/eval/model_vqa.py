@@ -254,8 +254,9 @@ def run(args: argparse.Namespace) -> list[str]:
         meta = first(lambda: _check_origin(args))
         inference = _load(args)
         everything = read_question_file(args.question_file, args.image_folder, inference, args.allow_absolute_paths)
+        mine = chunk(everything, args.num_chunks, args.chunk_idx)
         first(lambda: _begin(args, meta, inference, everything))
-        return _ask(args, inference, everything, (rank, size), (wait, gather))
+        return _ask(args, inference, (everything, mine), (rank, size), (wait, gather))
 
 
 def _check_origin(args: argparse.Namespace) -> dict:
@@ -322,13 +323,12 @@ def _load(args: argparse.Namespace):
     )
 
 
-def _ask(args: argparse.Namespace, inference, everything: list[Asked], place, together) -> list[str]:
-    """This process's share of the questions that have no answer; then the file in order."""
+def _ask(args: argparse.Namespace, inference, questions: tuple, place, together) -> list[str]:
+    """This process's share of the questions of this run that have no answer; then the file in order."""
     import torch
 
-    (rank, size), (wait, gather) = place, together
+    (everything, mine), (rank, size), (wait, gather) = questions, place, together
     path, model_id = args.answers_file, _model_id(args)
-    mine = chunk(everything, args.num_chunks, args.chunk_idx)
     done = match_rows(path, answer_file.read_rows(path), everything, model_id)
     wait()
     left = [question for question in mine if question.key not in done]

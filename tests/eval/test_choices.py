@@ -79,7 +79,7 @@ B = (
     *("Answer: B\n", "  B  ", "B\n\n", "B.\n\nExplanation: A cat meows.", "A dog is shown; B is correct."),
     *("A quick look shows it barks, so the answer is B.", "<|begin_of_box|>B<|end_of_box|>"),
     *("The answer is A. Wait, the answer is B.", "The answer is B. Wait, let me check. Yes, the answer is B."),
-    *("Letter B", "The answer: B", "answer = B", "=> B", "-> B", "Answer -> B"),
+    *("The answer: B", "answer = B", "=> B", "-> B", "Answer -> B"),
     "A is incorrect because it is a cat. B is correct because it barks.",
     *("Eliminating A, C and D, the answer is B.", "B is the correct option, as A shows a cat."),
     *("Based on the picture, the answer should be B.", "B!", "The answer is B!", "B is true", "(B).", "((B))"),
@@ -148,6 +148,14 @@ D = (
 )
 
 NONE = (
+    *(
+        "There is a letter B on it",
+        "The answer is a",
+        "It's a",
+        "The letter a is shown",
+        "(c) 2019 Getty",
+        "cat(s), dog(s)",
+    ),
     *("B or C", "A or B", "A and B", "A, B", "A/B", "A & B", "Answer: A, B", "Answer: A or B"),
     *("The answer is A or B", "The answer is either A or B", "The answer is A and B"),
     *("The answer is both A and B.", "Both A and B", "A, B, C, D", "ABCD", "AB", "E", "The answer is E", "(E)"),
