@@ -170,7 +170,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
                 5-d tensor; or a plain [N, 3, H, W] batch, whose features are used as they are. A row without image
                 tokens may bring one dummy image, of modality "text" or one per such row.
             modalities: "image", "video" or "text" per image; missing ones count as "image".
-            image_sizes: (width, height) of each original image.
+            image_sizes: (width, height) of each original image; a video may have one for each frame, none is looked at.
             patch_alphas: a float for each image, where the tower chooses patches; None: its own alpha for all.
             host: `HostCopies` of input_ids, attention_mask and labels, as the collator makes them, and patch_levels;
                 None: they are read, for which the host waits on a GPU.
