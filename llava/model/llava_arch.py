@@ -12,9 +12,19 @@ from transformers.modeling_utils import PreTrainedModel
 import llavavit.varlen_attention  # noqa: F401  makes "varlen" an attention of the language model
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
-from llava.model.checkpoint import whole
+from llava.model.checked_inputs import (
+    check_images,
+    check_modalities,
+    check_rows,
+    check_text,
+    check_vocabulary,
+    refuse_stock_names,
+    whole_numbers,
+    width_and_height,
+)
 from llava.model.host import HostCopies, needs_no_mask, segments, send, supervised_places
 from llava.model.image_encoding import ImageEncoding
+from llava.model.llava_generation import LlavaGeneration
 from llava.model.loss import supervised_loss
 from llava.model.multimodal_encoder.trust import naming
 from llava.model.ranks import is_partitioned
@@ -25,7 +35,7 @@ from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visua
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
 
 
-class LlavaMetaForCausalLM(ImageEncoding):
+class LlavaMetaForCausalLM(LlavaGeneration, ImageEncoding):
     """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`.
 
     A subclass names its `model_class`, a `LlavaMetaModel`.
@@ -109,7 +119,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
         grid_of = self._projected_grid
         merged = []
         for i, (feature, crop) in enumerate(zip(features, crops, strict=True)):
-            size = (crop.shape[-1], crop.shape[-2]) if image_sizes is None else image_sizes[i]
+            size = None if image_sizes is None or modalities[i] == "video" else width_and_height(image_sizes[i])
             grid = grid_of(*crop.shape[-2:])[1]
             merged.append(merge_visual_tokens(feature, grid, size, modalities[i], crop.shape[-1], newline, rules))
         if newline is not None and self.training:
@@ -183,6 +193,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
         Raises:
             LlavaError: images and image tokens do not match.
         """
+        input_ids, labels = whole_numbers("input_ids", input_ids), whole_numbers("labels", labels)
         text = input_ids, position_ids, attention_mask, past_key_values, labels
         return self._prepare(*text, images, modalities, image_sizes, patch_alphas, host)[:6]
 
@@ -218,6 +229,9 @@ class LlavaMetaForCausalLM(ImageEncoding):
         device = input_ids.device
         if host is None:
             host = HostCopies.of(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        check_rows(host.input_ids, None if attention_mask is None else host.attention_mask)
+        check_images(images)
+        check_modalities(modalities)
         keep = torch.ones_like(host.input_ids) if attention_mask is None else host.attention_mask
         keep, of_images = keep.bool(), (modalities, image_sizes, patch_alphas, host.patch_levels)
         images, *of_images = match_images(host.input_ids, keep, images, *of_images)
@@ -237,6 +251,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
             side,
             packed=_packed(host),
         )
+        check_vocabulary(self, plan.text_ids)
         text = self.get_model().embed_tokens(*send([plan.text_ids], device))
         fits = None if plan.fits is None else plan.fits.nonzero()[:, 0]
         places = (None, None) if labels is None else supervised_places(plan.labels)
@@ -275,6 +290,8 @@ class LlavaMetaForCausalLM(ImageEncoding):
         output layer runs on the supervised positions alone. `num_items_in_batch` divides the summed loss; without it,
         the mean over this batch. A batch without labels has loss 0.
         """
+        input_ids, labels = whole_numbers("input_ids", input_ids), whole_numbers("labels", labels)
+        refuse_stock_names(kwargs)
         if images is None and _packed(host):
             images = []
         loss_alone = labels is not None and (self.training or kwargs.get("num_items_in_batch") is not None)
@@ -293,6 +310,8 @@ class LlavaMetaForCausalLM(ImageEncoding):
                 elif self.training and self._may_drop_mask:
                     attention_mask = self._masks_of_unpadded(inputs_embeds)
                     kwargs |= self._as_one_segment(inputs_embeds)
+        if input_ids is not None:
+            check_text(self, input_ids, "images: found none, expected one for each <image> of input_ids")
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -348,39 +367,6 @@ class LlavaMetaForCausalLM(ImageEncoding):
         if len(inputs_embeds) > 1 or "flash" not in self.config._attn_implementation:
             return {}
         return segments([inputs_embeds.shape[1]], self.config._attn_implementation, inputs_embeds.device)
-
-    @torch.no_grad()
-    def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):
-        """New tokens only, [B, new].
-
-        Args:
-            inputs: [B, L] prompt ids, also accepted as `input_ids`; padded on either side, with `attention_mask` 0 on
-                padding. Without a mask the pad id at the ends of rows is padding, where it is not also the end token.
-            images, image_sizes, modalities: as `prepare_inputs_labels_for_multimodal`.
-            **kwargs: as transformers' `generate`.
-        """
-        ids = inputs if inputs is not None else input_ids
-        if ids is None or "inputs_embeds" in kwargs:
-            raise LlavaError("generate: give prompt ids as inputs or input_ids (inputs_embeds is not accepted)")
-        kwargs.pop("position_ids", None)  # they follow from the mask
-        mask = kwargs.pop("attention_mask", None)
-        ids = ids.to(self.device)
-        mask = self._padding_mask(ids, **kwargs) if mask is None else mask
-        images = [] if images is None else images
-        newline = getattr(self.get_model(), "image_newline", None)
-        with whole([] if newline is None else [newline]):  # outside of a forward ZeRO-3 fetches modules' weights alone
-            merged = self._merge(ids, mask, None, "left", images, modalities, image_sizes)
-        return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
-
-    def _padding_mask(self, ids, pad_token_id=None, eos_token_id=None, generation_config=None, **kwargs):
-        """[B, L], 0 on the pad ids at the ends of rows, as transformers' generate; None where it cannot be told."""
-        settings = generation_config or self.generation_config
-        pad = settings.pad_token_id if pad_token_id is None else pad_token_id
-        eos = settings.eos_token_id if eos_token_id is None else eos_token_id
-        if len(ids) == 1 or pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
-            return None
-        real = ids != pad
-        return (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
 
     # --- tokenizer ---
 

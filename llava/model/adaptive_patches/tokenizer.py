@@ -58,8 +58,9 @@ class PatchTokenizer:
         importance: str | None = None,
     ):
         for name, value in {"num_scales": num_scales, "base_patch_size": base_patch_size}.items():
-            if type(value) is not int or value < 1:
+            if (choice.whole_number(value) or 0) < 1:
                 raise LlavaError(f"{name}: found {value!r}, expected a positive whole number")
+        num_scales, base_patch_size = int(num_scales), int(base_patch_size)
         measure = None if method is None or method in METHODS else check_importance(method, "method", also=METHODS)
         if importance is not None:
             importance = check_importance(importance)

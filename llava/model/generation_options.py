@@ -1,0 +1,55 @@
+"""Options of transformers' `generate` that a model refuses, since they would fail halfway or answer something else.
+
+`docs/generation.md` lists every option; those that are not named here are transformers' own.
+"""
+
+from llava.errors import LlavaError
+
+# what says that an option is not used, besides None
+_UNUSED = {"guidance_scale": (1,), "encoder_repetition_penalty": (1,), "encoder_no_repeat_ngram_size": (0,)}
+
+ALWAYS = {
+    "assistant_early_exit": "a shortened copy of the model would see no image",
+    "token_healing": "the prompt would be written anew without its images",
+    "cache_implementation=paged": "continuous batching takes no images",
+}
+# with a prompt of embeddings, as every one of a LLaVA model is
+EMBEDDED = ALWAYS | {
+    "assistant_model": "it would be asked without the prompt, which is made of embeddings",
+    "encoder_repetition_penalty": "it is for a prompt of tokens, and this one is made of embeddings",
+    "encoder_no_repeat_ngram_size": "it is for a prompt of tokens, and this one is made of embeddings",
+    "forced_bos_token_id": "it would come second, behind a prompt of embeddings",
+    "prefill_chunk_size": "the prompt is made of embeddings, which transformers does not cut",
+}
+# where the tokens of the prompt stand for images
+WITH_IMAGES = ALWAYS | {
+    "guidance_scale": "transformers asks again without the image's positions, and fails",
+    "prompt_lookup_num_tokens": "what is looked up in the prompt can be the tokens of an image",
+}
+
+
+def check_options(model, refused: dict[str, str], options: dict) -> None:
+    """Refuse options that are set in a call or in generation settings.
+
+    Args:
+        model: its `generation_config` has what neither `options` nor their `generation_config` say.
+        refused: option, or option=value -> why.
+        options: keyword arguments of `generate`.
+
+    Raises:
+        LlavaError: one of them is set.
+    """
+    for entry, reason in refused.items():
+        name, _, only = entry.partition("=")
+        value = option(model, name, options)
+        if value is None or value is False or value in _UNUSED.get(name, ()) or (only and value != only):
+            continue
+        shown = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
+        raise LlavaError(f"generate: {name}: found {shown}, which is not taken here: {reason}")
+
+
+def option(model, name: str, options: dict):
+    """The value of an option, from a call, its `generation_config`, or the model's; None where none of them says."""
+    settings = [options.get("generation_config"), model.generation_config]
+    values = [options.get(name), *(getattr(said, name, None) for said in settings)]
+    return next((value for value in values if value is not None), None)

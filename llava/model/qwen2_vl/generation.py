@@ -1,0 +1,48 @@
+"""What the Qwen-VL models are given, in any form that transformers 4 or 5 made, and what `generate` refuses."""
+
+import torch
+
+from llava.model.checked_inputs import whole_numbers
+from llava.model.generation_options import ALWAYS, WITH_IMAGES, check_options
+
+IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
+
+
+def token_types(config, input_ids, *grids, given=None):
+    """mm_token_type_ids [B, L], which processors of transformers 4 do not make: 1 on image tokens, 2 on video tokens.
+
+    Args:
+        config: names the two tokens.
+        grids: of images and of videos; without any the types are as `given`.
+        given: the types, where they came along.
+    """
+    if given is not None:
+        return given.long()
+    if input_ids is None or all(grid is None for grid in grids):
+        return None
+    types = torch.zeros_like(input_ids)
+    for kind, token in ((IMAGE, config.image_token_id), (VIDEO, config.video_token_id)):
+        types = types.masked_fill(input_ids == token, kind)
+    return types
+
+
+class QwenGeneration:
+    """In front of a class of transformers that generates."""
+
+    def generate(self, inputs=None, *args, **kwargs):
+        """As transformers'; token ids of any integers, with or without mm_token_type_ids.
+
+        Raises:
+            LlavaError: an option that would fail halfway, or answer something else, with images.
+        """
+        grids = kwargs.get("image_grid_thw"), kwargs.get("video_grid_thw")
+        options = kwargs | ({"generation_config": args[0]} if args else {})
+        check_options(self, ALWAYS if all(grid is None for grid in grids) else WITH_IMAGES, options)
+        inputs, ids = whole_numbers("inputs", inputs), whole_numbers("input_ids", kwargs.get("input_ids"))
+        if ids is not None:
+            kwargs["input_ids"] = ids
+        ids = inputs if ids is None else ids
+        types = token_types(self.config, ids, *grids, given=kwargs.get("mm_token_type_ids"))
+        if types is not None:
+            kwargs["mm_token_type_ids"] = types
+        return super().generate(inputs, *args, **kwargs)
