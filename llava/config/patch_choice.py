@@ -255,10 +255,9 @@ def check_alpha(alpha) -> float | tuple[float, float]:
 def check_thresholds(thresholds, num_scales: int) -> list[float]:
     """The thresholds as floats; `LlavaError` unless there is one, finite, for each level above the first."""
     listed = isinstance(thresholds, (list, tuple)) or getattr(thresholds, "ndim", 0) == 1
+    given = thresholds if listed else [None]
     try:
-        values = [
-            float(value) if isinstance(value, str) else number(value) for value in (thresholds if listed else [None])
-        ]
+        values = [float(value) if isinstance(value, str) else number(value) for value in given]
     except ValueError:
         values = [None]
     if None in values:

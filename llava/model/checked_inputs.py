@@ -21,18 +21,19 @@ def described(value) -> str:
 
 
 def whole_numbers(name: str, value):
-    """Token ids or labels [B, L] as int64, whatever integers they come as; None stays None.
+    """Token ids or labels [B, L] of 16, 32 or 64 bits as int64; None stays None.
 
     Raises:
-        LlavaError: no tensor, another shape, or numbers that are not whole.
+        LlavaError: no tensor, another shape, or numbers of other types: in those of 8 bits IGNORE_INDEX and
+            IMAGE_TOKEN_INDEX would be tokens.
     """
     if value is None:
         return None
     if not isinstance(value, torch.Tensor) or value.ndim != 2:
         row = " (one row: ids[None])" if isinstance(value, torch.Tensor) and value.ndim == 1 else ""
         raise LlavaError(f"{name}: found {described(value)}, expected a tensor [B, L]{row}")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise LlavaError(f"{name}: found {described(value)}, expected whole numbers")
+    if value.dtype not in (torch.int16, torch.int32, torch.int64):
+        raise LlavaError(f"{name}: found {described(value)}, expected whole numbers (int64)")
     return value.long()
 
 
@@ -61,16 +62,17 @@ def check_vocabulary(model, ids, image_tokens: str | None = None) -> None:
 def check_text(model, input_ids, image_tokens: str | None = None) -> None:
     """`check_vocabulary` of a forward pass; one token a row on a GPU, a step of an answer, is left alone."""
     step = input_ids.device.type != "cpu" and input_ids.shape[1] == 1
+    if input_ids.shape[1] == 0:
+        raise LlavaError(f"input_ids: found {list(input_ids.shape)}, expected at least one token a row")
     if not step and not input_ids.is_meta and not torch.compiler.is_compiling():
         check_vocabulary(model, input_ids, image_tokens)
 
 
-def check_rows(input_ids, attention_mask) -> None:
-    """Of a batch on the host: rows that have tokens, and a mask for each of them."""
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise LlavaError(
-            f"attention_mask: found {list(attention_mask.shape)}, expected {list(input_ids.shape)}, as input_ids"
-        )
+def check_rows(input_ids, **others) -> None:
+    """Refuse what is not [B, L] as `input_ids` is, by its name; None is left alone."""
+    for name, value in others.items():
+        if value is not None and value.shape != input_ids.shape:
+            raise LlavaError(f"{name}: found {list(value.shape)}, expected {list(input_ids.shape)}, as input_ids")
 
 
 def check_images(images) -> None:
@@ -87,7 +89,10 @@ def check_images(images) -> None:
             raise LlavaError(f"images: number {number}: found {described(image)}, expected {expected}")
 
 
-def check_modalities(modalities) -> None:
+def check_facts(modalities, image_sizes) -> None:
+    """Refuse an unknown modality, and sizes that are no list."""
+    if image_sizes is not None and not hasattr(image_sizes, "__len__"):
+        raise LlavaError(f"image_sizes: found {image_sizes!r}, expected a list of (width, height) in pixels")
     unknown = [
         kind for kind in ([modalities] if isinstance(modalities, str) else modalities or []) if kind not in MODALITIES
     ]

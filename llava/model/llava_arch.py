@@ -10,11 +10,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 import llavavit.varlen_attention  # noqa: F401  makes "varlen" an attention of the language model
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
 from llava.errors import LlavaError
 from llava.model.checked_inputs import (
+    check_facts,
     check_images,
-    check_modalities,
     check_rows,
     check_text,
     check_vocabulary,
@@ -201,7 +207,8 @@ class LlavaMetaForCausalLM(LlavaGeneration, ImageEncoding):
         """`prepare_inputs_labels_for_multimodal`, what `supervised_places` says of the new labels, and the length of
         each row without padding."""
         packed = _packed(of_images[-1])
-        if not packed and (self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1):
+        step = input_ids.shape[1] == 1 and not _is_one_image(input_ids, past_key_values)
+        if not packed and (self.get_vision_tower() is None or images is None or step):
             return input_ids, position_ids, attention_mask, past_key_values, None, labels, None, None
         side = getattr(self.config, "tokenizer_padding_side", "right")
         merged = self._merge(input_ids, attention_mask, labels, side, images, *of_images)
@@ -229,9 +236,10 @@ class LlavaMetaForCausalLM(LlavaGeneration, ImageEncoding):
         device = input_ids.device
         if host is None:
             host = HostCopies.of(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-        check_rows(host.input_ids, None if attention_mask is None else host.attention_mask)
+        masked = None if attention_mask is None else host.attention_mask
+        check_rows(host.input_ids, attention_mask=masked, labels=None if labels is None else host.labels)
         check_images(images)
-        check_modalities(modalities)
+        check_facts(modalities, image_sizes)
         keep = torch.ones_like(host.input_ids) if attention_mask is None else host.attention_mask
         keep, of_images = keep.bool(), (modalities, image_sizes, patch_alphas, host.patch_levels)
         images, *of_images = match_images(host.input_ids, keep, images, *of_images)
@@ -386,6 +394,12 @@ class LlavaMetaForCausalLM(LlavaGeneration, ImageEncoding):
 
 def _first_requires_grad(module, given, output) -> None:
     (output[0] if isinstance(output, (tuple, list)) else output).requires_grad_(True)
+
+
+def _is_one_image(input_ids, past_key_values) -> bool:
+    """Whether a single token is a whole prompt and an image, rather than a step of an answer."""
+    begun = past_key_values is not None and past_key_values.get_seq_length() > 0
+    return not begun and bool((input_ids == IMAGE_TOKEN_INDEX).any())
 
 
 def _packed(host: HostCopies | None) -> bool:

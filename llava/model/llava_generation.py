@@ -4,7 +4,7 @@ import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
-from llava.model.checked_inputs import refuse_stock_names, whole_numbers
+from llava.model.checked_inputs import check_rows, refuse_stock_names, whole_numbers
 from llava.model.checkpoint import whole
 from llava.model.generation_options import EMBEDDED, check_options, option
 
@@ -75,8 +75,7 @@ class LlavaGeneration:
 
 
 def _check_prompts(ids, mask, positions) -> None:
-    if mask is not None and mask.shape != ids.shape:
-        raise LlavaError(f"attention_mask: found {list(mask.shape)}, expected {list(ids.shape)}, as input_ids")
+    check_rows(ids, attention_mask=mask)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
     if not ids.numel() or not bool(real.any(1).all()):
         raise LlavaError(f"input_ids: found {list(ids.shape)} with a row of no tokens, expected a prompt in each row")

@@ -31,8 +31,8 @@ class PillowProcessor:
         images, videos = (None if _is_empty(media) else media for media in (images, videos))
         if videos is not None and getattr(self, "video_processor", None) is None:
             raise LlavaError(
-                "videos: found some, and no torchvision, which transformers' video processors need: install it, or give "
-                "frames as images"
+                "videos: found some, and no torchvision, which transformers' video processors need: install it, or "
+                "give their frames as images"
             )
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
