@@ -53,10 +53,8 @@ def check_vocabulary(model, ids, image_tokens: str | None = None) -> None:
         return
     if lowest == IMAGE_TOKEN_INDEX and highest < size and image_tokens is not None:
         raise LlavaError(image_tokens)
-    raise LlavaError(
-        f"input_ids: found {lowest if lowest < 0 else highest}, expected tokens from 0 to {size - 1}, or "
-        f"{IMAGE_TOKEN_INDEX} for an <image>"
-    )
+    found = lowest if lowest < 0 else highest
+    raise LlavaError(f"input_ids: found {found}, expected tokens of the vocabulary, from 0 to {size - 1}")
 
 
 def check_text(model, input_ids, image_tokens: str | None = None) -> None:

@@ -1,7 +1,10 @@
-"""Options of transformers' `generate` that a model refuses, since they would fail halfway or answer something else.
+"""Options of transformers' `generate` that a model refuses, since they would fail halfway or answer something else, and
+what is padding in a batch of prompts.
 
 `docs/generation.md` lists every option; those that are not named here are transformers' own.
 """
+
+import torch
 
 from llava.errors import LlavaError
 
@@ -53,3 +56,37 @@ def option(model, name: str, options: dict):
     settings = [options.get("generation_config"), model.generation_config]
     values = [options.get(name), *(getattr(said, name, None) for said in settings)]
     return next((value for value in values if value is not None), None)
+
+
+def padding_mask(model, ids, options: dict):
+    """[B, L], False on the pad ids at the ends of rows; None where there is no padding.
+
+    transformers' rule, and two cases that it gets wrong: a row's own first token, where prompts begin with the pad id,
+    is no padding; and where the pad id ends answers too, nothing tells padding from prompt.
+
+    Args:
+        ids: [B, L] prompts that came without a mask.
+        options: keyword arguments of `generate`.
+
+    Raises:
+        LlavaError: a pad id that ends answers too, at the ends of rows, and more of them in one row than in another.
+    """
+    pad, eos, bos = (option(model, f"{name}_token_id", options) for name in ("pad", "eos", "bos"))
+    ends = eos.tolist() if isinstance(eos, torch.Tensor) else eos
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    pad = ends[0] if pad is None else pad  # as transformers pads
+    if len(ids) == 1 or pad is None:
+        return None
+    real = ids != pad
+    before, behind = real.cumsum(1) == 0, real.flip(1).cumsum(1).flip(1) == 0
+    first, last = before.sum(1), behind.sum(1)
+    if pad in ends:
+        if bool((first != first[0]).any() or (last != last[0]).any()):
+            raise LlavaError(
+                f"attention_mask: found none, and rows that begin or end with the pad id {int(pad)}, which ends "
+                "answers too: expected the mask, 0 on padding"
+            )
+        return None
+    if pad == bos and bool((first > 0).all()):
+        before[torch.arange(len(ids), device=ids.device), first - 1] = False
+    return ~(before | behind)

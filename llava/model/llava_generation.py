@@ -6,7 +6,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 from llava.model.checked_inputs import check_rows, refuse_stock_names, whole_numbers
 from llava.model.checkpoint import whole
-from llava.model.generation_options import EMBEDDED, check_options, option
+from llava.model.generation_options import EMBEDDED, check_options, option, padding_mask
 
 
 class LlavaGeneration:
@@ -35,7 +35,7 @@ class LlavaGeneration:
         refuse_stock_names(kwargs)
         ids = whole_numbers("input_ids", ids).to(self.device)
         mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
-        mask = self._padding_mask(ids, kwargs) if mask is None else mask
+        mask = padding_mask(self, ids, kwargs) if mask is None else mask
         _check_prompts(ids, mask, positions)
         guidance = option(self, "guidance_scale", kwargs)
         if guidance not in (None, 1) and kwargs.get("negative_prompt_ids") is None:
@@ -45,33 +45,6 @@ class LlavaGeneration:
         with whole([] if newline is None else [newline]):  # outside of a forward ZeRO-3 fetches modules' weights alone
             merged = self._merge(ids, mask, None, "left", images, modalities, image_sizes)
         return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
-
-    def _padding_mask(self, ids, options: dict):
-        """[B, L], 0 on the pad ids at the ends of rows; None where there is no padding.
-
-        transformers' rule, and two cases that it gets wrong: a row's own first token, where prompts begin with the pad
-        id, is no padding; and where the pad id ends answers too, nothing tells padding from prompt, so that only rows
-        that have none are taken.
-        """
-        pad, eos, bos = (option(self, f"{name}_token_id", options) for name in ("pad", "eos", "bos"))
-        ends = eos.tolist() if isinstance(eos, torch.Tensor) else eos
-        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-        pad = ends[0] if pad is None else pad  # as transformers pads
-        if len(ids) == 1 or pad is None:
-            return None
-        real = ids != pad
-        before, behind = real.cumsum(1) == 0, real.flip(1).cumsum(1).flip(1) == 0
-        first, last = before.sum(1), behind.sum(1)
-        if pad in ends:
-            if bool((first != first[0]).any() or (last != last[0]).any()):
-                raise LlavaError(
-                    f"attention_mask: found none, and rows that begin or end with the pad id {int(pad)}, which ends "
-                    "answers too: expected the mask, 0 on padding"
-                )
-            return None
-        if pad == bos and bool((first > 0).all()):
-            before[torch.arange(len(ids), device=ids.device), first - 1] = False
-        return ~(before | behind)
 
 
 def _check_prompts(ids, mask, positions) -> None:

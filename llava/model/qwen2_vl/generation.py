@@ -2,8 +2,9 @@
 
 import torch
 
-from llava.model.checked_inputs import whole_numbers
-from llava.model.generation_options import ALWAYS, WITH_IMAGES, check_options
+from llava.errors import LlavaError
+from llava.model.checked_inputs import check_rows, check_text, whole_numbers
+from llava.model.generation_options import ALWAYS, WITH_IMAGES, check_options, padding_mask
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 
@@ -26,6 +27,21 @@ def token_types(config, input_ids, *grids, given=None):
     return types
 
 
+def check_batch(model, input_ids, attention_mask, mm_token_type_ids, past_key_values, flat: bool) -> None:
+    """Refuse token ids without an embedding, and masks and types of other rows.
+
+    Args:
+        model: of transformers, with embeddings.
+        input_ids: [B, L], on the host where they are there too.
+        flat: whether the mask has to be [B, L], since positions are counted by it.
+    """
+    check_text(model, input_ids)
+    flat = flat and attention_mask is not None
+    if past_key_values is None or past_key_values.get_seq_length() == 0:  # else they are for what the cache holds, too
+        flat = flat or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+        check_rows(input_ids, attention_mask=attention_mask if flat else None, mm_token_type_ids=mm_token_type_ids)
+
+
 class QwenGeneration:
     """In front of a class of transformers that generates."""
 
@@ -33,7 +49,8 @@ class QwenGeneration:
         """As transformers'; token ids of any integers, with or without mm_token_type_ids.
 
         Raises:
-            LlavaError: an option that would fail halfway, or answer something else, with images.
+            LlavaError: an option that would fail halfway, or answer something else, with images; rows padded on the
+                right, which transformers answers from their padding; rows without a mask that may be padded.
         """
         grids = kwargs.get("image_grid_thw"), kwargs.get("video_grid_thw")
         options = kwargs | ({"generation_config": args[0]} if args else {})
@@ -42,7 +59,15 @@ class QwenGeneration:
         if ids is not None:
             kwargs["input_ids"] = ids
         ids = inputs if ids is None else ids
+        if ids is not None:
+            _check_padding(self, ids, kwargs.get("attention_mask"), options)
         types = token_types(self.config, ids, *grids, given=kwargs.get("mm_token_type_ids"))
         if types is not None:
             kwargs["mm_token_type_ids"] = types
         return super().generate(inputs, *args, **kwargs)
+
+
+def _check_padding(model, ids, mask, options: dict) -> None:
+    mask = padding_mask(model, ids, options) if mask is None else mask
+    if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
+        raise LlavaError("input_ids: found rows padded on the right, expected the left: padding_side='left'")
