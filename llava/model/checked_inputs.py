@@ -75,15 +75,18 @@ def check_rows(input_ids, **others) -> None:
 
 def check_images(images) -> None:
     """Refuse what is neither a tensor of pictures nor a list of such."""
-    expected = "tensors [3, H, W] or [K, 3, H, W], one for each <image> (see process_images)"
+    expected = "floats [3, H, W] or [K, 3, H, W], one for each <image> (see process_images)"
     if isinstance(images, torch.Tensor):
-        if images.ndim not in (4, 5):
-            raise LlavaError(f"images: found {described(images)}, expected [N, 3, H, W], [N, K, 3, H, W] or a list")
+        if images.ndim not in (4, 5) or not images.is_floating_point():
+            raise LlavaError(
+                f"images: found {described(images)}, expected floats [N, 3, H, W], [N, K, 3, H, W] or a list"
+            )
         return
     if not isinstance(images, (list, tuple)):
         raise LlavaError(f"images: found {described(images)}, expected a list of {expected}")
     for number, image in enumerate(images):
-        if not isinstance(image, torch.Tensor) or image.ndim not in (3, 4) or 0 in image.shape:
+        fits = isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.is_floating_point()
+        if not fits or 0 in image.shape:
             raise LlavaError(f"images: number {number}: found {described(image)}, expected {expected}")
 
 

@@ -53,8 +53,10 @@ def check_options(model, refused: dict[str, str], options: dict) -> None:
 
 def option(model, name: str, options: dict):
     """The value of an option, from a call, its `generation_config`, or the model's; None where none of them says."""
-    settings = [options.get("generation_config"), model.generation_config]
-    values = [options.get(name), *(getattr(said, name, None) for said in settings)]
+    if name in options:  # None too
+        return options[name]
+    settings = (options.get("generation_config"), model.generation_config)
+    values = (getattr(said, name, None) for said in settings)
     return next((value for value in values if value is not None), None)
 
 
