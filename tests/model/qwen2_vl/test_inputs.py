@@ -184,9 +184,6 @@ def test_pictures_in_any_form(parts, tmp_path):
         processor(text=[prompt(1)], images=[], return_tensors="pt")
 
 
-@pytest.mark.skipif(
-    "torchvision" in sys.modules, reason="torchvision is installed: videos are transformers' own affair"
-)
 def test_videos_without_torchvision(parts, tmp_path):
     from transformers.utils import is_torchvision_available
 
