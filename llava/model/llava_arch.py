@@ -398,8 +398,8 @@ def _first_requires_grad(module, given, output) -> None:
 
 def _is_one_image(input_ids, past_key_values) -> bool:
     """Whether a single token is a whole prompt and an image, rather than a step of an answer."""
-    begun = past_key_values is not None and past_key_values.get_seq_length() > 0
-    return not begun and bool((input_ids == IMAGE_TOKEN_INDEX).any())
+    held = past_key_values.get_seq_length() if hasattr(past_key_values, "get_seq_length") else 0
+    return held == 0 and bool((input_ids == IMAGE_TOKEN_INDEX).any())
 
 
 def _packed(host: HostCopies | None) -> bool:
