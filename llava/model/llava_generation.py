@@ -13,13 +13,22 @@ class LlavaGeneration:
     """Mixin of `LlavaMetaForCausalLM`, in front of transformers' `GenerationMixin`."""
 
     @torch.no_grad()
-    def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):
+    def generate(
+        self,
+        inputs=None,
+        images=None,
+        image_sizes=None,
+        modalities=("image",),
+        input_ids=None,
+        patch_alphas=None,
+        **kwargs,
+    ):
         """New tokens only, [B, new].
 
         Args:
             inputs: [B, L] prompt ids, also accepted as `input_ids`; padded on either side, with `attention_mask` 0 on
                 padding. Without a mask the pad id at the ends of rows is padding.
-            images, image_sizes, modalities: as `prepare_inputs_labels_for_multimodal`.
+            images, image_sizes, modalities, patch_alphas: as `prepare_inputs_labels_for_multimodal`.
             **kwargs: as transformers' `generate`; which of them are taken is in docs/generation.md.
 
         Raises:
@@ -43,7 +52,8 @@ class LlavaGeneration:
         images = [] if images is None else images
         newline = getattr(self.get_model(), "image_newline", None)
         with whole([] if newline is None else [newline]):  # outside of a forward ZeRO-3 fetches modules' weights alone
-            merged = self._merge(ids, mask, None, "left", images, modalities, image_sizes)
+            merged = self._merge(ids, mask, None, "left", images, modalities, image_sizes, patch_alphas)
+        _check_length(self, merged[0].shape[1], kwargs)
         return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
 
 
@@ -59,6 +69,12 @@ def _check_prompts(ids, mask, positions) -> None:
     given = positions.to(ids.device).expand_as(ids) if positions.shape[-1] == ids.shape[1] else None
     if given is None or not any(bool((given == rule)[real].all()) for rule in (plain, counted)):
         raise LlavaError("generate: position_ids: found others than attention_mask says, expected none")
+
+
+def _check_length(model, prompt: int, options: dict) -> None:
+    longest = option(model, "max_length", options)
+    if longest is not None and longest <= prompt and option(model, "max_new_tokens", options) is None:
+        raise LlavaError(f"max_length: found {longest}, expected more than the {prompt} tokens of prompt and images")
 
 
 def _last_tokens(ids, mask):

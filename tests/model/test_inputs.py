@@ -212,6 +212,8 @@ def test_prompts_that_generate_refuses(model):
     refusal(lambda: generate(model, input_ids=IDS, **picture()), "found inputs and input_ids")
     refusal(lambda: generate(model, torch.tensor([[5, 6]]), attention_mask=torch.zeros(1, 2)), "a row of no tokens")
     refusal(lambda: generate(model, position_ids=torch.tensor([[0, 2, 4, 6]]), **picture()), "position_ids: found")
+    short = {"max_new_tokens": None, "min_new_tokens": None, "max_length": 9}
+    refusal(lambda: generate(model, **short, **picture()), "max_length: found 9, expected more than the 2. tokens")
     shown = torch.tensor([[11, X]])
     refusal(lambda: generate(model, shown, guidance_scale=2.0, **picture()), "negative_prompt_ids: found none")
 

@@ -5,12 +5,12 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils import is_torchvision_available
 
-from llava.errors import LlavaError
 from llava.model.qwen2_vl.image_processing import AdaptiveQwen2VLImageProcessor
 from llava.model.qwen2_vl.layout import token_counts
+from llava.model.stock import RefusesVideos
 
 
-class PillowProcessor:
+class PillowProcessor(RefusesVideos):
     """In front of a processor class of transformers: images are read by Pillow, whatever is installed.
 
     Without torchvision, which transformers' video processors need, videos are refused.
@@ -21,20 +21,6 @@ class PillowProcessor:
     """
 
     stock_class = image_class = None
-
-    def __call__(self, images=None, text=None, videos=None, **kwargs):
-        """As transformers'; no pictures at all, an empty list for one, are none.
-
-        Raises:
-            LlavaError: videos, where torchvision is missing.
-        """
-        images, videos = (None if _is_empty(media) else media for media in (images, videos))
-        if videos is not None and getattr(self, "video_processor", None) is None:
-            raise LlavaError(
-                "videos: found some, and no torchvision, which transformers' video processors need: install it, or "
-                "give their frames as images"
-            )
-        return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
     @classmethod
     def get_attributes(cls):
@@ -64,10 +50,6 @@ class PillowProcessor:
         self.tokenizer._set_processor_class(self.stock_class.__name__)  # in place of this class's
         self.tokenizer.save_pretrained(save_directory)
         return saved
-
-
-def _is_empty(media) -> bool:
-    return isinstance(media, (list, tuple)) and all(_is_empty(part) for part in media)
 
 
 class _AdaptiveProcessor(PillowProcessor):
