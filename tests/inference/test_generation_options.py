@@ -113,12 +113,12 @@ def check(what: str, row, sides) -> None:
     assert ours.answers() == [prompt.answer]  # nothing is left of it
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ROWS, ids=lambda name: re.findall(r"\w+", name)[0])
 def test_llava(name, llava):
     check(ROWS[name].llava, ROWS[name], llava)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ROWS, ids=lambda name: re.findall(r"\w+", name)[0])
 def test_qwen(name, qwen):
     check(ROWS[name].qwen, ROWS[name], qwen)
 

@@ -33,13 +33,11 @@ def check_batch(model, input_ids, attention_mask, mm_token_type_ids, past_key_va
     Args:
         model: of transformers, with embeddings.
         input_ids: [B, L], on the host where they are there too.
-        flat: whether the mask has to be [B, L], since positions are counted by it.
+        flat: whether mask and types have to be [B, L], since positions are counted by them.
     """
     check_text(model, input_ids)
-    flat = flat and attention_mask is not None
-    if past_key_values is None or past_key_values.get_seq_length() == 0:  # else they are for what the cache holds, too
-        flat = flat or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
-        check_rows(input_ids, attention_mask=attention_mask if flat else None, mm_token_type_ids=mm_token_type_ids)
+    if flat and (past_key_values is None or past_key_values.get_seq_length() == 0):  # else they are the cache's, too
+        check_rows(input_ids, attention_mask=attention_mask, mm_token_type_ids=mm_token_type_ids)
 
 
 class QwenGeneration:
