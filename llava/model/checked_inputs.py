@@ -9,8 +9,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import LlavaError
 
 MODALITIES = ("image", "video", "text")
-# entries of stock models' batches that a LLaVA model would pass over -> what it takes in their place
-_STOCK = dict.fromkeys(("pixel_values", "pixel_values_videos"), "images (see process_images)")
+STOCK_PICTURES = ("pixel_values", "pixel_values_videos")
 
 
 def described(value) -> str:
@@ -47,7 +46,7 @@ def check_vocabulary(model, ids, image_tokens: str | None = None) -> None:
     """
     if not ids.numel():
         return
-    lowest, highest = (int(end) for end in torch.stack(ids.aminmax()))
+    lowest, highest = torch.stack(ids.aminmax()).tolist()
     size = getattr(model.get_input_embeddings(), "num_embeddings", None) or model.config.get_text_config().vocab_size
     if lowest >= 0 and highest < size:
         return
@@ -94,11 +93,9 @@ def check_facts(modalities, image_sizes) -> None:
     """Refuse an unknown modality, and sizes that are no list."""
     if image_sizes is not None and not hasattr(image_sizes, "__len__"):
         raise LlavaError(f"image_sizes: found {image_sizes!r}, expected a list of (width, height) in pixels")
-    unknown = [
-        kind for kind in ([modalities] if isinstance(modalities, str) else modalities or []) if kind not in MODALITIES
-    ]
-    if unknown:
-        raise LlavaError(f"modalities: found {unknown[0]!r}, expected {', '.join(MODALITIES)}")
+    for kind in [modalities] if isinstance(modalities, str) else modalities or []:
+        if kind not in MODALITIES:
+            raise LlavaError(f"modalities: found {kind!r}, expected {', '.join(MODALITIES)}")
 
 
 def width_and_height(size) -> tuple:
@@ -112,6 +109,8 @@ def width_and_height(size) -> tuple:
 
 def refuse_stock_names(kwargs: dict) -> None:
     """Refuse the pictures of stock models' batches, which a language model's forward would pass over."""
-    for name, instead in _STOCK.items():
+    for name in STOCK_PICTURES:
         if kwargs.get(name) is not None:
-            raise LlavaError(f"{name}: found {described(kwargs[name])}, expected {instead}: this is a LLaVA model")
+            raise LlavaError(
+                f"{name}: found {described(kwargs[name])}, expected images (see process_images): a LLaVA model"
+            )

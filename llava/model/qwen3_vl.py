@@ -5,11 +5,11 @@ import transformers as stock
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextModel, Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from llava.model.checked_inputs import whole_numbers
+from llava.model.checked_inputs import check_text, whole_numbers
 from llava.model.host import HostCopies, segments, send
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
-from llava.model.qwen2_vl.generation import QwenGeneration, check_batch, token_types
+from llava.model.qwen2_vl.generation import QwenGeneration, check_for_positions, token_types
 from llava.model.qwen2_vl.image_chunks import ChunkedImages
 from llava.model.stock import SavesStockNames, named_as
 
@@ -69,9 +69,10 @@ class Model(ChunkedImages, Qwen3VLModel):
             mm_token_type_ids = token_types(
                 self.config, input_ids, image_grid_thw, video_grid_thw, given=mm_token_type_ids
             )
-            ids = input_ids if host is None else host.input_ids
-            flat = mm_token_type_ids is not None and position_ids is None
-            check_batch(self, ids, attention_mask, mm_token_type_ids, past_key_values, flat)
+            on_host = None if host is None else host.input_ids
+            check_text(self, input_ids if on_host is None else on_host)
+            if position_ids is None and (image_grid_thw is not None or video_grid_thw is not None):
+                check_for_positions(input_ids, attention_mask, mm_token_type_ids, past_key_values)
         if pixel_values is None or pixel_values_videos is not None or input_ids is None or inputs_embeds is not None:
             return super().forward(
                 input_ids=input_ids,

@@ -3,7 +3,7 @@
 import torch
 
 from llava.errors import LlavaError
-from llava.model.checked_inputs import check_rows, check_text, whole_numbers
+from llava.model.checked_inputs import check_rows, whole_numbers
 from llava.model.generation_options import ALWAYS, WITH_IMAGES, check_options, padding_mask
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
@@ -27,16 +27,9 @@ def token_types(config, input_ids, *grids, given=None):
     return types
 
 
-def check_batch(model, input_ids, attention_mask, mm_token_type_ids, past_key_values, flat: bool) -> None:
-    """Refuse token ids without an embedding, and masks and types of other rows.
-
-    Args:
-        model: of transformers, with embeddings.
-        input_ids: [B, L], on the host where they are there too.
-        flat: whether mask and types have to be [B, L], since positions are counted by them.
-    """
-    check_text(model, input_ids)
-    if flat and (past_key_values is None or past_key_values.get_seq_length() == 0):  # else they are the cache's, too
+def check_for_positions(input_ids, attention_mask, mm_token_type_ids, past_key_values) -> None:
+    """Of a batch with images, whose positions are counted by mask and types: these are [B, L], as the ids are."""
+    if past_key_values is None or past_key_values.get_seq_length() == 0:  # else they are for what the cache holds, too
         check_rows(input_ids, attention_mask=attention_mask, mm_token_type_ids=mm_token_type_ids)
 
 
