@@ -48,7 +48,9 @@ class LlavaGeneration:
         _check_prompts(ids, mask, positions)
         guidance = option(self, "guidance_scale", kwargs)
         if guidance not in (None, 1) and kwargs.get("negative_prompt_ids") is None:
-            kwargs["negative_prompt_ids"] = _last_tokens(ids, mask)  # as transformers does with a prompt of tokens
+            answers = max(option(self, name, kwargs) or 1 for name in ("num_beams", "num_return_sequences"))
+            # as transformers does with a prompt of tokens
+            kwargs["negative_prompt_ids"] = _last_tokens(ids, mask).repeat_interleave(answers, dim=0)
         images = [] if images is None else images
         newline = getattr(self.get_model(), "image_newline", None)
         with whole([] if newline is None else [newline]):  # outside of a forward ZeRO-3 fetches modules' weights alone

@@ -165,11 +165,12 @@ def what_comes_with_the_answer(sides):
     assert heard.tokens[ours.cut :] == prompt.answer and heard.ended
 
 
-def test_guidance_asks_with_the_last_token(llava):
-    """Without a negative prompt, as transformers does; with beams and on its own."""
-    ours, tokens, _, _ = llava
-    options = {"guidance_scale": 2.0, "num_beams": 1}
-    assert ours.answers(**options) == tokens.answers(**options)
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}])
+def test_guidance_of_several_answers(llava, options):
+    """Without a negative prompt each beam and each answer is guided by the last token of the prompt."""
+    ours, tokens, _, prompt = llava
+    answers = ours.answers(guidance_scale=2.0, **options)
+    assert answers == tokens.answers(guidance_scale=2.0, **options) != [prompt.answer]
 
 
 def test_a_second_turn_goes_on_from_the_cache(llava):
