@@ -37,13 +37,13 @@ class RefusesVideos:
         """As transformers'; no pictures at all, an empty list for one, are none.
 
         Raises:
-            LlavaError: videos, where torchvision is missing.
+            LlavaError: videos, where there is no video processor.
         """
         images, videos = (None if _is_empty(media) else media for media in (images, videos))
         if videos is not None and getattr(self, "video_processor", None) is None:
             raise LlavaError(
-                "videos: found some, and no torchvision, which transformers' video processors need: install it, or "
-                "give their frames as images"
+                "videos: found some, and no video processor, which transformers has with torchvision alone: install "
+                "that, or give their frames as images"
             )
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
