@@ -95,6 +95,15 @@ def select_patches_by_budget(maps, alpha=None, budget=None):
     return masks, levels
 
 
+def select_all_patches(maps):
+    """all: every base patch, for comparison.
+
+    Returns:
+        (masks, levels).
+    """
+    return _cover(maps, [torch.ones_like(values, dtype=torch.bool) for values in _scales(maps)[1:]])
+
+
 def budget_selection(maps, alpha=None, budget=None):
     """As `select_patches_by_budget`, with the figures behind it.
 
