@@ -13,14 +13,18 @@ import llavavit.varlen_attention  # noqa: F401  makes "varlen" an attention of t
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
 from llava.errors import LlavaError
 from llava.model.checkpoint import whole
+from llava.model.foreign import refuse_foreign
 from llava.model.host import HostCopies, needs_no_mask, segments, send, supervised_places
 from llava.model.image_encoding import ImageEncoding
+from llava.model.loading import check_missing, check_shapes, is_outer, tell_unused, without_report
 from llava.model.loss import supervised_loss
 from llava.model.multimodal_encoder.trust import naming
+from llava.model.places import HUB_OPTIONS, read_config
 from llava.model.ranks import is_partitioned
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
 from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
+from llava.utils import rank0_print
 
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
 
@@ -53,11 +57,32 @@ class LlavaMetaForCausalLM(ImageEncoding):
         """As transformers'; a tower whose weights the checkpoint does not hold is loaded from its own source.
 
         vision_tower: the class of your own that the checkpoint's tower is of; see `load_pretrained_model`.
+        output_loading_info: also return what transformers found, and leave it to the caller to judge; a projector's
+            weights may be about to come from another file.
+
+        Raises:
+            LlavaError: no such checkpoint, one in another format, or weights that are missing or have other shapes.
         """
-        with naming(vision_tower):
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        if kwargs.get("config") is None and kwargs.get("state_dict") is None:
+            refuse_foreign(read_config(source, **{k: kwargs[k] for k in HUB_OPTIONS if k in kwargs}), source)
+        ignored = kwargs.pop("ignore_mismatched_sizes", output_loading_info)
+        with naming(vision_tower), without_report():
+            model, info = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+            if not ignored:
+                check_shapes(info["mismatched_keys"], source)
             model._complete_vision(set(info["missing_keys"]))
-        return (model, info) if output_loading_info else model
+        if output_loading_info:
+            return model, info
+        outer = {key for key in info["missing_keys"] if is_outer(key)}
+        lacking = {key for key in info["missing_keys"] if not key.startswith("model.vision_tower.")}
+        check_missing(lacking - outer, source, cls.__name__)
+        tell_unused(info["unexpected_keys"], source)
+        if outer:
+            rank0_print(f"note: {source}: holds no {', '.join(sorted(outer)[:3])}, new and random here")
+        return model
 
     def _complete_vision(self, missing: set[str]):
         model, tower = self.get_model(), self.get_vision_tower()
