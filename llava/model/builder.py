@@ -235,7 +235,7 @@ def load_weights(model_class, source: str, with_projector: bool, **kwargs):
     outer = [key for key in info["missing_keys"] if is_outer(key)]
     missing = {key for key in info["missing_keys"] if not key.startswith("model.vision_tower.")}
     check_missing(missing if with_projector else missing - set(outer), source, model_class.__name__)
-    tell_unused(info["unexpected_keys"], source)
+    tell_unused(info["unexpected_keys"], source, model)
     return model, outer
 
 

@@ -79,7 +79,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
         outer = {key for key in info["missing_keys"] if is_outer(key)}
         lacking = {key for key in info["missing_keys"] if not key.startswith("model.vision_tower.")}
         check_missing(lacking - outer, source, cls.__name__)
-        tell_unused(info["unexpected_keys"], source)
+        tell_unused(info["unexpected_keys"], source, model)
         if outer:
             rank0_print(f"note: {source}: holds no {', '.join(sorted(outer)[:3])}, new and random here")
         return model

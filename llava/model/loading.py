@@ -64,7 +64,7 @@ def check_missing(missing, source: str, model: str) -> None:
         )
 
 
-def tell_unused(unexpected, source: str) -> None:
+def tell_unused(unexpected, source: str, model) -> None:
     """Say in one line what a checkpoint holds that the model has no place for.
 
     What a model computes by itself is not told, nor are parts of a vision encoder behind the features that are used.
@@ -74,7 +74,7 @@ def tell_unused(unexpected, source: str) -> None:
     """
     names = sorted(name for name in unexpected if not name.startswith(_TOWER) and not name.endswith(_COMPUTED))
     projector = [name for name in names if ".mm_projector." in name]
-    if projector:
+    if projector and any(".mm_projector." in name for name, _ in model.named_parameters()):
         raise LlavaError(
             f"{source}: {projector[0]} has no place in the projector that the config asks for, expected an "
             "mm_projector_type of these weights"

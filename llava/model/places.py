@@ -54,7 +54,7 @@ def _from_hub(name: str, reason: str) -> str:
     fetch = f"`hf download {name}` fetches it where there is a network"
     if constants.HF_HUB_OFFLINE:
         return f"no such folder here, not in {_short(constants.HF_HUB_CACHE)}, and HF_HUB_OFFLINE is set; {fetch}"
-    if re.search("gated|401|403", reason, re.IGNORECASE):
+    if "gated" in reason.lower():
         return f"the hub wants to know who asks ({reason}); `hf auth login`, then accept the model's terms on its page"
     if re.search("connect|resolve|timed out", reason, re.IGNORECASE):
         return f"no such folder here, and the hub cannot be reached ({reason}); {fetch}"

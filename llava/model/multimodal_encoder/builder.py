@@ -161,11 +161,11 @@ def _plain_type(cfg, tower: str) -> str:
                 from .hf_refusals import no_tower
 
                 raise no_tower(tower, values)
+            fault = not_there(tower, f"vision tower {tower!r}: no usable config.json", ENCODER)
             if not is_hub_id(tower) or os.path.isfile(tower):
-                raise not_there(tower, f"vision tower {tower!r}: no usable config.json", ENCODER)
+                raise fault
             raise OutOfReach(
-                f"vision tower {tower!r}: no config.json in reach, and a name that says nothing; set "
-                f"mm_vision_tower_type to one of {', '.join(TOWERS)}"
+                f"{fault}; or a name that says nothing: set mm_vision_tower_type to one of {', '.join(TOWERS)}"
             )
     return kind
 
