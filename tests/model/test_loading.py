@@ -151,7 +151,7 @@ def test_weights_without_a_place_are_noted_once(tmp_path, capsys, reports):
 
 def test_a_projector_that_is_new_is_said_to_be(tmp_path, capsys):
     folder = edited(tmp_path / "llava-qwen", dropped("mm_projector"))
-    with pytest.raises(LlavaError, match="lacks 4 weights of LlavaQwenForCausalLM, model.mm_projector"):
+    with pytest.raises(LlavaError, match=r"lacks 4 weights of LlavaQwenForCausalLM, model\.mm_projector"):
         load(folder)
     LlavaQwenForCausalLM.from_pretrained(str(folder))  # as a start of training
     assert "holds no model.mm_projector.0.bias" in capsys.readouterr().out
