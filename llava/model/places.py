@@ -12,13 +12,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the hub could have something of this name; a path with more slashes, or one that says `./`, it has not.
-
-    A name below a folder that is here (`checkpoints/mine`, where there is `checkpoints`) is a path too.
-    """
-    parts = name.split("/")
-    below = len(parts) == 2 and os.path.isdir(parts[0])
-    return bool(_HUB_ID.fullmatch(name)) and ".." not in name and not below
+    """Whether the hub could have something of this name; a path with more slashes, or one that says `./`, it has not."""
+    return bool(_HUB_ID.fullmatch(name)) and ".." not in name
 
 
 def not_there(name: str, said: str, expected: str, error: BaseException | None = None) -> LlavaError:
@@ -45,6 +40,8 @@ def not_there(name: str, said: str, expected: str, error: BaseException | None =
     if not is_hub_id(name):
         home = "; ~ stands for no folder here" if name.startswith("~") else ""
         return OutOfReach(f"{said}: no such folder{home}, expected {expected}")
+    if os.path.isdir(os.path.dirname(name)):  # checkpoints/mine, where there is checkpoints
+        return OutOfReach(f"{said}: no such folder, nor anything of that name from the hub, expected {expected}")
     return OutOfReach(f"{said} in the hub or its cache: {_from_hub(name, reason)}")
 
 
