@@ -232,7 +232,7 @@ def load_weights(model_class, source: str, with_projector: bool, **kwargs):
         line = next(line for line in str(error).splitlines() if "size mismatch" in line)
         raise LlavaError(f"{source}: {line.strip()}, expected weights of the config") from None
     check_shapes(info["mismatched_keys"], source)
-    outer = [key for key in info["missing_keys"] if is_outer(key)]
+    outer = sorted(key for key in info["missing_keys"] if is_outer(key))
     missing = {key for key in info["missing_keys"] if not key.startswith("model.vision_tower.")}
     check_missing(missing if with_projector else missing - set(outer), source, model_class.__name__)
     tell_unused(info["unexpected_keys"], source, model)

@@ -12,7 +12,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the hub could have something of this name; a path with more slashes, or one that says `./`, it has not."""
+    """Whether the hub could have something of this name; a path with more slashes, or one with `./`, it has not."""
     return bool(_HUB_ID.fullmatch(name)) and ".." not in name
 
 
