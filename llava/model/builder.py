@@ -224,6 +224,8 @@ def load_weights(model_class, source: str, with_projector: bool, **kwargs):
             model, info = model_class.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
+    except BrokenPipeError:  # of what is printed meanwhile
+        raise
     except (OSError, UnpicklingError, SafetensorError) as error:
         raise not_there(source, f"{source}: no usable weights", "a checkpoint's", error) from None
     except RuntimeError as error:  # under ZeRO-3 transformers says it so
