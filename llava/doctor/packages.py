@@ -45,6 +45,8 @@ def package_rows(want: Wanted, seconds: float) -> list[Row]:
     for name, (spec, extra) in extras.items():
         fault, todo = faults.get(module_of(name)), _install(want, f"{name}{spec}", extra)
         row = _row(name, there[name], spec, fault, todo, want.tested.get(name))
+        if row.status == BROKEN and name == "torchvision":
+            row.todo = "pip uninstall torchvision, or the one that fits this torch: transformers stumbles over it"
         if row.status in (MISSING, BROKEN) and name in PURPOSE:
             row.todo = f"{row.todo} (for {PURPOSE[name]})"
         rows.append(row)

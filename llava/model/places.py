@@ -75,8 +75,9 @@ def read_config(path: str, **hub) -> dict:
     """
     from transformers import PreTrainedConfig
 
+    path = os.fspath(path)
     if os.path.isdir(path):
-        check_json(path)
+        check_json(os.path.join(path, hub["subfolder"]) if hub.get("subfolder") else path)
     elif not is_hub_id(path) or os.path.isfile(path):
         raise not_there(path, f"{path}: no config.json", CHECKPOINT)
     try:

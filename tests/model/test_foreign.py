@@ -134,6 +134,10 @@ def test_what_is_there_and_no_checkpoint(tmp_path, monkeypatch):
     assert "holds no config.json" in refusal(lambda: load("bare"))
     assert "expected a mapping" in refusal(lambda: load("nothing"))
     assert "an empty name" in refusal(lambda: load(""))
+    assert "no such folder" in refusal(lambda: load(tmp_path / "none"))
+    (tmp_path / "outer").mkdir()
+    shutil.copytree(SOURCE, tmp_path / "outer/inner")
+    assert read_config("outer", subfolder="inner")["mm_vision_tower"] == "clip_tower"
     assert "the folder is empty" in refusal(lambda: load_tokenizer("empty"))
     assert "it is a file" in refusal(lambda: load_tokenizer("file.bin"))
     assert "it is a file" in refusal(lambda: build_vision_tower({"mm_vision_tower": "file.bin"}))
