@@ -8,6 +8,7 @@ from llava.config.schema import Key, all_keys, convert_word, find_key
 from llava.errors import LlavaError
 
 WHERE = "command line"
+LABELS = ("version", "run_name")  # scripts leave their variables empty; the defaults do no harm
 
 
 @dataclass
@@ -27,7 +28,10 @@ def parse_command_line(argv: list[str], keys: dict[str, Key] | None = None, file
     those that may be given as `--config FILE`.
 
     A boolean key alone means True, `--no_key` False; a list key takes several words; a dash in a key is an underscore;
-    the last of two equal keys wins. Raises `LlavaError` for an unknown key or a word that is not the key's type.
+    the last of two equal keys wins; an empty label is its default.
+
+    Raises:
+        LlavaError: an unknown key, or a word that is not the key's type.
     """
     line, old, rest = CommandLine(), {}, list(argv)
     old_names = OLD_NAMES if keys is None else {}
@@ -44,6 +48,10 @@ def parse_command_line(argv: list[str], keys: dict[str, Key] | None = None, file
             continue
         key, negated = _key_of(name, keys, old_names)
         words = [text] if equals else _take_words(key, rest)
+        if key.name in LABELS and not "".join(words):
+            line.notices.append(f"{WHERE}: --{name} is empty: {key.default or 'none'} is used")
+            line.values.pop(key.name, None)
+            continue
         value = convert_word(key, words, WHERE)
         (old if key.group == "old" else line.values)[key.name] = (not value) if negated else value
     translate(line.values, old, WHERE, line.notices)

@@ -115,6 +115,13 @@ def all_keys() -> dict[str, Key]:
     return keys
 
 
+# of LLaVA-NeXT's train_dpo.py alone
+PREFERENCES = (
+    *("dpo_alpha", "beta", "gamma", "generate_during_eval", "precompute_ref_log_probs", "input_prompt"),
+    *("refine_prompt", "num_sample"),
+)
+
+
 def find_key(name: str, where: str, keys: dict[str, Key] | None = None, others: tuple[str, ...] = ()) -> Key:
     """The key called `name` or an alias of it; `LlavaError` with the nearest valid name otherwise.
 
@@ -123,6 +130,10 @@ def find_key(name: str, where: str, keys: dict[str, Key] | None = None, others: 
     keys = all_keys() if keys is None else keys
     aliases = {alias: key.name for key in keys.values() for alias in key.aliases}
     found = keys.get(aliases.get(name, name))
+    if found is None and name in PREFERENCES:
+        raise LlavaError(
+            f"{where}: {name} is a key of preference training (DPO), which is not available in this version"
+        )
     if found is None:
         raise unknown_key(name, where, [*keys, *aliases, *others])
     return found

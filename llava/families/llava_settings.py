@@ -140,16 +140,17 @@ def _projector_file(run) -> str | None:
     Raises:
         OutOfReach: there is none at the path that is named.
     """
-    from llava.model.checkpoint import find_projector
+    from llava.model.checkpoint import PROJECTOR_NAME, find_projector, named_or_beside, what_is_there
 
     path = run["pretrain_mm_mlp_adapter"]
     if not path:
         return None
-    file = find_projector(path) if os.path.isdir(path) else path
+    file = find_projector(path) if os.path.isdir(path) else named_or_beside(path)
     if file is None or not os.path.isfile(file):
+        missing = os.path.join(path, PROJECTOR_NAME) if os.path.isdir(path) else path
         raise OutOfReach(
             f"{run.source('pretrain_mm_mlp_adapter')}: pretrain_mm_mlp_adapter {path}: no such file, expected a "
-            "projector (mm_projector.safetensors or .bin)"
+            f"projector (mm_projector.safetensors or .bin); {what_is_there(missing)}"
         )
     return file
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
+from llava.utils import rank0_print
 
 PROJECTOR_NAME = "mm_projector.safetensors"
 PROJECTOR_KEYS = ("mm_projector", "image_newline", "token_compressor")
@@ -58,6 +59,38 @@ def find_projector(folder: str) -> str | None:
     """`mm_projector.safetensors` in a folder, else LLaVA's `mm_projector.bin`, else None."""
     paths = (os.path.join(folder, name) for name in (PROJECTOR_NAME, "mm_projector.bin"))
     return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def named_or_beside(path: str) -> str:
+    """`path`, or where it is not there, the file of that name in the other format beside it, with one note.
+
+    LLaVA's scripts name the `mm_projector.bin` of their first stage, which leaves an `mm_projector.safetensors` here.
+    """
+    stem, ending = os.path.splitext(path)
+    others = (".bin",) if ending == ".safetensors" else (".safetensors",) if ending in (".bin", ".pth", ".pt") else ()
+    other = next((stem + other for other in others if os.path.isfile(stem + other)), None)
+    if other is None or os.path.exists(path):
+        return path
+    _tell_of_the_other(path, os.path.basename(other))
+    return other
+
+
+@functools.cache
+def _tell_of_the_other(path: str, other: str) -> None:
+    rank0_print(f"note: {path}: no such file; {other} beside it is taken")
+
+
+def what_is_there(path: str) -> str:
+    """For a message about a file that is missing: what its folder holds."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    names = sorted(os.listdir(folder))
+    return (
+        f"its folder holds {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+        if names
+        else "its folder is empty"
+    )
 
 
 def projector_state(named_parameters) -> dict[str, torch.Tensor]:
@@ -108,6 +141,7 @@ def load_projector(model, path: str) -> None:
     """
     if os.path.isdir(path):
         path = find_projector(path) or os.path.join(path, PROJECTOR_NAME)
+    path = named_or_beside(path)
     weights = read_weights(path)
     kind = f"mm_projector_type {getattr(model.config, 'mm_projector_type', None)}"
     pairs = _pairs(model.mm_projector, weights, "mm_projector.", f"{path}: its projector does not fit {kind}")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate.utils import DummyOptim
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from llava.constants import IGNORE_INDEX
@@ -254,11 +255,29 @@ class LLaVATrainer(PhasedTrainer):
     # --- optimizer ---
 
     def create_optimizer(self, model=None):
+        if isinstance(self.optimizer, DummyOptim):  # DeepSpeed's file names the optimizer, and DeepSpeed makes it
+            self.optimizer.params = self._groups_for_deepspeed()
+            return self.optimizer
         made = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if made:
             optimizer.param_groups = self.family.parameter_groups(optimizer.param_groups, self.model, self.args)
         return optimizer
+
+    def _groups_for_deepspeed(self) -> list[dict]:
+        """Parameters with and without weight decay, as transformers groups them, and then as the family does: it hands
+        on parameters without groups, which would all have one learning rate and one decay."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [p for name, p in trained if (name in decayed) == decays],
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+                "lr": self.args.learning_rate,
+            }
+            for decays in (True, False)
+        ]
+        return self.family.parameter_groups([group for group in groups if group["params"]], self.model, self.args)
 
     # --- checkpoints ---
 

@@ -1,104 +1,16 @@
-"""The flags of LLaVA-NeXT's launch scripts, shell variables filled in, and the flags of its argument classes."""
+"""The launch lines of LLaVA-NeXT's scripts, and the flags of its argument classes."""
+
+import json
+from pathlib import Path
 
 CLIP = "openai/clip-vit-large-patch14-336"
 SIGLIP = "google/siglip-so400m-patch14-384"
 
-_PRETRAIN_CLIP = [
-    ("deepspeed", "scripts/zero3.json"),
-    ("model_name_or_path", "Qwen/Qwen2-7B-Instruct"),
-    ("version", "plain"),
-    ("data_path", "/blip_558k/blip_558k_plain.json"),
-    ("image_folder", "/blip_558k/images"),
-    ("vision_tower", CLIP),
-    ("mm_tunable_parts=", "mm_mlp_adapter"),
-    ("mm_vision_select_layer", "-2"),
-    ("mm_projector_type", "mlp2x_gelu"),
-    ("mm_use_im_start_end", "False"),
-    ("mm_use_im_patch_token", "False"),
-    ("bf16", "True"),
-    ("output_dir", "/checkpoints/projectors/run"),
-    ("num_train_epochs", "1"),
-    ("per_device_train_batch_size", "16"),
-    ("per_device_eval_batch_size", "4"),
-    ("gradient_accumulation_steps", "1"),
-    ("evaluation_strategy", "no"),
-    ("save_strategy", "no"),
-    ("save_steps", "50000"),
-    ("learning_rate", "1e-3"),
-    ("weight_decay", "0."),
-    ("warmup_ratio", "0.03"),
-    ("lr_scheduler_type", "cosine"),
-    ("logging_steps", "1"),
-    ("tf32", "True"),
-    ("model_max_length", "8192"),
-    ("gradient_checkpointing", "True"),
-    ("dataloader_num_workers", "16"),
-    ("lazy_preprocess", "True"),
-    ("report_to", "wandb"),
-    ("run_name", "run"),
-    ("attn_implementation", "sdpa"),
-]
-
-_FINETUNE = [
-    ("deepspeed", "scripts/zero3.json"),
-    ("model_name_or_path", "/checkpoints/previous-stage"),
-    ("version", "qwen_1_5"),
-    ("data_path", "/data/{stage}.yaml"),
-    ("image_folder", "/data/llava_data"),
-    ("video_folder", "/data/llava_video"),
-    ("mm_tunable_parts=", "mm_vision_tower,mm_mlp_adapter,mm_language_model"),
-    ("mm_vision_tower_lr=", "2e-6"),
-    ("vision_tower", SIGLIP),
-    ("mm_projector_type", "mlp2x_gelu"),
-    ("mm_vision_select_layer", "-2"),
-    ("mm_use_im_start_end", "False"),
-    ("mm_use_im_patch_token", "False"),
-    ("group_by_modality_length", "True"),
-    ("image_aspect_ratio", "anyres_max_9"),
-    ("image_grid_pinpoints", "(1x1),...,(6x6)"),
-    ("mm_patch_merge_type", "spatial_unpad"),
-    ("bf16", "True"),
-    ("run_name", "llava-onevision-{stage}"),
-    ("output_dir", "/checkpoints/{stage}"),
-    ("num_train_epochs", "1"),
-    ("per_device_train_batch_size", "1"),
-    ("per_device_eval_batch_size", "4"),
-    ("gradient_accumulation_steps", "2"),
-    ("evaluation_strategy", "no"),
-    ("save_strategy", "steps"),
-    ("save_steps", "1000"),
-    ("save_total_limit", "1"),
-    ("learning_rate", "1e-5"),
-    ("weight_decay", "0."),
-    ("warmup_ratio", "0.03"),
-    ("lr_scheduler_type", "cosine"),
-    ("logging_steps", "1"),
-    ("tf32", "True"),
-    ("model_max_length", "32768"),
-    ("gradient_checkpointing", "True"),
-    ("dataloader_num_workers", "4"),
-    ("lazy_preprocess", "True"),
-    ("report_to", "wandb"),
-    ("torch_compile", "True"),
-    ("torch_compile_backend", "inductor"),
-    ("dataloader_drop_last", "True"),
-    ("frames_upbound", "32"),
-]
-
-
-def _words(flags: list[tuple[str, str]], stage: str = "") -> list[str]:
-    """A name that ends in `=` is written with its value as one word, as the script has it."""
-    words = []
-    for name, value in flags:
-        value = value.replace("{stage}", stage)
-        words += [f"--{name}{value}"] if name.endswith("=") else [f"--{name}", value]
-    return words
-
-
+_ROWS = json.loads((Path(__file__).parents[1] / "golden" / "launch_lines.json").read_text(encoding="utf-8"))
+# {name of a script of LLaVA-NeXT's two stages: the flags of its line}
 LAUNCH_LINES = {
-    "pretrain_clip.sh": _words(_PRETRAIN_CLIP),
-    "finetune_ov.sh": _words(_FINETUNE, "ov"),
-    "finetune_si.sh": _words(_FINETUNE, "si"),
+    name: next(row["argv"] for row in _ROWS if row["file"] == f"scripts/train/{name}")
+    for name in ("pretrain_clip.sh", "finetune_ov.sh", "finetune_si.sh")
 }
 
 # {flag: default} of ModelArguments, DataArguments and TrainingArguments in LLaVA-NeXT's llava/train/train.py.

@@ -95,6 +95,15 @@ def select_patches_by_budget(maps, alpha=None, budget=None):
     return masks, levels
 
 
+def select_all_patches(maps):
+    """all: every base patch, for comparison.
+
+    Returns:
+        (masks, levels).
+    """
+    return _cover(maps, [torch.ones_like(values, dtype=torch.bool) for values in _scales(maps)[1:]])
+
+
 def budget_selection(maps, alpha=None, budget=None):
     """As `select_patches_by_budget`, with the figures behind it.
 
@@ -135,7 +144,7 @@ def alphas_of(alpha, batch: int) -> list[float]:
 
 
 def _per_image(name: str, value, batch: int) -> list:
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "tolist"):  # of torch or numpy
         value = value.tolist()
     values = list(value) if isinstance(value, (list, tuple)) else [value] * batch
     if len(values) != batch or any(isinstance(x, (bool, str)) or not hasattr(x, "__float__") for x in values):

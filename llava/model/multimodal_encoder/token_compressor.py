@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from llava.errors import LlavaError
-from llava.model.checkpoint import assign, read_weights
+from llava.model.checkpoint import assign, named_or_beside, read_weights
 
 NUM_GROUPS = 32
 MAX_KERNEL_SIZE = 7
@@ -221,7 +221,7 @@ def _weight_file(path: str) -> str:
         return path_inside
     if not path.endswith(ENDINGS):
         raise LlavaError(f"{path}: found no known ending, expected {', '.join(ENDINGS)} or a folder")
-    return path
+    return named_or_beside(path)
 
 
 def _compressor_weights(path: str) -> dict[str, torch.Tensor]:

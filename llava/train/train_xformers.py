@@ -1,0 +1,10 @@
+"""LLaVA's entry point for GPUs without flash-attn: `python llava/train/train_xformers.py <flags>`.
+
+xformers is not needed: where `attn_implementation` is not given, the best attention that the machine has is taken,
+which without flash-attn is PyTorch's own, as memory-efficient as that of xformers.
+"""
+
+from llava.train.train import train
+
+if __name__ == "__main__":
+    train()
