@@ -32,6 +32,26 @@ def without_report():
         logger.removeFilter(report)
 
 
+def check_loaded(model, info: dict, source: str, with_projector: bool = False) -> list[str]:
+    """Judge what transformers found when it loaded a model, whose vision tower has been seen to.
+
+    Args:
+        info: as `from_pretrained(output_loading_info=True)` gives it.
+        with_projector: whether the weights must be the whole model's.
+
+    Returns:
+        Names of weights of projector, newline and token compressor that the checkpoint does not hold, sorted.
+
+    Raises:
+        LlavaError: other weights are missing.
+    """
+    outer = {key for key in info["missing_keys"] if any(f".{part}" in key for part in PROJECTOR_KEYS)}
+    lacking = {key for key in info["missing_keys"] if not key.startswith(_TOWER)}
+    check_missing(lacking if with_projector else lacking - outer, source, type(model).__name__)
+    tell_unused(info["unexpected_keys"], source, model)
+    return sorted(outer)
+
+
 def check_shapes(mismatched, source: str) -> None:
     """Refuse weights of other shapes than the model's.
 
@@ -84,8 +104,3 @@ def tell_unused(unexpected, source: str, model) -> None:
             f"note: {source}: {len(names)} of its weights are not used, the model has no place for them: "
             f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         )
-
-
-def is_outer(name: str) -> bool:
-    """A weight of the projector, the newline or a token compressor, which may come from a file of its own."""
-    return any(f".{part}" in name for part in PROJECTOR_KEYS)
