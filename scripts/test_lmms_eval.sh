@@ -7,6 +7,18 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+if asks_for_help "$@"; then
+    cat <<'USAGE'
+usage: bash scripts/test_lmms_eval.sh
+Holds what lmms-eval's own package makes of a checkpoint against this package's answers, accuracies and likelihoods, on the
+demo's held-out questions and without network, in an environment of their own (some GB), which is made if need be.
+Environment: CHECKPOINT (a random one is made), LIMIT (questions, 200), SEED (of the demo's data, 0), VENV (.venv-lmms),
+             PYTHON (the Python that makes it).
+USAGE
+    exit 0
+fi
+(($# == 0)) || fail "found $*, expected no arguments; --help lists the variables"
+
 VENV="${VENV:-$ROOT/.venv-lmms}"
 if ! has_checkout "$VENV/bin/python" lmms_eval decord; then
     base="${PYTHON:-python3}"

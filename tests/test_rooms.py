@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ RANKS = [
     ("train",),  # which evaluates
     ("compare",),  # which trains
     ("tools", "serve"),
+    ("doctor",),  # which imports none of them: whatever may be broken, it runs
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 PLAIN = {"absent", "constants", "conversation", "conversation_pictures", "errors", "text_encoding", "utils"}
@@ -76,6 +78,15 @@ def test_arrows_point_one_way(room):
         where = path.relative_to(ROOT)
         found += [f"{where}:{line}: {name}" for line, name in wrong_arrows(room, path.read_text(), where.parts[:-1])]
     assert not found
+
+
+def test_the_doctor_imports_the_standard_library_alone():
+    found = set()
+    for path in files("doctor"):
+        found |= {name.split(".")[0] for _, name in imported(ast.parse(path.read_text()), ("llava", "doctor"))}
+        names = {name for _, name in imported(ast.parse(path.read_text()), ("llava", "doctor"))}
+        assert all(name.startswith(("llava.doctor.", "llava.errors.")) for name in names if name.startswith("llava"))
+    assert found - {"llava"} <= sys.stdlib_module_names
 
 
 def test_every_room_has_its_place():

@@ -58,6 +58,8 @@ def readable_weights(source: str):
 
     try:
         yield
+    except BrokenPipeError:  # of what is printed meanwhile
+        raise
     except (OSError, SafetensorError) as error:
         raise LlavaError(f"{source}: its weights cannot be read ({str(error).splitlines()[0][:160]})") from None
 

@@ -1,40 +1,23 @@
 """`load_pretrained_model`: a LLaVA checkpoint from a folder or the hub, ready for inference."""
 
 import os
-import re
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 
-from llava.errors import LlavaError, OutOfReach
-from llava.model.checkpoint import PROJECTOR_KEYS, find_projector, load_projector, read_weights
+from llava.errors import LlavaError
+from llava.model.checkpoint import find_projector, load_projector, read_weights
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
+from llava.model.foreign import refuse_foreign
+from llava.model.loading import check_loaded, check_shapes, without_report
 from llava.model.lora import is_lora, load_lora, recorded_base
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_encoder.trial import check_dtype
 from llava.model.multimodal_encoder.trust import check_own_class, naming, trusting_checkpoints
+from llava.model.other_tower import fit_other_tower
+from llava.model.places import not_there, read_config
 from llava.utils import rank0_print
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def read_config(path: str) -> dict:
-    """config.json of a folder or hub repository, as it stands."""
-    from transformers import PreTrainedConfig
-
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise LlavaError(f"{path}: the folder holds no config.json")
-    if not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
-        raise OutOfReach(f"{path}: no config.json (no such folder; expected a checkpoint's, or a hub id)")
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError) as error:
-        fault = LlavaError if os.path.isdir(path) else OutOfReach
-        raise fault(f"{path}: no config.json ({str(error).splitlines()[0][:160]})") from None
-    if not values:
-        raise OutOfReach(f"{path}: no config.json found; expected a checkpoint folder or a hub id")
-    return values
 
 
 def make_config(path: str, config_class, values: dict, overwrite: dict | None = None):
@@ -54,8 +37,10 @@ def load_tokenizer(path: str, **kwargs):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        raise LlavaError(f"{path}: no tokenizer ({str(error).splitlines()[0][:160]})") from None
+    except Exception as error:  # OSError, ValueError, or what its libraries make of a file that is none
+        lacking = os.path.isdir(path) and not any("token" in name or name == "vocab.json" for name in os.listdir(path))
+        files = "a folder or hub id with tokenizer.json or tokenizer.model"
+        raise not_there(path, f"{path}: no tokenizer", files, None if lacking else error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if getattr(tokenizer, "legacy", None) is not None:
@@ -122,6 +107,7 @@ def load_pretrained_model(
         LlavaError: no config, unknown architecture, missing weights, a vision tower of a class that nobody but the
             checkpoint names.
     """
+    model_base = model_base or None  # a script's empty variable is none
     kwargs.pop("multimodal", None)  # LLaVA-NeXT's evaluation passes it; every model here is
     if kwargs.pop("use_flash_attention_2", False) or use_flash_attn:
         attn_implementation = attn_implementation or _flash_attention()
@@ -175,13 +161,17 @@ def _checkpoint_config(path, base, name, config, overwrite):
     values = read_config(path)
     if is_lora(path):
         values.pop("quantization_config", None)  # of the training run; the base's weights are not stored that way
-    architecture = resolve_architecture(values, name, path, base)
+    if base is not None:
+        refuse_foreign(read_config(base), base)
+    architecture = resolve_architecture(values, name, path, base, path=path)
     if config is None:
         config = make_config(path, model_classes(architecture)[1], values, overwrite)
     else:
         config = _given_config(config, path, model_classes(architecture)[1])
         for key, value in (overwrite or {}).items():
             setattr(config, key, value)
+    if (overwrite or {}).get("mm_vision_tower"):
+        fit_other_tower(config, values, path)
     if base is not None and os.path.isdir(os.path.join(path, getattr(config, "mm_vision_tower", None) or "")):
         # transformers is about to write the base's name over the checkpoint's, in which this folder lies
         config.mm_vision_tower = os.path.join(path, config.mm_vision_tower)
@@ -273,19 +263,21 @@ def load_weights(model_class, source: str, with_projector: bool, **kwargs):
         The model, and the names of weights that its folder must hold beside it: projector, newline, token compressor.
     """
     try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+        with without_report():
+            model, info = model_class.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except BrokenPipeError:  # of what is printed meanwhile
+        raise
     except (OSError, UnpicklingError, SafetensorError) as error:
-        raise LlavaError(f"{source}: no usable weights ({str(error).splitlines()[0][:160]})") from None
-    outer = [key for key in info["missing_keys"] if any(f".{part}" in key for part in PROJECTOR_KEYS)]
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.vision_tower."))
-    if not with_projector:  # they come from the checkpoint over this base
-        missing = [key for key in missing if key not in outer]
-    if missing:
-        raise LlavaError(
-            f"{source}: the checkpoint lacks {len(missing)} weights of {model_class.__name__}, "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    return model, outer
+        raise not_there(source, f"{source}: no usable weights", "a checkpoint's", error) from None
+    except RuntimeError as error:  # under ZeRO-3 transformers says it so
+        if "size mismatch" not in str(error):
+            raise
+        line = next(line for line in str(error).splitlines() if "size mismatch" in line)
+        raise LlavaError(f"{source}: {line.strip()}, expected weights of the config") from None
+    check_shapes(info["mismatched_keys"], source)
+    return model, check_loaded(model, info, source, with_projector)
 
 
 def _start_compressor(model, folder: str):

@@ -20,7 +20,8 @@ PROJECTOR_KEYS = ("mm_projector", "image_newline", "token_compressor")
 def read_weights(path: str) -> dict[str, torch.Tensor]:
     """Tensors of a .safetensors file, or of a .bin/.pth that holds tensors only."""
     if not os.path.isfile(path):
-        raise LlavaError(f"{path}: no such file, expected weights (.safetensors, or .bin with tensors only)")
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise LlavaError(f"{path}: {found}, expected weights (.safetensors, or .bin with tensors only)")
     if path.endswith(".safetensors"):
         try:
             return load_file(path)

@@ -31,8 +31,8 @@ from llava.model.checked_inputs import (
 from llava.model.host import HostCopies, needs_no_mask, segments, send, supervised_places
 from llava.model.image_encoding import ImageEncoding
 from llava.model.llava_generation import LlavaGeneration
+from llava.model.llava_loading import LlavaLoading
 from llava.model.loss import supervised_loss
-from llava.model.multimodal_encoder.trust import naming
 from llava.model.ranks import is_partitioned
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
@@ -41,7 +41,7 @@ from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visua
 __all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
 
-class LlavaMetaForCausalLM(LlavaGeneration, ImageEncoding):
+class LlavaMetaForCausalLM(LlavaGeneration, LlavaLoading, ImageEncoding):
     """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`.
 
     A subclass names its `model_class`, a `LlavaMetaModel`.
@@ -61,47 +61,6 @@ class LlavaMetaForCausalLM(LlavaGeneration, ImageEncoding):
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
-
-    # --- checkpoints ---
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, vision_tower=None, **kwargs):
-        """As transformers'; a tower whose weights the checkpoint does not hold is loaded from its own source.
-
-        vision_tower: the class of your own that the checkpoint's tower is of; see `load_pretrained_model`.
-        """
-        with naming(vision_tower):
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-            model._complete_vision(set(info["missing_keys"]))
-        return (model, info) if output_loading_info else model
-
-    def _complete_vision(self, missing: set[str]):
-        model, tower = self.get_model(), self.get_vision_tower()
-        if tower is None:
-            return
-        lacking = {key for key in missing if key.startswith("model.vision_tower.vision_tower.")}
-        if lacking:
-            total = sum(1 for _ in tower.vision_tower.parameters())
-            if len(lacking) < total:  # the source's weights in place of trained ones would go unnoticed
-                raise LlavaError(
-                    f"{self.config._name_or_path}: the checkpoint lacks {len(lacking)} of its vision tower's {total} "
-                    f"weights, {min(lacking)} for one"
-                )
-            tower.load_model()
-            tower.to(device=self.device, dtype=self.dtype)
-        tower.reset_buffers()
-        tower.is_loaded = True
-        if any(key.startswith("model.vision_tower.token_compressor.") for key in missing):
-            tower.token_compressor.reset_parameters()  # what transformers leaves in missing weights is no start
-        if "model.image_newline" in missing:
-            model.reset_newline()
-        model.describe_vision()
-
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """As transformers'; the image processor is saved too, so that the folder is complete."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and self.get_vision_tower() is not None:
-            self.get_vision_tower().image_processor.save_pretrained(save_directory)
 
     # --- images to visual tokens ---
 
