@@ -4,13 +4,15 @@ Shapes: N tokens of all samples, one sample after the other; D width, H heads, E
 Attention never crosses a sample's boundary, so a batch of equal samples and a pack of unequal ones are the same thing.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .varlen_attention import autocast_dtype, pack_lengths, varlen_attention
+from .varlen_attention import autocast_dtype, pack_lengths, traced_attention, varlen_attention
 
 # attn_implementation -> backend of `varlen_attention`
 ATTENTION_BACKENDS = {"varlen": None, "sdpa": "torch", "flash_attention_2": "flash_attn", "eager": "reference"}
@@ -26,6 +28,27 @@ def attention_backend(config) -> str | None:
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attn_implementation: found {name!r}, expected one of {', '.join(ATTENTION_BACKENDS)}")
     return ATTENTION_BACKENDS[name]
+
+
+class TracedLengths(NamedTuple):
+    """Lengths of samples in a graph that `torch.compile` or `torch.export` traces, which serves others as well.
+
+    cu_seqlens: [S + 1] of packed samples; max_seqlen None. None: every sample has `max_seqlen` tokens.
+    """
+
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int | None
+
+
+def describe_lengths(lengths, device) -> tuple[torch.Tensor | None, int | None]:
+    """(`cu_seqlens`, `max_seqlen`) as `varlen_attention` takes them."""
+    return tuple(lengths) if isinstance(lengths, TracedLengths) else pack_lengths(lengths, device)
+
+
+def is_traced(cu_seqlens, max_seqlen) -> bool:
+    """Whether lengths are those of a graph. A block that is compiled by itself has them from the host: cut at its
+    attention, it need not compute that anew in the backward pass."""
+    return torch.compiler.is_compiling() and (cu_seqlens is None or max_seqlen is None)
 
 
 def build_norm(config) -> nn.Module:
@@ -119,7 +142,8 @@ class Attention(nn.Module):
 
     def forward(self, x_ND, rotary, cu_seqlens, max_seqlen):
         q, k, v = self.project(x_ND, rotary)
-        out_NHE = varlen_attention(
+        attend = traced_attention if is_traced(cu_seqlens, max_seqlen) else varlen_attention
+        out_NHE = attend(
             q,
             k,
             v,
@@ -201,7 +225,7 @@ class Encoder(nn.Module):
         Args:
             x_ND: tokens.
             positions_N3: their places (t, h, w).
-            lengths: tokens of each sample, on the host.
+            lengths: tokens of each sample, on the host, or `TracedLengths`.
             keep: indices of the wanted states, ascending: 0 is the input, i the output of block i.
 
         Returns:
@@ -209,7 +233,8 @@ class Encoder(nn.Module):
         """
         # the dtype of q and k, which under autocast is not that of x: a float32 table would make them float32
         cos, sin = rotary_table(positions_N3, self.config, autocast_dtype(x_ND) or x_ND.dtype)
-        parts = cache_sized(lengths, self.config.intermediate_size) if x_ND.device.type == "cpu" else [lengths]
+        whole = isinstance(lengths, TracedLengths) or x_ND.device.type != "cpu"
+        parts = [lengths] if whole else cache_sized(lengths, self.config.intermediate_size)
         if len(parts) == 1:
             return self.run_blocks(x_ND, (cos, sin), lengths, keep)
         sizes = [sum(part) for part in parts]
@@ -219,7 +244,7 @@ class Encoder(nn.Module):
 
     def run_blocks(self, x_ND, rotary, lengths, keep):
         """The wanted states of samples that go through together."""
-        cu_seqlens, max_seqlen = pack_lengths(lengths, x_ND.device)
+        cu_seqlens, max_seqlen = describe_lengths(lengths, x_ND.device)
         states = [x_ND] if 0 in keep else []
         for i, layer in enumerate(self.layers[: keep[-1]], start=1):
             # by keyword: reentrant checkpointing hands on copies of positional tensors, which lack their host copy
@@ -264,15 +289,16 @@ class ProbeAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, probe_D, x_ND, cu_seqlens, max_seqlen):
-        samples, width, heads = len(cu_seqlens) - 1, x_ND.shape[-1], self.config.num_attention_heads
+        samples = x_ND.shape[0] // max_seqlen if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        width, heads = x_ND.shape[-1], self.config.num_attention_heads
         q_D = F.linear(probe_D, self.in_proj_weight[:width], self.in_proj_bias[:width])
         k, v = F.linear(x_ND, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
-        cu_probes, _ = pack_lengths([1] * samples, x_ND.device)
-        out_SHE = varlen_attention(
+        attend = traced_attention if is_traced(cu_seqlens, max_seqlen) else varlen_attention
+        out_SHE = attend(
             q_D.unflatten(0, (heads, -1)).repeat(samples, 1, 1),
             k.unflatten(-1, (heads, -1)),
             v.unflatten(-1, (heads, -1)),
-            cu_probes,
+            None,
             1,
             cu_seqlens_k=cu_seqlens,
             max_seqlen_k=max_seqlen,

@@ -13,18 +13,20 @@ from transformers.utils import can_return_tuple
 
 from .configuration_llava_vit import LlavaViTConfig, OneVisionEncoderConfig
 from .conversion import load_any_layout
+from .inputs import as_grid, as_indices, as_positions, check_indices, check_pixels, check_rows, read_grid
 from .layers import (
     Encoder,
     PatchProjection,
     PoolingHead,
     ProbeAttention,
     SeparateAttention,
+    TracedLengths,
     build_norm,
+    describe_lengths,
     frames_to_patches,
     grid_positions,
     unravel,
 )
-from .varlen_attention import pack_lengths
 
 
 class LlavaViTPreTrainedModel(PreTrainedModel):
@@ -73,25 +75,18 @@ class LlavaViTPreTrainedModel(PreTrainedModel):
 
     def encode_packed(self, rows, grid_thw, patch_positions=None, output_hidden_states=None, hidden_state_indices=None):
         """Encode packed patches, as `LlavaViTPackingModel.forward` describes it."""
-        width = self.config.num_channels * self.config.patch_size**2
-        if rows.ndim != 2 or rows.shape[1] != width:
-            raise ValueError(f"hidden_states: found shape {tuple(rows.shape)}, expected [N, {width}]")
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
-            raise ValueError(
-                f"grid_thw: found {grid_thw.dtype} of shape {tuple(grid_thw.shape)}, expected integers of shape [S, 3]"
-            )
-        grid = grid_thw.tolist()
-        lengths = [t * h * w for t, h, w in grid]
-        if not grid or min(min(sizes) for sizes in grid) < 1 or sum(lengths) != len(rows):
-            raise ValueError(
-                f"grid_thw: found {grid[:8]}{' ...' if len(grid) > 8 else ''} with {sum(lengths)} patches, expected "
-                f"sizes of at least 1 with the {len(rows)} patches of hidden_states"
-            )
-        if patch_positions is None:
-            patch_positions = grid_positions(grid, rows.device)
-        elif patch_positions.shape != (len(rows), 3):
-            raise ValueError(f"patch_positions: found shape {tuple(patch_positions.shape)}, expected ({len(rows)}, 3)")
-        return self.run(self.embed(rows), patch_positions, lengths, output_hidden_states, hidden_state_indices)
+        check_rows(rows, self.config.num_channels * self.config.patch_size**2)
+        grid_thw = as_grid(grid_thw)
+        if torch.compiler.is_compiling():
+            cu_seqlens, places_N3 = torch.ops.llavavit.packing_plan(rows, grid_thw)
+            lengths = TracedLengths(cu_seqlens, None)
+        else:
+            grid = read_grid(grid_thw, len(rows))
+            lengths = [t * h * w for t, h, w in grid]
+            places_N3 = grid_positions(grid, rows.device) if patch_positions is None else None
+        if patch_positions is not None:
+            places_N3 = as_positions(patch_positions, (rows.shape[0],), rows.device)
+        return self.run(self.embed(rows), places_N3, lengths, output_hidden_states, hidden_state_indices)
 
     def run(self, x_ND, positions_N3, lengths, output_hidden_states=None, hidden_state_indices=None):
         """From embedded patches to the model's outputs, packed.
@@ -99,7 +94,7 @@ class LlavaViTPreTrainedModel(PreTrainedModel):
         Args:
             x_ND: [N, D] embedded patches of all samples.
             positions_N3: [N, 3] their places (t, h, w).
-            lengths: tokens of each sample, on the host.
+            lengths: tokens of each sample, on the host, or `TracedLengths`.
             output_hidden_states, hidden_state_indices: as in `forward`.
 
         Returns:
@@ -123,7 +118,7 @@ class LlavaViTPreTrainedModel(PreTrainedModel):
         x_ND, pooled_SD = states[last], None
         if self.config.use_head:
             x_ND = self.layernorm_post(x_ND)
-            pooled_SD = self.head(x_ND, *pack_lengths(lengths, x_ND.device))
+            pooled_SD = self.head(x_ND, *describe_lengths(lengths, x_ND.device))
         return BaseModelOutputWithPooling(
             last_hidden_state=x_ND,
             pooler_output=pooled_SD,
@@ -199,12 +194,7 @@ class LlavaViTModel(LlavaViTPreTrainedModel):
             return self.encode_packed(
                 pixel_values, grid_thw, patch_positions, output_hidden_states, hidden_state_indices
             )
-        channels = self.config.num_channels
-        if pixel_values.ndim not in (4, 5) or pixel_values.shape[1] != channels:
-            raise ValueError(
-                f"pixel_values: found shape {tuple(pixel_values.shape)}, expected [B, {channels}, H, W] or "
-                f"[B, {channels}, T, H, W]"
-            )
+        check_pixels(pixel_values, self.config.num_channels)
         is_clip = pixel_values.ndim == 5
         clips = pixel_values if is_clip else pixel_values[:, :, None]
         batch, _, t, height, width = clips.shape
@@ -213,24 +203,20 @@ class LlavaViTModel(LlavaViTPreTrainedModel):
         x_BLD = self.embed(rows).unflatten(0, (batch, t * h * w))
         grid = (self.rope_frames(t, patch_positions) if is_clip else 1, h, w)
         x_BKD, positions_BK3 = self.select_tokens(x_BLD, grid, visible_indices, patch_positions)
-        if positions_BK3.shape != (*x_BKD.shape[:2], 3):
-            raise ValueError(
-                f"patch_positions: found shape {tuple(positions_BK3.shape)}, expected {(*x_BKD.shape[:2], 3)}, one "
-                "(t, h, w) for each token that enters the encoder"
-            )
+        count = x_BKD.shape[1]
         out = self.run(
             x_BKD.flatten(0, 1),
             positions_BK3.flatten(0, 1),
-            [x_BKD.shape[1]] * batch,
+            TracedLengths(None, count) if torch.compiler.is_compiling() else [count] * batch,
             output_hidden_states,
             hidden_state_indices,
         )
-        for name in ("last_hidden_state", "hidden_states"):
-            if out.get(name) is not None:
-                packed = out[name]
-                single = isinstance(packed, torch.Tensor)
-                out[name] = _batch(packed, batch) if single else tuple(_batch(state, batch) for state in packed)
-        return out
+        states, hidden_states = out.last_hidden_state, out.hidden_states
+        return BaseModelOutputWithPooling(
+            last_hidden_state=None if states is None else states.unflatten(0, (batch, -1)),
+            pooler_output=out.pooler_output,
+            hidden_states=hidden_states and tuple(state.unflatten(0, (batch, -1)) for state in hidden_states),
+        )
 
     def rope_frames(self, t: int, patch_positions) -> int:
         """Frames of the grid that tokens of a clip of `t` frames have their places in."""
@@ -238,8 +224,10 @@ class LlavaViTModel(LlavaViTPreTrainedModel):
 
     def select_tokens(self, x_BLD, grid, visible_indices, patch_positions):
         """The tokens that enter the encoder, [B, K, D], and their places [B, K, 3]."""
-        _check_indices(visible_indices, x_BLD, x_BLD.shape[1])
+        tokens = x_BLD.shape[1]
         if visible_indices is not None:
+            visible_indices = as_indices(visible_indices, x_BLD.shape[0], (tokens,), x_BLD.device)
+            check_indices(visible_indices, tokens)
             x_BLD = _gather(x_BLD, visible_indices)
         return x_BLD, _places(x_BLD, grid, visible_indices, patch_positions)
 
@@ -265,11 +253,13 @@ class OneVisionEncoderModel(LlavaViTModel):
         return frames
 
     def select_tokens(self, x_BLD, grid, visible_indices, patch_positions):
-        tokens = x_BLD.shape[1]
-        places_only = visible_indices is not None and visible_indices.shape[1] == tokens
-        _check_indices(visible_indices, x_BLD, grid[0] * grid[1] * grid[2] if places_only else tokens)
-        if visible_indices is not None and not places_only:
-            x_BLD = _gather(x_BLD, visible_indices)
+        tokens, places = x_BLD.shape[1], grid[0] * grid[1] * grid[2]
+        if visible_indices is not None:
+            visible_indices = as_indices(visible_indices, x_BLD.shape[0], (tokens, places), x_BLD.device)
+            places_only = visible_indices.shape[1] == tokens
+            check_indices(visible_indices, places if places_only else tokens)
+            if not places_only:
+                x_BLD = _gather(x_BLD, visible_indices)
         return x_BLD, _places(x_BLD, grid, visible_indices, patch_positions)
 
 
@@ -281,23 +271,7 @@ def _places(x_BKD, grid, visible_indices, patch_positions):
     """[B, K, 3] as given, or as the indices say, or in raster order."""
     batch, count = x_BKD.shape[:2]
     if patch_positions is not None:
-        return patch_positions
+        return as_positions(patch_positions, (batch, count), x_BKD.device)
     if visible_indices is None:
         visible_indices = torch.arange(count, device=x_BKD.device).expand(batch, -1)
     return unravel(visible_indices, *grid[1:])
-
-
-def _check_indices(indices, x_BLD, limit: int) -> None:
-    if indices is None:
-        return
-    if indices.ndim != 2 or len(indices) != len(x_BLD) or not indices.shape[1]:
-        raise ValueError(f"visible_indices: found shape {tuple(indices.shape)}, expected [{len(x_BLD)}, K] with K > 0")
-    # on a GPU, looking would mean waiting for it, at every step
-    if indices.device.type == "cpu" and not 0 <= int(indices.min()) <= int(indices.max()) < limit:
-        raise ValueError(
-            f"visible_indices: found {int(indices.min())} to {int(indices.max())}, expected 0 to {limit - 1}"
-        )
-
-
-def _batch(packed, batch: int):
-    return packed.unflatten(0, (batch, -1))

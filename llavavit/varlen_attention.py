@@ -14,97 +14,26 @@ of `attn_implementation` for transformers' language models: packed rows with `cu
 sdpa.
 """
 
-import itertools
-import math
-
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .varlen_backends import BACKENDS, Rule, choose_backend, flash_attn_loads, log_once, usable_backends
+from .varlen_backends import BACKENDS, flash_attn_loads, usable_backends
+from .varlen_lengths import host_copy, pack_lengths
+from .varlen_op import attend, autocast_dtype, equal_segments, prepare, traced_attention
 
 __all__ = [
     "BACKENDS",
     "autocast_dtype",
     "flash_attn_loads",
     "pack_lengths",
+    "traced_attention",
     "usable_backends",
     "varlen_attention",
     "varlen_attention_forward",
     "varlen_mask",
 ]
-
-
-# --- lengths ----------------------------------------------------------------------------------------------------------
-
-
-class _HostCopy:
-    """What the host knows of a `cu_seqlens` tensor, kept on the tensor itself: read once, used by every layer.
-
-    A change of the tensor in place shows in its version; inference tensors have none and must not be changed.
-    """
-
-    def __init__(self, lengths: tuple[int, ...], version: int | None):
-        self.lengths = lengths
-        self.total = sum(lengths)
-        self.longest = max(lengths)
-        self.version = version
-        self.groups: dict[tuple[int, ...], list[list[int]]] = {}  # of the sdpa backend, by the lengths of the keys
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def pack_lengths(lengths, device=None) -> tuple[torch.Tensor, int]:
-    """Segment lengths on the host -> (`cu_seqlens` int32 [S + 1] on `device`, longest length); no later device read.
-
-    Raises:
-        ValueError: no segment, or an empty one.
-    """
-    lengths = tuple(int(length) for length in lengths)
-    _check_lengths(lengths, "lengths")
-    cu_seqlens = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)  # a blocking copy waits for all that the device has to do
-    cu_seqlens._host_copy = _HostCopy(lengths, _version(cu_seqlens))
-    return cu_seqlens, cu_seqlens._host_copy.longest
-
-
-def _check_lengths(lengths: tuple[int, ...], name: str) -> None:
-    if not lengths:
-        raise ValueError(f"{name}: describes no segment, expected at least one")
-    if min(lengths) < 1:
-        at = next(i for i, length in enumerate(lengths) if length < 1)
-        raise ValueError(f"{name}: segment {at} has length {lengths[at]}, expected at least 1")
-
-
-def _host_copy(cu_seqlens: torch.Tensor, name: str) -> _HostCopy:
-    """Lengths of the segments on the host; read from the device the first time this tensor is seen."""
-    known = getattr(cu_seqlens, "_host_copy", None)
-    if known is not None and known.version == _version(cu_seqlens):
-        return known
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name}: found {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected integers of shape [S + 1]"
-        )
-    starts = cu_seqlens.tolist()
-    lengths = tuple(b - a for a, b in itertools.pairwise(starts))
-    _check_lengths(lengths, name)
-    if starts[0] != 0:
-        raise ValueError(f"{name}: begins with {starts[0]}, expected 0")
-    cu_seqlens._host_copy = _HostCopy(lengths, _version(cu_seqlens))
-    return cu_seqlens._host_copy
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives matrix products on this tensor's device, None where it is off.
-
-    PyTorch does not apply it by itself to the CUDA kernels here, nor to the choice between them.
-    """
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
 
 
 # --- the function -----------------------------------------------------------------------------------------------------
@@ -115,8 +44,8 @@ def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
     *,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_k: int | None = None,
@@ -132,8 +61,9 @@ def varlen_attention(
     Args:
         q: [Nq, H, E].
         k, v: [Nk, G, E]; H must be a multiple of G (grouped-query attention).
-        cu_seqlens: [S + 1] integers, where the segments of q begin and the last one ends.
-        max_seqlen: longest segment of q.
+        cu_seqlens: [S + 1] integers, where the segments of q begin and the last one ends; None: all segments of q have
+            `max_seqlen` tokens.
+        max_seqlen: longest segment of q; None: as `cu_seqlens` says.
         cu_seqlens_k, max_seqlen_k: the same for k and v where their lengths differ from q's.
         causal: a query sees the keys up to its own place; the last query of a segment sees all of the segment's keys.
         scale: factor on q k; None: E ** -0.5.
@@ -148,54 +78,14 @@ def varlen_attention(
     Raises:
         ValueError: shapes or lengths that do not fit together, an empty segment, a backend that cannot run here.
     """
-    _check_arguments(q, k, v, causal, window, softcap)
-    if autocast_dtype(q) is not None:
-        q, k, v = (x.to(autocast_dtype(q)) for x in (q, k, v))
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v: found {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype")
-    host_q = _host_copy(cu_seqlens, "cu_seqlens")
-    _check_total(host_q, q, max_seqlen, "cu_seqlens", "q")
-    host_k = host_q
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens
-        _check_total(host_k, k, max_seqlen, "cu_seqlens", "k")
-    else:
-        host_k = _host_copy(cu_seqlens_k, "cu_seqlens_k")
-        _check_total(host_k, k, max_seqlen_k, "cu_seqlens_k", "k")
-        if len(host_k.lengths) != len(host_q.lengths):
-            raise ValueError(
-                f"cu_seqlens_k: describes {len(host_k.lengths)} segments, cu_seqlens {len(host_q.lengths)}"
-            )
-        if causal and any(b < a for a, b in zip(host_q.lengths, host_k.lengths, strict=True)):
-            raise ValueError("causal: a segment has fewer keys than queries, so that its first queries see none")
-    if window is not None and window >= host_k.longest:
-        window = None  # it shuts nothing out, and kernels are faster without
-    rule = Rule(causal, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p, window, softcap)
-    chosen = choose_backend(backend, q, rule)
-    log_once(chosen, q.device.type, q.dtype)
-    cu_q, cu_k = (cu.to(device=q.device, dtype=torch.int32) for cu in (cu_seqlens, cu_seqlens_k))
-    return BACKENDS[chosen](q, k, v, host_q, host_k, cu_q, cu_k, rule)
-
-
-def _check_arguments(q, k, v, causal: bool, window: int | None, softcap: float | None) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q, k, v: found shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, expected [Nq, H, E] and "
-            "twice [Nk, G, E] with H a multiple of G"
-        )
-    if window is not None and not causal:
-        raise ValueError(f"window: found {window} without causal=True; it holds the keys before a query")
-    if window is not None and window < 1:
-        raise ValueError(f"window: found {window}, expected at least 1: a query sees itself")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: found {softcap}, expected a positive number or None")
-
-
-def _check_total(host: _HostCopy, tokens: torch.Tensor, max_seqlen: int | None, cu_name: str, name: str) -> None:
-    if host.total != len(tokens):
-        raise ValueError(f"{cu_name}: ends at {host.total}, but {name} has {len(tokens)} tokens")
-    if max_seqlen is not None and max_seqlen < host.longest:  # kernels would leave out what is beyond it
-        raise ValueError(f"max_seqlen: found {max_seqlen}, but a segment of {name} has {host.longest} tokens")
+    q, k, v = prepare(q, k, v, causal, window, softcap)
+    if cu_seqlens is None:
+        if cu_seqlens_k is None and max_seqlen_k is not None:
+            cu_seqlens_k, max_seqlen_k = equal_segments(k, max_seqlen_k)
+        cu_seqlens, max_seqlen = equal_segments(q, max_seqlen)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lengths = cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k
+    return attend(q, k, v, *lengths, causal, scale, dropout_p, window, softcap, backend)
 
 
 # --- as an attention of transformers' language models -----------------------------------------------------------------
@@ -249,7 +139,7 @@ def varlen_attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: attn_implementation varlen has none for packed rows; expected None")
     if max_length_q is None:
-        max_length_q = _host_copy(cu_seq_lens_q, "cu_seq_lens_q").longest
+        max_length_q = host_copy(cu_seq_lens_q, "cu_seq_lens_q").longest
     if sliding_window is None and mark is not None:  # some models give it to their mask alone
         sliding_window = _window_of(mark)
     out_NHE = varlen_attention(

@@ -41,18 +41,21 @@ def _repeat_heads(x_NGE: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _reference(q, k, v, host_q, host_k, cu_q, cu_k, rule: Rule):
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    out = []
     segments = zip(q.split(host_q.lengths), k.split(host_k.lengths), v.split(host_k.lengths), strict=True)
-    for q_LHE, k_MHE, v_MHE in segments:
-        scores = torch.einsum("lhe,mhe->hlm", q_LHE, k_MHE) * rule.scale
-        if rule.softcap is not None:
-            scores = _cap(scores, rule.softcap)
-        if rule.causal:
-            scores = scores.masked_fill(~_seen(len(q_LHE), len(k_MHE), rule.window, q.device), -math.inf)
-        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-        weights = F.dropout(weights, rule.dropout_p).to(q.dtype)
-        out.append(torch.einsum("hlm,mhe->lhe", weights, v_MHE))
-    return torch.cat(out)
+    return torch.cat([_formula(*segment, rule) for segment in segments])
+
+
+def _formula(q_LHE, k_MHE, v_MHE, rule: Rule):
+    """softmax(q k) v of one segment, or with a dimension in front of several."""
+    scores = torch.einsum("...lhe,...mhe->...hlm", q_LHE, k_MHE) * rule.scale
+    if rule.softcap is not None:
+        scores = _cap(scores, rule.softcap)
+    if rule.causal:
+        seen = _seen(q_LHE.shape[-3], k_MHE.shape[-3], rule.window, q_LHE.device)
+        scores = scores.masked_fill(~seen, -math.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q_LHE.dtype, torch.float32))
+    weights = F.dropout(weights, rule.dropout_p).to(q_LHE.dtype)
+    return torch.einsum("...hlm,...mhe->...lhe", weights, v_MHE)
 
 
 def _cap(scores: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -158,6 +161,17 @@ def _sdpa(q, k, v, host_q, host_k, cu_q, cu_k, rule: Rule):
         for i, o_LHE in zip(group, _sdpa_batch(*batch, rule).unbind(0), strict=True):
             out[i] = o_LHE
     return torch.cat(out)
+
+
+def attend_equal(q, k, v, queries: int, keys: int, rule: Rule, backend: str | None):
+    """Segments of `queries` and `keys` tokens each, without anything that a traced graph could not hold.
+
+    On CUDA PyTorch's own attention takes its flash kernels where they run; "reference" is the formula, and all else one
+    call of sdpa.
+    """
+    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
+    batch = q.unflatten(0, (-1, queries)), k.unflatten(0, (-1, keys)), v.unflatten(0, (-1, keys))
+    return (_formula if backend == "reference" else _sdpa_batch)(*batch, rule).flatten(0, 1)
 
 
 def _sdpa_batch(q_BLHE, k_BMHE, v_BMHE, rule: Rule):

@@ -333,7 +333,7 @@ def assemble_hub_folder(work: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Hold the HEVC-ViT encoders against each other and published values.")
-    parser.add_argument("--verbose", action="store_true", help="print every value and tensor that is compared")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print every value and tensor that is compared")
     parser.add_argument("--hub-dir", help="folder of upload_llava_vit (default: one is assembled of published weights)")
     parser.add_argument("--config", help="config.json of any size, whose models are compared with random weights")
     return parser

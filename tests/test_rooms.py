@@ -27,7 +27,7 @@ RANKS = [
     ("tools", "serve"),
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
-PLAIN = {"constants", "conversation", "errors", "text_encoding", "utils"}
+PLAIN = {"absent", "constants", "conversation", "conversation_pictures", "errors", "text_encoding", "utils"}
 # the settings of a run are asked of the model's family where they are shown
 EXEMPT = {"llava/config/__main__.py"}
 OUTSIDE = ("data", "train", "eval", "serve", "inference", "tools", "config")

@@ -2,6 +2,6 @@
 
 # run in this order, and within a file from top to bottom
 MODULES = (
-    *("smoke", "golden", "numerics", "batched", "packing", "encoder", "backbones", "toconv", "adaptive"),
+    *("smoke", "golden", "numerics", "batched", "packing", "encoder", "compiled", "backbones", "toconv", "adaptive"),
     *("demo", "generation", "training", "kernels"),  # the last one's patches stay in the process
 )

@@ -27,12 +27,12 @@ INPUT_SETS = 2
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def make_model(preset: str, device: str, dtype: torch.dtype) -> LlavaViTPackingModel:
-    """A packed encoder with random weights; preset is "demo" or "vit-l"."""
+def make_model(preset: str, device: str, dtype: torch.dtype, **changes) -> LlavaViTPackingModel:
+    """A packed encoder with random weights; preset is "demo" or "vit-l", `changes` go into its config."""
     if preset == "demo":
-        config = LlavaViTPackingConfig(**DEMO)
+        config = LlavaViTPackingConfig(**DEMO | changes)
     else:
-        config = named_config("hf_llava_vit_large_ln", LlavaViTPackingConfig)
+        config = named_config("hf_llava_vit_large_ln", LlavaViTPackingConfig, **changes)
     torch.manual_seed(0)
     with torch.device(device):
         return LlavaViTPackingModel._from_config(config, dtype=dtype).eval()

@@ -88,6 +88,9 @@ def load_pretrained_model(
     overwrite_config=None,
     trust_remote_code=False,
     vision_tower=None,
+    device=None,
+    dtype=None,
+    use_flash_attn=False,
     **kwargs,
 ):
     """Load a checkpoint for inference.
@@ -102,11 +105,14 @@ def load_pretrained_model(
         device_map: as transformers'; "auto" uses CUDA where there is one.
         torch_dtype: "float16", "bfloat16", "float32" or a torch.dtype.
         attn_implementation: as transformers'; None takes the best available.
-        customized_config: config object to use instead of the checkpoint's.
+        customized_config: config object to use instead of the checkpoint's, or the path of a config.json.
         overwrite_config: dict of config values to change.
         trust_remote_code: run the class of a vision tower that the checkpoint alone names, from its folder too.
         vision_tower: the class of your own that the checkpoint's vision tower is of (FILE.py:Class, pkg.module:Class or
             an entry point): its code is run because you name it.
+        device: where to put all of it, in place of `device_map`; "cuda" leaves that to `device_map`, as in LLaVA.
+        dtype: as `torch_dtype`, and above it.
+        use_flash_attn: flash_attention_2 where no `attn_implementation` is given.
         **kwargs: passed on to `from_pretrained`.
 
     Returns:
@@ -117,6 +123,10 @@ def load_pretrained_model(
             checkpoint names.
     """
     kwargs.pop("multimodal", None)  # LLaVA-NeXT's evaluation passes it; every model here is
+    if kwargs.pop("use_flash_attention_2", False) or use_flash_attn:
+        attn_implementation = attn_implementation or _flash_attention()
+    device_map = device_map if device is None else _device_map(device, device_map)
+    torch_dtype = torch_dtype if dtype is None else dtype
     on_cpu = not torch.cuda.is_available() or (isinstance(device_map, str) and device_map == "cpu")
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = quantisation("load_8bit/load_4bit", 4 if load_4bit else 8)
@@ -153,6 +163,8 @@ def load_pretrained_model(
     model.eval()
     if getattr(model.config, "conversation_template", None) is None:
         model.config.conversation_template = LANGUAGE_MODELS[architecture].template
+    if not hasattr(model.config, "mm_use_im_start_end"):
+        model.config.mm_use_im_start_end = False  # LLaVA's scripts read it off every model
 
     tower = model.get_vision_tower()
     if getattr(tower, "own_class", None) and dtype != torch.float32:
@@ -171,12 +183,43 @@ def _checkpoint_config(path, base, name, config, overwrite):
     if config is None:
         config = make_config(path, model_classes(architecture)[1], values, overwrite)
     else:
+        config = _given_config(config, path, model_classes(architecture)[1])
         for key, value in (overwrite or {}).items():
             setattr(config, key, value)
     if base is not None and os.path.isdir(os.path.join(path, getattr(config, "mm_vision_tower", None) or "")):
         # transformers is about to write the base's name over the checkpoint's, in which this folder lies
         config.mm_vision_tower = os.path.join(path, config.mm_vision_tower)
     return architecture, config
+
+
+def _flash_attention() -> str:
+    if not flash_attention_runs():
+        raise LlavaError("use_flash_attn: needs a flash-attn package that can be imported, expected False without one")
+    return "flash_attention_2"
+
+
+def _device_map(device, otherwise):
+    """transformers' device map for a model on one device; "cuda" leaves it at `otherwise`."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise LlavaError(f"device: found {device!r}, expected cpu, cuda or cuda:N") from None
+    if str(device) == "cuda":
+        return otherwise
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise LlavaError(f"device: found {device!r}, but PyTorch sees no GPU here; expected cpu")
+    return "cpu" if kind == "cpu" else {"": device}
+
+
+def _given_config(config, path: str, config_class):
+    """A config object as it is; one for the checkpoint at `path`, of a config.json that is named."""
+    if not isinstance(config, (str, os.PathLike)):
+        return config
+    try:
+        values, _ = config_class.get_config_dict(config)
+    except (OSError, ValueError) as error:
+        raise LlavaError(f"customized_config {config}: cannot be read ({str(error).splitlines()[0][:160]})") from None
+    return make_config(path, config_class, values)
 
 
 CAPPING_ATTENTION = ("eager", "varlen", "flash_attention_2", "flex_attention")  # sdpa would leave a soft cap out
@@ -303,3 +346,7 @@ def quantisation(asked: str, bits: int, compute_dtype=torch.float16, quant_type=
         bnb_4bit_quant_type=quant_type,
         llm_int8_skip_modules=skip,
     )
+
+
+for _row in LANGUAGE_MODELS.values():  # from here on AutoConfig and AutoModelForCausalLM know LLaVA's model types
+    _row.load()

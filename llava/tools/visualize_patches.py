@@ -1,26 +1,93 @@
 """Show which patch sizes a picture is cut into, and why.
 
-    python -m llava.tools.visualize_patches --input-image photo.jpg --patch-selection-method budget --alpha 0.3 \\
-        --output-dir out
+    python -m llava.tools.visualize_patches --input-image photo.jpg --patch-selection-method budget --alpha 0.3
 
-Each picture, resized to multiples of twice the patch size as Qwen2-VL does it, gives three PNG files in the output
-folder: NAME_patches (the picture with the outlines of its patches, a colour for each size), NAME_importance (a heat
-map) and NAME_side_by_side; small pictures are drawn enlarged. stats.json holds the figures of all. A folder is read
-without its subfolders. A picture that cannot be read is reported and left out; the exit status is then 1.
+Each picture, resized to multiples of twice the patch size as Qwen2-VL does it, gives three PNG files: NAME_patches (the
+picture with the outlines of its patches, a colour for each size), NAME_importance (a heat map) and NAME_side_by_side;
+small pictures are drawn enlarged. stats.json holds the figures of all. A folder is read without its subfolders. A
+picture that cannot be read is reported and left out; the exit status is then 1.
+
+Without --output-dir the files lie beside the picture, and the figures in NAME_stats.json; those of a folder lie in
+FOLDER_patches beside it. Then only what an earlier run has left is written over.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from llava.config.patch_choice import IMPORTANCES, MEMBERS, METHODS, NUM_SCALES, PatchChoice
 from llava.errors import LlavaError, report_errors
 from llava.images import PICTURE_SUFFIXES
 
+PANELS = ("patches", "importance", "side_by_side")
 OPTIONS = {member: f"--{member.replace('_', '-')}" for member in MEMBERS} | {"method": "--patch-selection-method"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results of a source go: a folder, the file of the figures, and whether both follow from the source."""
+
+    source: str
+    folder: str
+    stats: str
+    beside: bool
+
+    @classmethod
+    def of(cls, source: str, output_dir: str | None) -> "Output":
+        if output_dir is not None:
+            return cls(source, output_dir, os.path.join(output_dir, "stats.json"), False)
+        path = os.path.realpath(source) if os.path.isdir(source) else os.path.abspath(source)
+        if os.path.isdir(path):
+            return cls(source, f"{path}_patches", os.path.join(f"{path}_patches", "stats.json"), True)
+        return cls(source, os.path.dirname(path), f"{os.path.splitext(path)[0]}_stats.json", True)
+
+    def files(self, name: str) -> dict[str, str]:
+        """{panel: path} of one picture's panels."""
+        return {panel: os.path.join(self.folder, f"{name}_{panel}.png") for panel in PANELS}
+
+    def make(self, pictures: dict[str, Path]) -> None:
+        """Make the folder; `LlavaError` where it cannot be written to, or holds files that are not results."""
+        if self.beside and not _results_of(pictures.values(), self.stats):
+            files = [self.stats, *(path for name in pictures for path in self.files(name).values())]
+            taken = next((path for path in files if os.path.lexists(path)), None)
+            if taken is not None:
+                raise LlavaError(
+                    f"{taken}: exists, and no earlier run on {self.source} has written it; move it, or name a folder "
+                    "with --output-dir"
+                )
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise self.unwritable(error) from None
+
+    def write_stats(self, options: dict, found: list[dict], failed: list[dict]) -> None:
+        with open(self.stats, "w") as file:
+            json.dump({"options": options, "pictures": found, "failed": failed}, file, indent=1, sort_keys=True)
+            file.write("\n")
+
+    def unwritable(self, error: OSError) -> LlavaError:
+        wish = "; name a folder with --output-dir" if self.beside else ""
+        return LlavaError(f"--output-dir {self.folder}: cannot be written to ({error.strerror or error}){wish}")
+
+
+def _results_of(pictures, stats: str) -> bool:
+    """Whether a file holds the figures that an earlier run has written of some of these pictures."""
+    if not os.path.isfile(stats):  # a pipe would be waited for
+        return False
+    try:
+        with open(stats) as file:
+            found = json.load(file)
+        told = {entry["file"] for entry in (*found["pictures"], *found["failed"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return not told.isdisjoint(file.name for file in pictures)
 
 
 def find_pictures(path: str, output_dir: str) -> dict[str, Path]:
@@ -51,6 +118,9 @@ def make_tokenizer(args):
 
     given = args.patch_selection_method, args.alpha, args.thresholds, args.importance
     choice = PatchChoice.from_published(*given, num_scales=args.num_scales, names=OPTIONS)
+    if choice is None:
+        importance = args.importance
+        return PatchTokenizer(args.num_scales, args.patch_size, None, (0,) * 3, (1,) * 3, "all", importance=importance)
     return PatchTokenizer.from_choice(choice, args.patch_size, (0, 0, 0), (1, 1, 1))
 
 
@@ -133,7 +203,7 @@ def line_of(name: str, found: dict) -> str:
     return ", ".join(words)
 
 
-def visualize(name: str, file: Path, tokenizer, args) -> dict:
+def visualize(name: str, file: Path, tokenizer, args, output: Output) -> dict:
     """Write one picture's panels; returns its figures."""
     from llava.images.reading import load_image
 
@@ -144,8 +214,9 @@ def visualize(name: str, file: Path, tokenizer, args) -> dict:
         raise LlavaError(f"image {file}: {error}") from None
     maps, masks, levels = select(tokenizer, image)
     found = figures(original, image, masks, tokenizer)
-    for ending, panel in draw(image, maps, levels, found, args.importance).items():
-        panel.save(os.path.join(args.output_dir, f"{name}_{ending}.png"))
+    panels = draw(image, maps, levels, found, args.importance)
+    for panel, path in output.files(name).items():
+        panels[panel].save(path)
     return {"file": file.name, **found}
 
 
@@ -156,9 +227,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--input-image", required=True, metavar="P", help=f"a picture, or a folder of {', '.join(PICTURE_SUFFIXES)}")
-    add("--output-dir", required=True, metavar="D", help="folder for the results, made where it is missing")
-    add("--patch-selection-method", choices=METHODS, default="budget", help="default: budget")
+    source = parser.add_mutually_exclusive_group(required=True)
+    kinds = f"a picture, or a folder of {', '.join(PICTURE_SUFFIXES)}"
+    source.add_argument("--input-image", "--input-dir", metavar="P", help=kinds)
+    source.add_argument("input", nargs="?", metavar="P", help="the same")
+    add(
+        "-o", "--output", "--output-dir", dest="output_dir", metavar="D", help="folder for the results, made if missing"
+    )
+    add("--patch-selection-method", choices=(*METHODS, "all"), default="budget", help="default: budget")
     add("--alpha", type=float, help="budget: share of the tokens to keep; v2: threshold over the mean importance")
     add(
         "--thresholds",
@@ -178,30 +254,41 @@ def build_parser() -> argparse.ArgumentParser:
 @report_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    pictures = find_pictures(args.input_image, args.output_dir)
+    source = args.input_image or args.input
+    output = Output.of(source, args.output_dir)
+    pictures = find_pictures(source, output.folder)
     tokenizer = make_tokenizer(args)
     if not (2 * args.patch_size) ** 2 <= args.min_pixels <= args.max_pixels:
         raise LlavaError(
             f"--min-pixels, --max-pixels: found {args.min_pixels}, {args.max_pixels}, expected the first not above the "
             f"second, and at least {(2 * args.patch_size) ** 2}"
         )
-    os.makedirs(args.output_dir, exist_ok=True)
+    output.make(pictures)
+    options = {key: value for key, value in vars(args).items() if key not in ("input", "input_image", "output_dir")}
+    options["thresholds"] = tokenizer.thresholds
+    try:
+        # first, so that what a run leaves that is cut short is known as its own
+        output.write_stats(options, [], [{"file": file.name, "error": "not drawn yet"} for file in pictures.values()])
+        found, failed = visualize_all(pictures, tokenizer, args, output)
+        output.write_stats(options, found, failed)
+    except OSError as error:
+        raise output.unwritable(error) from None
+    print(f"{len(found)} of {len(pictures)} pictures in {output.folder}")
+    return 1 if failed else 0
+
+
+def visualize_all(pictures: dict[str, Path], tokenizer, args, output: Output) -> tuple[list[dict], list[dict]]:
+    """(figures of those that were drawn, faults of the others), each told as it comes."""
     found, failed = [], []
     for name, file in pictures.items():
         try:
-            found.append(visualize(name, file, tokenizer, args))
+            found.append(visualize(name, file, tokenizer, args, output))
         except LlavaError as error:
             failed.append({"file": file.name, "error": str(error)})
             print(f"error: {error}", file=sys.stderr)
             continue
         print(line_of(file.name, found[-1]), flush=True)
-    options = {key: value for key, value in vars(args).items() if key not in ("input_image", "output_dir")}
-    options["thresholds"] = tokenizer.thresholds
-    with open(os.path.join(args.output_dir, "stats.json"), "w") as file:
-        json.dump({"options": options, "pictures": found, "failed": failed}, file, indent=1, sort_keys=True)
-        file.write("\n")
-    print(f"{len(found)} of {len(pictures)} pictures in {args.output_dir}")
-    return 1 if failed else 0
+    return found, failed
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A checkpoint of the demo's parts with random weights, whose answers differ from question to question.
 
-python scripts/lmms_eval/random_checkpoint.py --output DIR
+python scripts/lmms_eval/random_checkpoint.py --output DIR [--anyres]
 """
 
 import argparse
@@ -8,9 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 DEMO = Path("playground/demo")
+GRID = [[56, 112], [112, 56], [112, 112]]  # for anyres: crops of the demo's towers
 
 
-def make(output: str) -> None:
+def make(output: str, anyres: bool = False) -> None:
     import torch
 
     from llava.model.builder import load_tokenizer, make_config, read_config
@@ -19,7 +20,9 @@ def make(output: str) -> None:
     torch.manual_seed(0)
     model_class, config_class = model_classes("LlavaQwenForCausalLM")
     config = make_config(str(DEMO / "llm"), config_class, read_config(str(DEMO / "llm")))
-    config.image_aspect_ratio, config.mm_use_im_patch_token = "pad", False
+    config.image_aspect_ratio, config.mm_use_im_patch_token = "anyres" if anyres else "pad", False
+    config.image_grid_pinpoints = GRID if anyres else None
+    config.mm_use_im_start_end = False  # lmms-eval's `llava_vid` reads it
     config.conversation_template = "qwen_1_5"
     config.tie_word_embeddings, config.initializer_range = False, 0.2
     model = model_class(config)
@@ -28,7 +31,7 @@ def make(output: str) -> None:
         mm_vision_select_layer=-2,
         mm_vision_select_feature="patch",
         mm_projector_type="mlp2x_gelu",
-        mm_patch_merge_type="flat",
+        mm_patch_merge_type="spatial_unpad" if anyres else "flat",
     )
     model.get_model().initialize_vision_modules(parts)
     model.save_pretrained(output)
@@ -38,4 +41,6 @@ def make(output: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A demo checkpoint with random weights.")
     parser.add_argument("--output", required=True, help="folder to write")
-    make(parser.parse_args().output)
+    parser.add_argument("--anyres", action="store_true", help="crops, unpadded, in place of a padded picture")
+    args = parser.parse_args()
+    make(args.output, args.anyres)

@@ -3,13 +3,16 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.support.forks import SCRIPT
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_walk(forks, tmp_path):
-    assert forks.run([ROOT / "playground" / "packing_tower_example.py"], tmp_path / "log", program=SCRIPT) == 0
+@pytest.mark.parametrize("name", ["packing_tower_example", "example_packing_tower_usage"])  # the published name
+def test_walk(forks, tmp_path, name):
+    assert forks.run([ROOT / "playground" / f"{name}.py"], tmp_path / "log", program=SCRIPT) == 0
     batch, mixed = (tmp_path / "log").read_text().split("-- a list")
     lines = [re.split(r"\s{2,}", line, maxsplit=1) for line in batch.splitlines() if re.match(r"[a-z].*\[", line)]
     assert lines == [

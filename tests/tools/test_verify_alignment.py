@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -327,3 +329,26 @@ def test_a_difference_that_is_no_number_fails():
     nan, one = torch.tensor([float("nan")]), torch.ones(1)
     assert all(wrong for _, wrong, _ in near({"a": nan, "b": one}, {"a": one, "b": nan}))
     assert all(wrong for _, wrong, _ in identical({"a": nan}, {"a": nan}))
+
+
+@pytest.mark.parametrize(
+    "flags, status", [(["--help"], 0), (["--hub-dir", "nowhere"], 2), (["--hub-dir", "HUB", "-v"], 1)]
+)
+def test_the_script_under_its_place_at_the_root(copy, tmp_path, flags, status):
+    """Same words and exit status, wherever it is called from and without the project on the path."""
+    weights = load_file(copy / "model.safetensors")
+    weights["layernorm_pre.weight"] = weights["layernorm_pre.weight"] + 1e-3
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    flags = [str(copy) if flag == "HUB" else flag for flag in flags]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    paths = [ROOT / "verify_architecture_alignment.py", ROOT / "scripts" / "verify_architecture_alignment.py"]
+    command = [sys.executable, str(paths[0]), *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    if status == 1:
+        assert "FAIL" in done.stdout and "hidden_size" in done.stdout
+        return
+    script = subprocess.run(
+        [sys.executable, str(paths[1]), *flags], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr, status) == (script.stdout, script.stderr, script.returncode)

@@ -1,6 +1,7 @@
 """`python -m llava.tools.visualize_patches`: files, figures, colours of the lines, faults."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -189,6 +190,131 @@ def test_results_do_not_go_among_the_pictures(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--input-image", str(tmp_path), "--output-dir", str(tmp_path), "--alpha", "0.3"])
     assert "is the folder of the pictures" in capsys.readouterr().err
+
+
+# --- without --output-dir ---
+
+NAMES = {"p_patches.png", "p_importance.png", "p_side_by_side.png", "p_stats.json"}
+FLAGS = ["--patch-selection-method", "budget", "--alpha"]
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.open(GOLDEN / "image_2.png").save(tmp_path / "p.png")
+    return tmp_path / "p.png"
+
+
+def test_beside_the_picture(tmp_path, picture, monkeypatch, capsys):
+    before = picture.read_bytes()
+    for source in (["--input-image", str(picture)], [str(picture)]):
+        assert main([*source, *FLAGS, "0.3"]) == 0
+        assert {path.name for path in tmp_path.iterdir()} == NAMES | {"p.png"} and picture.read_bytes() == before
+    first = json.loads((tmp_path / "p_stats.json").read_text())
+    assert first["pictures"][0]["tokens"] == 76 and str(tmp_path) in capsys.readouterr().out.splitlines()[-1]
+    run(tmp_path, *FLAGS, 0.3, source=picture)  # the same files in a folder
+    for path in tmp_path.glob("p_*"):
+        name = "stats.json" if path.suffix == ".json" else path.name
+        assert path.read_bytes() == (tmp_path / "out" / name).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert main(["p.png", *FLAGS, "0.5"]) == 0  # what this command left it writes over
+    assert json.loads((tmp_path / "p_stats.json").read_text())["pictures"][0]["tokens"] > 76
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_no_other_file_is_written_over(tmp_path, picture, capsys, name):
+    (tmp_path / name).write_text('{"pictures": []}')
+    with pytest.raises(SystemExit) as error:
+        main(["--input-image", str(picture), *FLAGS, "0.3"])
+    assert error.value.code == 2 and (tmp_path / name).read_text() == '{"pictures": []}'
+    assert {path.name for path in tmp_path.iterdir()} == {"p.png", name}
+    printed = capsys.readouterr().err
+    assert (
+        printed.count("\n") == 1 and f"{name}: exists, and no earlier run on" in printed and "--output-dir" in printed
+    )
+
+
+def test_a_run_that_was_cut_short(tmp_path, picture, monkeypatch):
+    """What it left is its own, and the next one writes it over."""
+
+    def stop(self, path, *rest):
+        (tmp_path / path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(picture), *FLAGS, "0.3"])
+    monkeypatch.undo()
+    stats = json.loads((tmp_path / "p_stats.json").read_text())
+    assert stats["pictures"] == [] and stats["failed"] == [{"file": "p.png", "error": "not drawn yet"}]
+    assert main([str(picture), *FLAGS, "0.3"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == NAMES | {"p.png"}
+    Image.open(tmp_path / "p_patches.png").load()
+
+
+def test_a_pipe_in_place_of_the_figures(tmp_path, picture, capsys):
+    os.mkfifo(tmp_path / "p_stats.json")
+    with pytest.raises(SystemExit):
+        main([str(picture), *FLAGS, "0.3"])
+    assert "p_stats.json: exists, and no earlier run" in capsys.readouterr().err
+
+
+def test_a_picture_of_the_same_name(tmp_path, picture, capsys):
+    assert main([str(picture), *FLAGS, "0.3"]) == 0
+    Image.open(picture).convert("RGB").save(tmp_path / "p.jpg")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "p.jpg"), *FLAGS, "0.3"])
+    assert "exists, and no earlier run on" in capsys.readouterr().err
+
+
+def test_beside_a_folder(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (56, 56)).save(folder / "a.png")
+    monkeypatch.chdir(folder)
+    for source in (["--input-dir", str(folder)], ["--input-image", "."]):
+        assert main([*source, *FLAGS, "0.5"]) == 0
+        assert [path.name for path in folder.iterdir()] == ["a.png"]
+        assert (tmp_path / "in_patches" / "stats.json").is_file() and (
+            tmp_path / "in_patches" / "a_patches.png"
+        ).is_file()
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, picture, capsys, monkeypatch):
+    def fault(*flags):
+        with pytest.raises(SystemExit) as error:
+            main(["--input-image", str(picture), *FLAGS, "0.3", *flags])
+        printed = capsys.readouterr().err
+        assert error.value.code == 2 and printed.count("\n") == 1
+        return printed
+
+    (tmp_path / "file").touch()
+    assert f"--output-dir {tmp_path}/file: cannot be written to (File exists)" in fault("-o", f"{tmp_path}/file")
+    assert "cannot be written to (Not a directory)" in fault("--output", f"{tmp_path}/file/below")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write where others may not
+    message = f"--output-dir {tmp_path}: cannot be written to (Permission denied); name a folder with --output-dir"
+    assert message in fault()
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "(No space left on device)" in fault()
+    assert {path.name for path in tmp_path.iterdir()} == {"p.png", "file", "p_stats.json"}
+
+
+def test_all_patches(tmp_path, capsys):
+    status, stats = run(tmp_path, "--patch-selection-method", "all")
+    assert status == 0 and stats["pictures"][0]["counts"] == {"14": 256, "28": 0, "56": 0}
+    assert "no target, real 100.0%" in capsys.readouterr().out
+
+
+def test_one_picture_is_asked_for(capsys):
+    for source in ([], ["a.png", "--input-image", "b.png"]):
+        with pytest.raises(SystemExit) as error:
+            main([*source, *FLAGS, "0.3"])
+        assert error.value.code == 2
+    assert "one of the arguments --input-image" in capsys.readouterr().err
 
 
 def test_help_needs_neither_torch_nor_transformers():

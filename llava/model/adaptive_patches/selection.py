@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from llava.config.patch_choice import check_thresholds
+from llava.config.patch_choice import check_thresholds, number
 from llava.errors import LlavaError
 from llava.model.adaptive_patches.importance import OUTSIDE
 
@@ -95,6 +95,15 @@ def select_patches_by_budget(maps, alpha=None, budget=None):
     return masks, levels
 
 
+def select_all_patches(maps):
+    """all: every base patch, for comparison.
+
+    Returns:
+        (masks, levels).
+    """
+    return _cover(maps, [torch.ones_like(values, dtype=torch.bool) for values in _scales(maps)[1:]])
+
+
 def budget_selection(maps, alpha=None, budget=None):
     """As `select_patches_by_budget`, with the figures behind it.
 
@@ -135,10 +144,10 @@ def alphas_of(alpha, batch: int) -> list[float]:
 
 
 def _per_image(name: str, value, batch: int) -> list:
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "tolist"):  # of torch or numpy
         value = value.tolist()
     values = list(value) if isinstance(value, (list, tuple)) else [value] * batch
-    if len(values) != batch or any(isinstance(x, (bool, str)) or not hasattr(x, "__float__") for x in values):
+    if len(values) != batch or any(number(x) is None for x in values):
         raise LlavaError(f"{name}: found {value!r}, expected a number, or one for each of {batch} images")
     return values
 

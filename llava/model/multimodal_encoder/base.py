@@ -6,7 +6,7 @@ Shapes: B images (or crops), T tokens of an image, D channels.
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +97,8 @@ class PlainConfig(dict):
 
 
 def plain_config(config):
-    """A tower's config as an object with attributes, where it is a dict."""
-    return PlainConfig(config) if isinstance(config, dict) and not hasattr(config, "to_dict") else config
+    """A config as an object with attributes, where it is a mapping."""
+    return PlainConfig(config) if isinstance(config, Mapping) and not hasattr(config, "to_dict") else config
 
 
 def config_values(config) -> dict:
@@ -112,8 +112,12 @@ def config_values(config) -> dict:
         values = config.to_dict()
     elif dataclasses.is_dataclass(config):
         values = dataclasses.asdict(config)
-    else:
-        values = dict(config) if isinstance(config, dict) else dict(vars(config))
+    elif isinstance(config, Mapping):
+        values = dict(config)
+    else:  # also those of its class and of slots, but nothing that is computed
+        names = [name for name in dir(config) if not name.startswith("_")]
+        names = [name for name in names if not isinstance(getattr(type(config), name, None), property)]
+        values = {name: value for name in names if not callable(value := getattr(config, name))}
     for name, value in values.items():
         try:
             json.dumps(value)
@@ -130,12 +134,17 @@ class VisionTower(nn.Module, ABC):
 
     Args:
         vision_tower: hub id or folder of the encoder.
-        args: anything with the attributes `mm_vision_select_layer`, `mm_vision_select_feature` and, in a checkpoint,
-            `mm_vision_config` (the encoder's own config) and `mm_image_processor_config`.
+        args: a mapping, or anything with the attributes `mm_vision_select_layer`, `mm_vision_select_feature` and, in a
+            checkpoint, `mm_vision_config` (the encoder's own config) and `mm_image_processor_config`.
         delay_load: build the encoder from its config only; `load_model` or a checkpoint brings the weights.
         **tower_args: of the run's `tower_args`, for a subclass of the user's own; kept as the attribute `tower_args`.
 
     A subclass implements `read_config`, `build_empty`, `load_model` and `encode`.
+
+    Attributes, by ToConv's names:
+        use_token_compression: whether there is a token compressor behind the encoder.
+        compression_input_size, compression_output_size: tokens per side before and after it, as `args` say; where there
+            is none they mean nothing.
     """
 
     any_size = False  # takes images of any size, in multiples of its patch
@@ -145,6 +154,7 @@ class VisionTower(nn.Module, ABC):
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False, **tower_args):
         super().__init__()
+        args = plain_config(args)
         self.vision_tower_name, self.tower_args = vision_tower, tower_args
         self.set_features(args)
         self.is_loaded = False
@@ -186,10 +196,11 @@ class VisionTower(nn.Module, ABC):
         Raises:
             LlavaError: a grid that is not this tower's, or a geometry that there is none for.
         """
-        self.token_compressor = None
-        if not uses_compression(args):
-            return
         before, after = getattr(args, "compression_input_size", 24), getattr(args, "compression_output_size", 12)
+        self.token_compressor, self.use_token_compression = None, uses_compression(args)
+        self.compression_input_size, self.compression_output_size = before, after
+        if not self.use_token_compression:
+            return
         pixels, patch = self.grid_pixels
         if self.token_grid(pixels, pixels)[1] is None:
             raise LlavaError(
@@ -362,31 +373,45 @@ class VisionTower(nn.Module, ABC):
         """Channels of a token."""
         return self.feature_size
 
+    def config_size(self, name: str) -> int:
+        """`image_size`, `patch_size` or `hidden_size` of the encoder's config.
+
+        Raises:
+            LlavaError: it says none.
+        """
+        value = getattr(self.config, name, None)
+        if value is None:
+            raise LlavaError(
+                f"vision tower {self.vision_tower_name}: found no {name} in its config ({type(self.config).__name__}), "
+                f"expected one, or a class {type(self).__name__} that knows its own sizes"
+            )
+        return value
+
     @property
     def feature_size(self) -> int:
         """Channels of a token that the encoder gives, after the feature kind's concatenation."""
         factor = 4 if self.select_feature.startswith("slicefour_") else 1
-        return self.config.hidden_size * (5 if self.select_feature.startswith("slice_m25811") else factor)
+        return self.config_size("hidden_size") * (5 if self.select_feature.startswith("slice_m25811") else factor)
 
     @property
     def image_size(self) -> int:
-        return self.config.image_size
+        return self.config_size("image_size")
 
     @property
     def patch_size(self) -> int:
         """Pixels of a side of a token."""
-        return self.config.patch_size
+        return self.config_size("patch_size")
 
     @property
     def grid_pixels(self) -> tuple[int, int]:
         """Pixels of a side of what the encoder sees at once, and of a token."""
-        return self.config.image_size, self.config.patch_size
+        return self.config_size("image_size"), self.config_size("patch_size")
 
     @property
     def num_patches_per_side(self) -> int:
         if self.token_compressor is not None:
             return self.token_compressor.output_grid_size
-        return self.config.image_size // self.config.patch_size
+        return self.config_size("image_size") // self.config_size("patch_size")
 
     @property
     def num_patches(self) -> int:

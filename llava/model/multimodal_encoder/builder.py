@@ -7,6 +7,7 @@ a run names its class (see `own_tower.py`).
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -165,11 +166,11 @@ def build_vision_tower(vision_tower_cfg, **kwargs):
     """The vision tower that a config names.
 
     Args:
-        vision_tower_cfg: namespace, transformers config or dict with `mm_vision_tower` (or `vision_tower`) and the
+        vision_tower_cfg: namespace, transformers config or mapping with `mm_vision_tower` (or `vision_tower`) and the
             keys that `VisionTower` reads.
         **kwargs: `delay_load`, as `VisionTower`.
     """
-    cfg = SimpleNamespace(**vision_tower_cfg) if isinstance(vision_tower_cfg, dict) else vision_tower_cfg
+    cfg = SimpleNamespace(**vision_tower_cfg) if isinstance(vision_tower_cfg, Mapping) else vision_tower_cfg
     tower = getattr(cfg, "mm_vision_tower", None) or getattr(cfg, "vision_tower", None)
     if not tower:
         raise LlavaError("mm_vision_tower: missing; expected a hub id or the folder of a vision encoder")

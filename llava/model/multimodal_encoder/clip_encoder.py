@@ -18,7 +18,14 @@ class CLIPVisionTower(HFVisionTower):
         return select_layers(self.select_feature, self.select_layer, self.config.num_hidden_layers + 1)
 
     def encode(self, images):
-        features = torch.cat(self.vision_tower(images, self.layers()), dim=-1)
+        return self._selected(self.vision_tower(images, self.layers()))
+
+    def feature_select(self, image_forward_outs):
+        """The selected features [B, T, D] among all `hidden_states` of an encoder's output, as LLaVA's method."""
+        return self._selected([image_forward_outs.hidden_states[i] for i in self.layers()])
+
+    def _selected(self, states):
+        features = torch.cat(states, dim=-1)
         return features if "cls_patch" in self.select_feature else features[:, 1:]
 
 

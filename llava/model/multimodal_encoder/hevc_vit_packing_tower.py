@@ -146,6 +146,10 @@ class HEVCViTPackingVisionTower(HFVisionTower):
         states = self.vision_tower(patches, grid_thw=grid_thw, hidden_state_indices=self.layers()).hidden_states
         return packed_to_features(torch.cat(states, dim=-1), grid_thw, batched)
 
+    def feature_select(self, image_forward_outs):
+        """The selected features among all `hidden_states` of the encoder's output, as the published towers' method."""
+        return torch.cat([image_forward_outs.hidden_states[i] for i in self.layers()], dim=-1)
+
     def check_sizes(self, images):
         """Refuse images whose sides are not multiples of the patch; the image processing is to see to that."""
         patch = self.config.patch_size

@@ -9,6 +9,7 @@ import contextlib
 
 import torch
 import torch.nn as nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from llava.errors import LlavaError
 
@@ -39,8 +40,15 @@ class Backbone(nn.Module):
         self.config, self._no_split_modules = encoder.config, encoder._no_split_modules
         self.vision_model = _Parts(encoder, keep_layers, drop)
 
-    def forward(self, pixel_values: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
-        """[B, C, H, W], indices of hidden states (0: the embeddings, i: after layer i) -> those states, [B, T, D]."""
+    def forward(self, pixel_values: torch.Tensor, indices: list[int] | None = None, output_hidden_states: bool = False):
+        """Hidden states [B, T, D] of images [B, C, H, W], by their indices (0: the embeddings, i: after layer i).
+
+        Without indices it is called as transformers' encoder is, and returns all of them as `hidden_states` of a
+        `BaseModelOutput`, with which LLaVA's code calls a tower's `feature_select`.
+        """
+        if indices is None:
+            states = self(pixel_values, list(range(len(self.vision_model.encoder.layers) + 1)))
+            return BaseModelOutput(states[-1], tuple(states) if output_hidden_states else None)
         parts = self.vision_model
         side = self.config.image_size
         if pixel_values.shape[-2:] != (side, side):

@@ -4,14 +4,18 @@ Shapes: B images, T tokens on an h x w grid, D vision channels, E language model
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch.nn as nn
 
 from llava.errors import LlavaError
 
-from .merger import PatchMerger, SpatialMerge
+from .merger import PatchMerger, SpatialMerge, SpatialMergeProjector
 from .pooler import PoolerProjector
+
+__all__ = ["PatchMerger", "PoolerProjector", "SpatialMerge", "SpatialMergeProjector", "build_vision_projector"]
 
 KINDS = "linear, identity, mlpNx_gelu, mlpNx_resMx_gelu, pooler, patch_merger, spatial_merge"
 MERGERS = {"pooler": PoolerProjector, "patch_merger": PatchMerger, "spatial_merge": SpatialMerge}
@@ -33,13 +37,19 @@ class ResBlock(nn.Module):
 def build_vision_projector(config, **kwargs) -> nn.Module:
     """Projector for `config.mm_projector_type` from `config.mm_hidden_size` to `config.hidden_size` channels.
 
+    The config is an object with these attributes, or a mapping.
+
     It is called as `projector(x)` with x [B, T, D] -> [B, T', E]; kinds in `MERGERS` are given `grid=(h, w)` too and
     leave a quarter of the tokens; images that differ in size come packed, as x [N, D] with `grids=[(h, w), ...]`.
 
     Raises:
-        LlavaError: unknown kind.
+        LlavaError: unknown kind, or one of the widths is missing.
     """
+    config = SimpleNamespace(**config) if isinstance(config, Mapping) else config
     kind = getattr(config, "mm_projector_type", None) or "linear"
+    for name in ("mm_hidden_size", "hidden_size"):
+        if getattr(config, name, None) is None:
+            raise LlavaError(f"{name}: found none in the config, expected a number of channels")
     d_vision, d_text = config.mm_hidden_size, config.hidden_size
     if kind == "linear":
         return nn.Linear(d_vision, d_text)

@@ -218,3 +218,97 @@ def test_bad_inputs_are_refused():
         one.construct_patch_groups(torch.zeros(1, 3, 112, 56), masks)
     with pytest.raises(LlavaError, match="masks: size 56: found a patch that sticks out"):
         one.construct_patch_groups(images[..., :42], {14: masks[14][..., :3], 28: masks[28], 56: masks[56] | True})
+
+
+# --- the published forms of a call ---
+
+
+@pytest.mark.parametrize("method", ["v1", "v2", "budget", "all"])
+def test_one_tokenizer_for_all_methods(method):
+    """What the call names stands above what the tokenizer was made with."""
+    images = normalised(torch.cat([picture(2), noise(1, 3, 224, 224)]))
+    values = {"alpha": 0.4, "thresholds": [2.5, 1.5]}
+    expected = tokenizer(patch_selection_method=method, **values)
+    maps = expected.compute_importance_maps(images)
+    expected_masks, expected_levels, expected_tokens = expected.construct_masks(maps)
+    made = [tokenizer(), tokenizer(method="budget", alpha=0.9), tokenizer(method="all", image_size=(224, 224))]
+    for one in made:
+        masks, levels, tokens = one.construct_masks(maps, patch_selection_method=method, **values)
+        assert torch.equal(levels, expected_levels) and tokens == expected_tokens
+        assert all(torch.equal(masks[size], expected_masks[size]) for size in (14, 28, 56))
+        assert (one.last_budget_info is None) == (method != "budget")
+    if method == "all":
+        assert tokens == [256, 256] and masks[14].all() and not masks[28].any() and (levels == 1).all()
+
+
+def test_thresholds_of_a_call():
+    maps = patch_entropy(noise(1, 3, 224, 224), 14)
+    one = tokenizer()
+    assert one.construct_masks(maps)[2] == one.construct_masks(maps, thresholds=[3, 2])[2] != [256]
+    assert one.construct_masks(maps, thresholds=[0, 0])[2] == [256]
+    assert (
+        one.construct_masks(maps, thresholds=[9.0, 9.0])[2] == [16] == one.construct_masks(maps, thresholds=(9, 9.5))[2]
+    )
+    assert one.construct_masks(maps, thresholds=torch.tensor([9.0, 0.0]))[2] == [64] and one.thresholds == [3.0, 2.0]
+    for thresholds, words in (([9.0], r"thresholds: found \[9.0\], expected 2"), ("ab", "thresholds: found 'ab'")):
+        with pytest.raises(LlavaError, match=words):
+            one.construct_masks(maps, patch_selection_method="v2", thresholds=thresholds)
+
+
+@pytest.mark.parametrize("form", [list, tuple, torch.tensor, np.array])
+def test_an_alpha_for_each_image_in_any_form(form):
+    images = torch.cat([picture(2), picture(2), noise(1, 3, 224, 224)])
+    one = tokenizer(thresholds=None, method="budget")
+    maps = one.compute_importance_maps(normalised(images))
+    assert one.construct_masks(maps, alpha=form([0.1, 0.3, 1.0]))[2] == [25, 76, 256]
+    assert (
+        one.construct_masks(maps, alpha=np.float32(0.25))[2] == one.construct_masks(maps, alpha=torch.tensor(0.25))[2]
+    )
+    with pytest.raises(LlavaError, match="expected a number, or one for each of 3 images"):
+        one.construct_masks(maps, alpha=form([0.1, 0.3]))
+
+
+def test_images_and_maps_in_other_forms():
+    images = normalised(torch.cat([picture(2), noise(1, 3, 224, 224)]))
+    one = tokenizer(method="v2", alpha=0.9)
+    maps = one.compute_importance_maps(images)
+    expected = one.construct_masks(maps)
+    assert all(torch.equal(values, maps[size]) for size, values in one.compute_importance_maps(list(images)).items())
+    for form in (lambda values: values.numpy(), lambda values: values.tolist()):
+        found = one.construct_masks({size: form(values) for size, values in maps.items()})
+        assert torch.equal(found[1], expected[1]) and found[2] == expected[2]
+    alone = one.construct_masks({size: values[0] for size, values in maps.items()})
+    assert torch.equal(alone[1], expected[1][:1]) and alone[2] == expected[2][:1]
+    for wrong in ({14: [[1.0], [2.0, 3.0]], 28: [[1.0]], 56: [[1.0]]}, {14: "a", 28: "b", 56: "c"}):
+        with pytest.raises(LlavaError, match="maps: found no tensors, arrays or lists of numbers"):
+            one.construct_masks(wrong)
+    with pytest.raises(LlavaError, match="images: found list, expected a tensor"):
+        one.compute_importance_maps([images[0], images[0, :, :56]])
+
+
+def test_published_names_of_the_constructor():
+    """As the published visualisation makes it: an image size, statistics as arrays, all by keyword."""
+    images = normalised(picture(2))
+    one = PatchTokenizer(
+        num_scales=3,
+        base_patch_size=14,
+        image_size=(224, 224),
+        thresholds=[3, 2],
+        mean=np.array(MEAN),
+        std=np.array(STD),
+        method="entropy",
+        laplacian_aggregate="mean",
+        patch_selection_method="budget",
+        alpha=0.3,
+    )
+    assert one.construct_masks(one.compute_importance_maps(images))[2] == [76] and one.image_size == (224, 224)
+    assert tokenizer(patch_importance="laplacian").importance == "laplacian"
+    for changes, words in [
+        ({"laplacian_aggregate": "max"}, "laplacian_aggregate: found 'max', expected mean"),
+        ({"patch_importance": "entropy", "importance": "laplacian"}, "importance, patch_importance: found"),
+        ({"patch_importance": "edges"}, "importance: found 'edges'"),
+    ]:
+        with pytest.raises(LlavaError, match=words):
+            tokenizer(**changes)
+    with pytest.raises(LlavaError, match="image_size, if it is given, is a keyword here"):
+        PatchTokenizer(3, 14, (224, 224), [3, 2], MEAN, STD)
