@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from llava.errors import LlavaError
-from llava.model.checkpoint import find_projector, load_projector, read_weights
+from llava.model.checkpoint import check_whole, find_projector, load_projector, read_weights
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
 from llava.model.foreign import refuse_foreign
 from llava.model.loading import check_loaded, check_shapes, without_report
@@ -118,6 +118,10 @@ def load_pretrained_model(
         kwargs["quantization_config"] = quantisation("load_8bit/load_4bit", 4 if load_4bit else 8)
     if is_lora(model_path):
         model_base = base_of_adapter(model_path, model_base)
+    if model_base is None:
+        check_whole(
+            model_path, "name its language model as model_base, or to train on, this folder in pretrain_mm_mlp_adapter"
+        )
     architecture, config = _checkpoint_config(model_path, model_base, model_name, customized_config, overwrite_config)
     dtype = pick_dtype(torch_dtype, on_cpu)
     changed = overwrite_config or {}
