@@ -27,6 +27,7 @@ PURPOSE = {  # of what is not needed
     "hypothesis": "the tests",
 }
 OWN_ENVIRONMENT = ("timm", "lmms-eval")  # extras that bring a torch along
+PINNED_FOR = {"filelock": "lmms-eval"}  # packages named for another's sake alone
 NOT_IMPORTED = ("lmms-eval", "ruff", "pytest", "pytest-xdist", "hypothesis", "liger-kernel")  # slow, or no library
 
 
@@ -36,6 +37,7 @@ def package_rows(want: Wanted, seconds: float) -> list[Row]:
     extras = {name: (spec, extra) for extra, specs in want.extras.items() for name, spec in specs.items()}
     extras = {"tensorboard": ("", "")} | {name: entry for name, entry in extras.items() if name not in needed}
     there = {name: installed(name) for name in (*needed, *extras)}
+    extras = {name: entry for name, entry in extras.items() if there.get(PINNED_FOR.get(name), "none") is not None}
     tried = [name for name in there if there[name] is not None and name not in NOT_IMPORTED]
     faults = imports([module_of(name) for name in tried], seconds)
     rows = []

@@ -134,6 +134,16 @@ def test_packages(monkeypatch):
     assert "'.[train]' (for ZeRO" in rows["deepspeed"].todo and "environment of its own" in rows["timm"].todo
 
 
+@pytest.mark.parametrize("lmms_eval", (None, "0.7.3"))
+def test_a_pin_for_another_package_is_told_beside_it_alone(monkeypatch, lmms_eval):
+    there = {"filelock": "4.3.1", "lmms-eval": lmms_eval}
+    monkeypatch.setattr(packages, "installed", there.get)
+    monkeypatch.setattr(packages, "imports", lambda names, seconds: {})
+    want = versions.Wanted(extras={"lmms-eval": {"lmms-eval": "==0.7.3", "filelock": "<4"}})
+    rows = {row.name: row.status for row in packages.package_rows(want, 5)}
+    assert rows.get("filelock") == (lmms_eval and "broken")
+
+
 def test_another_llava_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert machine.llava_rows(20)[0].status == "ok"
