@@ -8,7 +8,7 @@ from llava.config.schema import Key, all_keys, convert_word, find_key
 from llava.errors import LlavaError
 
 WHERE = "command line"
-LABELS = ("version", "run_name")  # scripts leave their variables empty; the defaults do no harm
+LABELS = ("version", "run_name")  # published scripts leave their variables empty
 
 
 @dataclass
@@ -28,7 +28,7 @@ def parse_command_line(argv: list[str], keys: dict[str, Key] | None = None, file
     those that may be given as `--config FILE`.
 
     A boolean key alone means True, `--no_key` False; a list key takes several words; a dash in a key is an underscore;
-    the last of two equal keys wins; an empty label is its default.
+    the last of two equal keys wins; an empty choice is its default.
 
     Raises:
         LlavaError: an unknown key, or a word that is not the key's type.
@@ -48,14 +48,24 @@ def parse_command_line(argv: list[str], keys: dict[str, Key] | None = None, file
             continue
         key, negated = _key_of(name, keys, old_names)
         words = [text] if equals else _take_words(key, rest)
-        if key.name in LABELS and not "".join(words):
-            line.notices.append(f"{WHERE}: --{name} is empty: {key.default or 'none'} is used")
+        if old_names and _is_empty(key, words):  # of a training run
+            line.notices.append(
+                f"{WHERE}: --{name} is empty, as if it were not given (default: {key.default or 'none'})"
+            )
             line.values.pop(key.name, None)
             continue
         value = convert_word(key, words, WHERE)
         (old if key.group == "old" else line.values)[key.name] = (not value) if negated else value
     translate(line.values, old, WHERE, line.notices)
     return line
+
+
+def _is_empty(key: Key, words: list[str]) -> bool:
+    """Whether a script's variable was empty that a choice stood for; one without quotes leaves no word at all."""
+    if key.name in LABELS:
+        return not "".join(words)
+    named = key.name == "model_name_or_path" or key.only_default
+    return words == [""] and isinstance(key.default, str) and key.default != "" and not named
 
 
 def _key_of(name: str, keys: dict[str, Key], old_names: dict) -> tuple[Key, bool]:

@@ -103,7 +103,21 @@ def test_deepspeeds_files_are_there():
 def test_an_empty_version_is_the_default(words):
     run = resolve([*words, "--run_name", "mine"])
     assert run["version"] == "v0" and run["run_name"] == "mine"
-    assert run.notices == ["command line: --version is empty: v0 is used"]
+    assert run.notices == ["command line: --version is empty, as if it were not given (default: v0)"]
+
+
+def test_an_empty_choice_is_its_default_or_what_a_file_says(tmp_path):
+    run = resolve(["--image_aspect_ratio", "", "--mm_projector_type=", "--mm_newline_position", "", "--optim", ""])
+    assert (run["image_aspect_ratio"], run["mm_projector_type"]) == ("square", "linear")
+    assert (run["mm_newline_position"], run["optim"], len(run.notices)) == ("grid", "adamw_torch", 4)
+    (tmp_path / "run.yaml").write_text("version: plain\n")
+    assert resolve([str(tmp_path / "run.yaml"), "--version", ""])["version"] == "plain"
+
+
+@pytest.mark.parametrize("key", ["mm_resampler_type", "mpt_attn_impl", "mm_projector_type"])
+def test_a_choice_without_a_word_is_refused(key):
+    with pytest.raises(LlavaError, match=f"--{key} needs a value"):
+        resolve([f"--{key}", "--version", "v1"])
 
 
 def test_an_empty_path_is_refused():
