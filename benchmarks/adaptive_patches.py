@@ -15,6 +15,7 @@ ROOT = HERE.parent
 for folder in (HERE, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+from llava.errors import report_errors  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUALITY_KEYS = {"selection", "alpha", "exact_match"}
@@ -188,6 +189,7 @@ def plot(report: dict, path: Path) -> None:
     draw(panels, f"{report['shapes']}; {machine}", path, columns=1 if len(panels) <= 4 else 2)
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_options(args)

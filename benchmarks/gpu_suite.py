@@ -21,6 +21,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "flash
 for folder in (HERE, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+from llava.errors import report_errors  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -143,6 +144,7 @@ def choose(checks: dict, only: list[str] | None, skip: list[str]) -> list:
     return [entry for name, entry in checks.items() if (only is None or name in only) and name not in skip]
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = prepare_torch(args.device)

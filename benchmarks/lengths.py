@@ -18,6 +18,7 @@ ROOT = HERE.parent
 for folder in (HERE, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+from llava.errors import report_errors  # noqa: E402
 
 PICTURES = 300  # that are drawn; each record has a link of its own to one of them, and its header is read again
 WORDS = (
@@ -143,6 +144,7 @@ def measure(count: int, processes: list[int], tokenizer: str | None) -> dict:
     return figures
 
 
+@report_errors
 def main(argv=None) -> int:
     from gpu_checks.measure import hardware
 

@@ -16,6 +16,7 @@ ROOT = HERE.parent
 for folder in (HERE, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+from llava.errors import report_errors  # noqa: E402
 
 WATCHED = ("batch", "backward", "gradient", "on_step_begin", "on_step_end")
 WARMUP = 2  # blocks
@@ -160,6 +161,7 @@ def measure(args: argparse.Namespace, device: str) -> dict:
     return {"shapes": shapes, "figures": figures, "aims": {"cost of a step": 0.01}}
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     import gpu_suite

@@ -22,6 +22,7 @@ ROOT = HERE.parent
 for folder in (HERE, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+from llava.errors import LlavaError, report_errors  # noqa: E402
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -112,8 +113,6 @@ def fits(args) -> dict:
     from costs.model import USABLE
     from costs.recipes import fit, least_devices
 
-    from llava.errors import LlavaError
-
     found, named = [], _named_runs(args)
     for devices in args.gpus or [8]:
         print(f"{devices} x {args.gpu}, {limit(GPUS[args.gpu]) / 2**30:.0f} GiB usable of each, {args.hours:g} hours")
@@ -174,6 +173,7 @@ def assumptions(args) -> list[str]:
     return said
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     for name, values in (("--rows", [args.rows]), ("--gpus", args.gpus or [1]), ("--hours", [args.hours])):

@@ -13,6 +13,7 @@ ROOT = HERE.parent
 for folder in (HERE, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+from llava.errors import report_errors  # noqa: E402
 
 LABELS = {
     "tower": "tower, 5 crops",
@@ -90,6 +91,7 @@ def _in_words(timed: dict) -> str:
     )
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.repeats < 1 or (args.layers is not None and args.layers < 1):

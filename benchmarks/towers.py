@@ -12,6 +12,7 @@ ROOT = HERE.parent
 for folder in (HERE, ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+from llava.errors import report_errors  # noqa: E402
 
 # images, least and most pixels of a side
 PRESETS = {"demo": (64, (56, 448)), "vit-l": (16, (224, 1008))}
@@ -107,6 +108,7 @@ def print_table(mode: str, found: dict[str, dict]) -> None:
         )
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     import gpu_suite

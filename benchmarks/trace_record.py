@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+from llava.errors import report_errors  # noqa: E402
 
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("llava", "llavavit"))
 
@@ -110,6 +111,7 @@ def padded_image() -> list[dict]:
             raise SystemExit(f"error: the training run failed\n{said.getvalue()}") from None
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="trace_record.py", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="F", help="file to write the functions to")

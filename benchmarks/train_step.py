@@ -18,6 +18,8 @@ for folder in (HERE, HERE.parent):
 
 from gpu_suite import finish_report, prepare_torch, start_report  # noqa: E402
 
+from llava.errors import report_errors  # noqa: E402
+
 # the "26M": Qwen2-shaped with a vocabulary of 32,768, and a CLIP that gives 576 tokens for 336 px
 SIZES = {
     "26m": {
@@ -137,6 +139,7 @@ def report_of(found: dict, steps: int, batch: int, repeats: int) -> dict:
     return {"schema": 1, "ways": ways, "ratios": ratios, "repeats": repeats}
 
 
+@report_errors
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = prepare_torch(args.device)

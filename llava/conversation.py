@@ -11,6 +11,7 @@ from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation_pictures import ShowsPictures
 from llava.errors import LlavaError
 
 
@@ -100,7 +101,7 @@ class Turn(NamedTuple):
 
 
 @dataclasses.dataclass
-class Conversation:
+class Conversation(ShowsPictures):
     """A template and the messages so far.
 
     messages: `[role, text]` pairs; the text may be a tuple `(text, image or images, ...)`, or None for the turn that
@@ -357,6 +358,16 @@ conv_templates: dict[str, Conversation] = {
 }
 
 default_conversation = _vicuna_v0
+
+# LLaVA's module has a name of its own for each
+_NAMED = {f"conv_{name}": template for name, template in conv_templates.items()}
+_NAMED |= {"conv_vicuna_v0": _vicuna_v0, "conv_qwen": _qwen, "conv_llava_plain": _plain}
+
+
+def __getattr__(name: str):
+    if name in _NAMED:
+        return _NAMED[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_template(name: str) -> Conversation:

@@ -6,6 +6,7 @@ from io import BytesIO
 import torch
 from PIL import Image
 
+from llava.absent import absent
 from llava.images.geometry import (
     divide_to_patches,
     expand2square,
@@ -14,6 +15,13 @@ from llava.images.geometry import (
     resize_and_pad_image,
     select_best_resolution,
 )
+from llava.images.highres import (
+    auto_pad_images,
+    extract_patches,
+    process_highres_image,
+    process_highres_image_crop_split,
+    resize_and_center_crop,
+)
 from llava.images.processing import process_anyres_image, process_image
 from llava.inference.stopping import KeywordsStoppingCriteria
 from llava.text_encoding import tokenizer_image_token
@@ -21,19 +29,29 @@ from llava.utils import get_model_name_from_path
 
 __all__ = [
     "KeywordsStoppingCriteria",
+    "auto_pad_images",
     "divide_to_patches",
     "expand2square",
+    "extract_patches",
     "get_anyres_image_grid_shape",
     "get_model_name_from_path",
     "load_image_from_base64",
     "parse_grid_pinpoints",
     "process_anyres_image",
+    "process_highres_image",
+    "process_highres_image_crop_split",
     "process_image",
     "process_images",
+    "process_native_image",
+    "resize_and_center_crop",
     "resize_and_pad_image",
     "select_best_resolution",
     "tokenizer_image_token",
 ]
+
+process_native_image = absent(
+    "llava.mm_utils.process_native_image", "use process_images with a config of image_aspect_ratio native"
+)
 
 
 def process_images(images, image_processor, model_cfg):

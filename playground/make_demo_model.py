@@ -12,6 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
+from llava.errors import report_errors
+
 IMAGE_SIZE, PATCH_SIZE = 56, 14  # pixels: 16 visual tokens
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MODEL_MAX_LENGTH = 512  # tokens, visual ones included
@@ -228,6 +230,7 @@ def make(output: Path, seed: int) -> None:
         make_tower(output / f"{kind}_tower", kind)
 
 
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo's tokenizer and its tiny models with random weights.")
     parser.add_argument("--output", type=Path, default=Path("playground/demo"), help="folder that holds the demo data")

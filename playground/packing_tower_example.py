@@ -10,6 +10,8 @@ import tempfile
 
 import torch
 
+from llava.errors import report_errors
+
 
 def make_encoder(folder: str) -> str:
     """Folder of a small random encoder in the packed layout."""
@@ -73,6 +75,7 @@ def walk(folder: str) -> None:
     print(f"{'one by one':24}largest difference {worst:.1e}")
 
 
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the shapes on the way through the packed HEVC-ViT tower.")
     parser.add_argument("--vision_tower", help="folder of an encoder, in either layout (default: a small random one)")

@@ -1,12 +1,27 @@
 # Shared by the scripts: this checkout's Python environment, the launch of a training run, and of the demos.
 # shellcheck shell=bash
 
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    echo "usage: source scripts/common.sh: what the other scripts share; by itself it does nothing (see scripts/finetune.sh --help)"
+    exit 0
+fi
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=scripts/supervise.sh
 source "$ROOT/scripts/supervise.sh"
 export PYTHONUNBUFFERED=1
 NODE_RANK="${RANK:-0}" # LLaVA-NeXT's scripts call the node's rank RANK; in a process that name means its own rank
 unset RANK
+
+# asks_for_help WORD...: --help or -h is among the words.
+asks_for_help() {
+    local word
+    for word in "$@"; do
+        if [[ "$word" == --help || "$word" == -h ]]; then
+            return
+        fi
+    done
+    return 1
+}
 
 fail() {
     echo "error: $*" >&2

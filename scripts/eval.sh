@@ -13,12 +13,10 @@ Environment: NUM_GPUS (default: all), NUM_PROCS (processes on the CPU), PYTHON (
 USAGE
 }
 
-for word in "$@"; do
-    if [[ "$word" == --help || "$word" == -h ]]; then
-        usage
-        exit 0
-    fi
-done
+if asks_for_help "$@"; then
+    usage
+    exit 0
+fi
 if (($# < 2)) || [[ "$1" == -* || "$2" == -* ]]; then
     usage >&2
     exit 2

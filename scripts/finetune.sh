@@ -22,12 +22,10 @@ Environment: NUM_GPUS, NNODES, RANK, ADDR, PORT (as in LLaVA-NeXT), LAUNCHER=tor
 USAGE
 }
 
-for word in "$@"; do
-    if [[ "$word" == --help || "$word" == -h ]]; then
-        usage
-        exit 0
-    fi
-done
+if asks_for_help "$@"; then
+    usage
+    exit 0
+fi
 
 if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     ! is_recipe "$1" || run_recipe "$@"

@@ -3,9 +3,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-for word in "$@"; do
-    if [[ "$word" == --help || "$word" == -h ]]; then
-        cat <<'USAGE'
+if asks_for_help "$@"; then
+    cat <<'USAGE'
 usage: bash scripts/finetune_lora.sh CONFIG.yaml [--key value ...]
            the training run of CONFIG.yaml with lora_enable, for example configs/train/finetune_lora.yaml
        bash scripts/finetune_lora.sh [--overwrite] [--key value ...]
@@ -14,9 +13,8 @@ usage: bash scripts/finetune_lora.sh CONFIG.yaml [--key value ...]
 The adapter is used as it is (--model-path ADAPTER --model-base BASE), or merged: python -m llava.tools.merge_lora.
 Keys and environment as in scripts/finetune.sh; bits: 4 or 8 (QLoRA) needs the package bitsandbytes.
 USAGE
-        exit 0
-    fi
-done
+    exit 0
+fi
 
 if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     use_environment train,demo torch transformers deepspeed peft

@@ -3,9 +3,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-for word in "$@"; do
-    if [[ "$word" == --help || "$word" == -h ]]; then
-        cat <<'USAGE'
+if asks_for_help "$@"; then
+    cat <<'USAGE'
 usage: bash scripts/finetune_qwen2_vl.sh [--overwrite] [--key value ...]
            the demo: trains a small Qwen2-VL from random weights in two stages, with alpha drawn anew for every picture,
            and evaluates it on held-out data with all patches and with fewer and fewer
@@ -15,9 +14,8 @@ adaptive_patches says which patches are kept, min_pixels and max_pixels which si
 Other keys and the environment as in scripts/finetune.sh; SELECTIONS are the demo's choices of patches (as --selections of
 llava.eval.exact_match takes them).
 USAGE
-        exit 0
-    fi
-done
+    exit 0
+fi
 if [[ "${1:-}" == *.yaml || "${1:-}" == *.yml ]]; then
     exec bash "$ROOT/scripts/finetune.sh" "$@"
 fi

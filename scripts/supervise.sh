@@ -1,6 +1,10 @@
 # The runs that a script starts: what they are told when the script is told to stop, and how they ended.
 # shellcheck shell=bash
 
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    echo "usage: source scripts/supervise.sh: what scripts/common.sh needs; by itself it does nothing (see scripts/finetune.sh --help)"
+    exit 0
+fi
 TOLD="" # the signal that this script was told to stop with
 
 # supervise TELL COMMAND...: run a command; a signal to stop that this script gets meanwhile calls TELL SIGNAL PID. Bash

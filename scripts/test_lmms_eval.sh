@@ -1,10 +1,23 @@
 #!/usr/bin/env bash
 # The models for lmms-eval, run by the real package on the demo's held-out questions, without network: its answers,
-# accuracies and likelihoods are those of this package; lmms-eval's own models of LLaVA too, on random weights. Makes an environment of some GB (lmms-eval wants torchvision, and
-# that a CUDA build of torch, which runs on a CPU too). CHECKPOINT=DIR takes a trained checkpoint rather than a random
+# accuracies and likelihoods are those of this package; lmms-eval's own models of LLaVA too, on random weights; and the
+# scorers, beside lmms-eval's on 100,000 generated answers. Makes an environment of some GB (lmms-eval wants torchvision,
+# and that a CUDA build of torch, which runs on a CPU too). CHECKPOINT=DIR takes a trained checkpoint rather than a random
 # one, LIMIT=N that many questions, VENV=DIR another environment than .venv-lmms.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if asks_for_help "$@"; then
+    cat <<'USAGE'
+usage: bash scripts/test_lmms_eval.sh
+Holds what lmms-eval's own package makes of a checkpoint against this package's answers, accuracies and likelihoods, on the
+demo's held-out questions and without network, in an environment of their own (some GB), which is made if need be.
+Environment: CHECKPOINT (a random one is made), LIMIT (questions, 200), SEED (of the demo's data, 0), VENV (.venv-lmms),
+             PYTHON (the Python that makes it).
+USAGE
+    exit 0
+fi
+(($# == 0)) || fail "found $*, expected no arguments; --help lists the variables"
 
 VENV="${VENV:-$ROOT/.venv-lmms}"
 if ! has_checkout "$VENV/bin/python" lmms_eval decord; then
@@ -19,6 +32,7 @@ cd "$ROOT"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export HF_HOME="$work/hf" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 CUDA_VISIBLE_DEVICES=""
+"$PYTHON" scripts/lmms_eval/compare_scorers.py || fail "a scorer differs from lmms-eval's"
 if [[ -z "${CHECKPOINT:-}" ]]; then
     CHECKPOINT="$work/random"
     "$PYTHON" scripts/lmms_eval/random_checkpoint.py --output "$CHECKPOINT"

@@ -11,6 +11,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from llava.errors import report_errors
 from llava.eval.exact_match import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,7 @@ def host() -> dict:
     }
 
 
+@report_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help=f"runs with {DEFAULT_TOWER}")
@@ -91,7 +93,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "checkpoints/long", help="folder for the runs")
     now = datetime.datetime.now(datetime.UTC)
     parser.add_argument("--json", type=Path, default=ROOT / "test_results" / f"long_{now:%Y%m%d}.json")
+    parser.add_argument("--check", action="store_true", help="look at the flags and do nothing")
     args, extra = parser.parse_known_args()
+    plan = [sys.executable, "-m", "llava.train.recipe", "configs/recipes/demo.yaml", "--dry-run", *extra]
+    refused = extra and subprocess.run(plan, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+    if args.check or refused:
+        return refused or 0
     wanted = [(seed, DEFAULT_TOWER) for seed in args.seeds]
     wanted += [(seed, tower) for tower in args.towers for seed in args.tower_seeds]
     wanted += [(seed, QWEN2_VL) for seed in args.qwen2_vl_seeds]

@@ -10,8 +10,23 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+if asks_for_help "$@"; then
+    cat <<'USAGE'
+usage: bash scripts/test_long.sh [flags of scripts/test_long.py] [--key value ...]
+       for example: SEEDS="0 1" TOWERS="demo_hevc_vit" QWEN2_VL_SEEDS="" TIMM="" bash scripts/test_long.sh
+Hours on a CPU: the longer cases of the tests, those of scripts/long_tests, encoders of timm, then whole demos over several
+seeds and towers, whose accuracies must be above a bar. Other keys go to the demos' runs, as those of scripts/finetune.sh.
+Flags: --output FOLDER of the demos' runs (checkpoints/long), --json FILE of the results (test_results/long_YYYYMMDD.json).
+Environment: SEEDS (0 1 2 3 4) of the demo, TOWERS (demo_hevc_vit demo_hevc_vit_packing demo_clip_toconv demo_dinov2
+             demo_siglip2 demo_aimv2) for one more demo each, QWEN2_VL_SEEDS (0) of Qwen2-VL's demo; each may be empty.
+             TIMM="" leaves the encoders of timm out, which get an environment of 1 GB. PYTHON as in scripts/finetune.sh.
+USAGE
+    exit 0
+fi
+
 use_environment test torch transformers deepspeed sklearn matplotlib pytest
 cd "$ROOT"
+"$PYTHON" scripts/test_long.py --check "$@" # before hours of tests
 mapfile -t longer < <(grep -rl --include='test_*.py' LLAVA_LONG_TESTS tests)
 LLAVA_LONG_TESTS=1 "$PYTHON" -m pytest -q scripts/long_tests "${longer[@]}"
 [[ -z "${TIMM-yes}" ]] || bash scripts/test_timm.sh

@@ -6,6 +6,15 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+if asks_for_help "$@"; then
+    cat <<'USAGE'
+usage: bash scripts/test_timm.sh [pytest's arguments]
+Tests encoders of timm against timm itself, in an environment of their own (1 GB), which is made if need be.
+Environment: VENV (.venv-timm), PYTHON (the Python that makes it).
+USAGE
+    exit 0
+fi
+
 VENV="${VENV:-$ROOT/.venv-timm}"
 if ! has_checkout "$VENV/bin/python" timm torchvision pytest; then
     base="${PYTHON:-$(newest_python)}" || exit

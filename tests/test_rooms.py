@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,10 @@ RANKS = [
     ("train",),  # which evaluates
     ("compare",),  # which trains
     ("tools", "serve"),
+    ("doctor",),  # which imports none of them: whatever may be broken, it runs
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
-PLAIN = {"constants", "conversation", "errors", "text_encoding", "utils"}
+PLAIN = {"absent", "constants", "conversation", "conversation_pictures", "errors", "text_encoding", "utils"}
 # the settings of a run are asked of the model's family where they are shown
 EXEMPT = {"llava/config/__main__.py"}
 OUTSIDE = ("data", "train", "eval", "serve", "inference", "tools", "config")
@@ -76,6 +78,15 @@ def test_arrows_point_one_way(room):
         where = path.relative_to(ROOT)
         found += [f"{where}:{line}: {name}" for line, name in wrong_arrows(room, path.read_text(), where.parts[:-1])]
     assert not found
+
+
+def test_the_doctor_imports_the_standard_library_alone():
+    found = set()
+    for path in files("doctor"):
+        found |= {name.split(".")[0] for _, name in imported(ast.parse(path.read_text()), ("llava", "doctor"))}
+        names = {name for _, name in imported(ast.parse(path.read_text()), ("llava", "doctor"))}
+        assert all(name.startswith(("llava.doctor.", "llava.errors.")) for name in names if name.startswith("llava"))
+    assert found - {"llava"} <= sys.stdlib_module_names
 
 
 def test_every_room_has_its_place():

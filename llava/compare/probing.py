@@ -4,8 +4,8 @@ ASKED.json: {"folder": labelled pictures, "output": folder for what is kept, "to
 run, as `llava.config.resolve` takes it}}. OUT.json: {"towers": {NAME: what `llava.compare.probe.probe` tells}}.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from llava.errors import report_errors
@@ -13,8 +13,11 @@ from llava.errors import report_errors
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    file, out = sys.argv[1:] if argv is None else argv
-    asked = json.loads(Path(file).read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("asked", metavar="ASKED.json")
+    parser.add_argument("out", metavar="OUT.json")
+    args = parser.parse_args(argv)
+    asked = json.loads(Path(args.asked).read_text(encoding="utf-8"))
 
     from llava.compare.probe import probe
     from llava.config import resolve
@@ -22,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     from llava.train.checkpoints import write_json
 
     towers = {name: run_config(resolve(words)) for name, words in asked["towers"].items()}
-    write_json(Path(out), {"towers": probe(towers, asked["folder"], asked["output"])})
+    write_json(Path(args.out), {"towers": probe(towers, asked["folder"], asked["output"])})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`python -m llava.config show CONFIG [--key value ...]`, `... value KEY CONFIG ...`, `... table [--update FILE]`."""
 
-import signal
 import sys
 
 from llava.config.resolve import DEFAULT, Run, resolve
@@ -62,5 +61,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `show ... | head` ends quietly
     main()

@@ -19,18 +19,15 @@ _REPEATED = {
     "fp16.enabled": ("fp16",),
     "bf16.enabled": ("bf16",),
 }
+_QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 _KNOWN = ("zero_optimization", "train_batch_size", *dict.fromkeys(name.split(".")[0] for name in _REPEATED))
 
 
 def check_deepspeed(run) -> None:
     """Raise `LlavaError` for a resolved run whose `deepspeed` is no configuration, or one that contradicts the run."""
-    given = run["deepspeed"]
-    if not given:
+    if not run["deepspeed"]:
         return
-    where = f"{run.source('deepspeed')}: deepspeed"
-    content = given if isinstance(given, dict) else _read(given, where)
-    if isinstance(given, str) and not given.startswith("{"):
-        where = given
+    content, where = _content(run)
     for name in content.keys() - set(_KNOWN):  # DeepSpeed takes no notice of what it does not know
         near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8)
         if near:
@@ -46,6 +43,28 @@ def check_deepspeed(run) -> None:
                 f"{where}: {name} is {found!r}, but {' and '.join(keys)} ({run.source(keys[0])}) is {expected!r}; "
                 'expected the same, or "auto"'
             )
+
+
+def check_zero_plus_plus(run, cuda: bool, world_size: int) -> None:
+    """Raise `LlavaError` for ZeRO++ (arXiv 2306.10209) that the devices of a run that is checked cannot compute."""
+    content, where = _content(run)
+    zero = content.get("zero_optimization", {})
+    quantised = [name for name in _QUANTISED if zero.get(name)]
+    if quantised and not cuda:
+        raise LlavaError(f"{where}: {quantised[0]} needs CUDA devices; scripts/zero3.json does without")
+    group = zero.get("zero_hpz_partition_size", 1)
+    if type(group) is int and world_size % max(min(group, world_size), 1):
+        raise LlavaError(
+            f"{where}: zero_hpz_partition_size is {group}, which does not divide the {world_size} processes; "
+            "expected the GPUs of a node"
+        )
+
+
+def _content(run) -> tuple[dict, str]:
+    """The configuration of a run that has one, and where it is from."""
+    given, where = run["deepspeed"], f"{run.source('deepspeed')}: deepspeed"
+    content = given if isinstance(given, dict) else _read(given, where)
+    return content, given if isinstance(given, str) and not given.startswith("{") else where
 
 
 def _read(given: str, where: str) -> dict:

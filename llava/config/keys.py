@@ -431,4 +431,5 @@ REFUSED: dict[str, dict[str, dict[str, Any]]] = {
         "MeZO training": {"trainer_mode": "regular", "zo_eps": 1e-3, "zo_num_directions": 1},
     },
 }
-REFUSED_IN_CHECKPOINTS = ("mm_resampler_type", "add_faster_video")  # the others had no effect where these are unset
+# of them, what a checkpoint's config is refused for; the others had no effect where these are unset
+REFUSED_IN_CHECKPOINTS = ("mm_resampler_type", "tune_mm_vision_resampler", "add_faster_video", "use_pos_skipping")

@@ -5,6 +5,7 @@ Neither torch nor anything that needs it is imported here, so that a config can 
 
 import contextlib
 import math
+import operator
 import random
 from dataclasses import dataclass
 
@@ -54,8 +55,10 @@ class PatchChoice:
         if (found := getattr(self, unused)) is not None:
             users = "budget and v2" if unused == "alpha" else "v1"
             raise LlavaError(f"{unused}: has no part in method {self.method}, it is used by {users}; found {found!r}")
-        if type(self.num_scales) is not int or not 1 <= self.num_scales <= 8:
+        scales = whole_number(self.num_scales)
+        if scales is None or not 1 <= scales <= 8:
             raise LlavaError(f"num_scales: found {self.num_scales!r}, expected a whole number from 1 to 8")
+        object.__setattr__(self, "num_scales", scales)
         value = getattr(self, used)
         if value is None and used == "thresholds" and importance == "entropy" and self.num_scales <= NUM_SCALES:
             value = THRESHOLDS[: self.num_scales - 1]
@@ -114,7 +117,7 @@ class PatchChoice:
         """From the published arguments; those that the method does not use are checked and left out."""
         if patch_selection_method in ALL:
             return None
-        with _naming(names):
+        with naming(names):
             if alpha is not None:
                 check_alpha(alpha)
             if patch_thresholds is not None:
@@ -137,7 +140,7 @@ class PatchChoice:
         """The choice of these members; messages have `names` in place of theirs."""
         method = members["method"]
         if method not in ALL:
-            with _naming(names):
+            with naming(names):
                 return cls(**members)
         lost = next((member for member in members if member != "method" and members[member] is not None), None)
         if lost is not None:
@@ -197,7 +200,7 @@ class PatchChoice:
 
 
 @contextlib.contextmanager
-def _naming(names: dict[str, str]):
+def naming(names: dict[str, str]):
     """Messages about "MEMBER: ..." get the name that the member was given under."""
     try:
         yield
@@ -224,25 +227,41 @@ def check_together(method: str, importance: str) -> None:
         )
 
 
+def number(value) -> float | None:
+    """A number of Python, numpy or torch as a float; None for anything else, truth values and text among it."""
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    if kind.endswith(("bool", "bool_", "str")) or getattr(value, "ndim", 0) or not hasattr(value, "__float__"):
+        return None
+    return float(value)
+
+
+def whole_number(value) -> int | None:
+    """As `number`, of types of whole numbers alone."""
+    return operator.index(value) if number(value) is not None and hasattr(value, "__index__") else None
+
+
 def check_alpha(alpha) -> float | tuple[float, float]:
     """A number, or the ends of a range as a tuple; `LlavaError` unless they are finite, not negative and in order."""
-    pair = isinstance(alpha, (list, tuple))
-    values = alpha if pair else [alpha]
-    numbers = all(not isinstance(value, (bool, str)) and hasattr(value, "__float__") for value in values)
-    fit = len(values) == 1 + pair and numbers and all(0 <= value < math.inf for value in values)
+    pair = isinstance(alpha, (list, tuple)) or getattr(alpha, "ndim", 0) == 1
+    values = [number(value) for value in (alpha if pair else [alpha])]
+    fit = len(values) == 1 + pair and all(value is not None and 0 <= value < math.inf for value in values)
     if not fit or values[0] > values[-1]:
         raise LlavaError(
             f"alpha: found {alpha!r}, expected a number, or two from the lower to the higher one, each 0 or more"
         )
-    return tuple(map(float, values)) if pair else float(alpha)
+    return tuple(values) if pair else values[0]
 
 
 def check_thresholds(thresholds, num_scales: int) -> list[float]:
     """The thresholds as floats; `LlavaError` unless there is one, finite, for each level above the first."""
+    listed = isinstance(thresholds, (list, tuple)) or getattr(thresholds, "ndim", 0) == 1
+    given = thresholds if listed else [None]
     try:
-        values = [float(value) for value in thresholds]
-    except (TypeError, ValueError):
-        raise LlavaError(f"thresholds: found {thresholds!r}, expected a list of numbers") from None
+        values = [float(value) if isinstance(value, str) else number(value) for value in given]
+    except ValueError:
+        values = [None]
+    if None in values:
+        raise LlavaError(f"thresholds: found {thresholds!r}, expected a list of numbers")
     if len(values) != num_scales - 1 or not all(map(math.isfinite, values)):
         raise LlavaError(
             f"thresholds: found {values}, expected {num_scales - 1} numbers for {num_scales} scales, a finite one for "

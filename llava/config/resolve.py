@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.config.asked_parts import check_asked_parts
 from llava.config.checks import check_run, check_value
 from llava.config.commandline import WHERE, CommandLine, parse_command_line
 from llava.config.files import find_file, read_yaml
@@ -189,10 +190,11 @@ def _read_checkpoint(layers: list[tuple[str, dict]], notices: list[str]) -> dict
         raise LlavaError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict) or not content.get("mm_vision_tower"):
         return {}
+    check_asked_parts(content, CHECKPOINT)
     values = {}
     for name, key in own_keys().items():
         stored = key.checkpoint if isinstance(key.checkpoint, str) else name
-        if key.checkpoint and content.get(stored) is not None:
+        if key.checkpoint and not key.only_default and content.get(stored) is not None:
             value = convert_type(key, content[stored], str(path))
             fault = key.within and key.within.fault(value)
             if not fault:

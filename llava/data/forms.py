@@ -7,7 +7,7 @@ from itertools import pairwise
 from urllib.parse import unquote
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.paths import brief, media_of
+from llava.data.paths import brief, media_of, refuse_codec_data
 from llava.errors import LlavaError
 
 _OTHER_KEYS = frozenset(("images", "videos", "messages", "texts"))
@@ -36,6 +36,10 @@ def canonical(record: dict) -> dict:
             wrong is left to `llava.data.validate.check_record`.
     """
     kind, _ = media_of(record)
+    turns = record.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict) and len(turn) > 2:
+            refuse_codec_data(turn, "conversations: ")
     if _is_llavas(record) and (kind is None or _are_paths(record[kind])):
         if kind is None:
             _check_names(record, ("image", "video"))
@@ -137,6 +141,7 @@ def _is_names(value) -> bool:
 def _path(source, where: str) -> str:
     """A path as data writes it: itself, a `file://` address, or an object with one of them as its url."""
     if isinstance(source, dict):
+        refuse_codec_data(source, f"{where}: ")
         source = next((source[key] for key in ("url", "path") if source.get(key)), source)
     if not isinstance(source, str) or not source:
         raise LlavaError(f"{where}: found {brief(source)}, expected a path")
@@ -204,6 +209,7 @@ def _read_part(part, where: str) -> tuple[str, object]:
         return "text", part
     if not isinstance(part, dict):
         raise LlavaError(f"{where}: found {brief(part)}, expected an object with a type")
+    refuse_codec_data(part, f"{where}: ")
     kind = part.get("type") or next((key for key in _PART_KEYS if part.get(key)), None)
     name = re.sub(r"^(input|output)_|_url$", "", kind) if isinstance(kind, str) else kind
     if name == "text":

@@ -70,6 +70,7 @@ class Preprocessor:
         mm_use_im_start_end: wrap every `<image>` in `<im_start>` and `<im_end>`.
         system_turn: "template": a conversation's own leading system turn is dropped, as LLaVA-NeXT does; "record": it
             takes the place of the template's system text.
+        placed: the turns have been through `place_image` already.
 
     Raises:
         LlavaError: "record" for a template that has no place for a system text.
@@ -82,15 +83,16 @@ class Preprocessor:
         supervise: str | None = None,
         mm_use_im_start_end: bool = False,
         system_turn: str = "template",
+        placed: bool = False,
     ):
         self.template = get_template(version)
-        self.version = version
         self.version = version
         check_system_turn(version, system_turn)
         self.own_system = system_turn == "record"
         self.llava_next = resolve_supervise(version, supervise) == "llava_next"
         self.mm_use_im_start_end = mm_use_im_start_end
         self.encoder = text_encoder(tokenizer)
+        self.placed = placed
         self._mmtag = "mmtag" in self.template.version
         human, gpt = self.template.roles
         self._roles = {"human": human, "gpt": gpt, "system": human.replace("user", "system")}
@@ -113,7 +115,7 @@ class Preprocessor:
         check_turns(turns, self.template)
         if self.template.sep_style is SeparatorStyle.PLAIN:
             return self._plain(turns)
-        if has_image:
+        if has_image and not self.placed:
             turns = [(speaker, place_image(text, self._mmtag, self.mm_use_im_start_end)) for speaker, text in turns]
         messages = [(self._roles[speaker], text) for speaker, text in turns]
         system = leading_system(source) if self.own_system else None
@@ -221,6 +223,7 @@ def preprocess(
     supervise: str | None = None,
     mm_use_im_start_end: bool = False,
     system_turn: str = "template",
+    placed: bool = False,
 ) -> dict:
     """Tokenise a batch of conversations and label what is to be learned (LLaVA-NeXT's `preprocess`).
 
@@ -231,7 +234,7 @@ def preprocess(
         version: template name.
         supervise: see `resolve_supervise`.
         mm_use_im_start_end: wrap every `<image>` in `<im_start>` and `<im_end>`.
-        system_turn: see `Preprocessor`.
+        system_turn, placed: see `Preprocessor`.
 
     Returns:
         `input_ids` and `labels`, LongTensors [B, L], padded on the right with the pad id and -100. Nothing is cut.
@@ -239,7 +242,7 @@ def preprocess(
     Raises:
         LlavaError: unknown template, or a conversation that does not fit it.
     """
-    prepare = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end, system_turn)
+    prepare = Preprocessor(tokenizer, version, supervise, mm_use_im_start_end, system_turn, placed)
     rows = [prepare(source, has_image) for source in sources]
     pad = tokenizer.pad_token_id or 0
     length = max((len(ids) for ids, _ in rows), default=0)

@@ -54,6 +54,18 @@ def read_rows(path: str) -> list[dict]:
     return rows
 
 
+def has_rows(path: str) -> bool:
+    """Whether there is anything in the file, or in one of another rank beside it."""
+    return any(os.path.exists(name) and os.path.getsize(name) for name in (path, *_part_paths(path)))
+
+
+def remove(path: str) -> None:
+    """Remove the file and those of other ranks."""
+    for name in (path, *_part_paths(path)):
+        if os.path.exists(name):
+            os.remove(name)
+
+
 def collect(path: str) -> list[dict]:
     """The rows of a file and of what other ranks of an earlier run left beside it."""
     return [row for name in (path, *_part_paths(path)) for row in read_rows(name)]

@@ -5,11 +5,15 @@
 
 Questions are LLaVA's: rows `{question_id, image, text, category}`, where `image` is a file, a list of files (an
 `<image>` each, or all in front of the text) or missing; or LLaVA-format records, of which every answer is a question
-asked after the true turns before it. Answers are rows `{question_id, prompt, text, answer_id, model_id, metadata}`.
+asked after the true turns before it: ID#1, ID#2, ... where a record has several. Answers are rows
+`{question_id, prompt, text, answer_id, model_id, metadata}`.
 
 Rows are appended as they come, so that nothing is lost when the run is cut short: the same command, with any number of
 processes, asks what is left. At the end the rows stand in the order of the questions. A question whose picture cannot
 be read is named, gets no row, and makes the exit status 1.
+
+A.jsonl.meta.json says which weights, template, settings and questions the answers are of; a file of other ones is
+refused (exit status 2) unless `--overwrite` starts it anew.
 """
 
 import argparse
@@ -25,8 +29,9 @@ from llava.data.forms import canonical
 from llava.data.paths import media_of, resolve_path
 from llava.data.records import read_file
 from llava.errors import LlavaError, report_errors
-from llava.eval import answer_file
-from llava.eval.questions import Question, add_images, read_questions
+from llava.eval import answer_file, answer_origin
+from llava.eval.questions import Question, add_images, question_ids, read_questions
+from llava.eval.weights_hash import is_here, weights_hash
 from llava.inference import own_code
 
 
@@ -61,9 +66,10 @@ def read_question_file(path: str, image_folder, inference, allow_absolute_paths:
         if is_record:
             questions = read_questions([row], path, image_folder, inference.template, allow_absolute_paths)
         prompts = [question.text for question in questions] if is_record else [row["text"]]
-        for question, prompt in zip(questions, prompts, strict=True):
-            asked.append(Asked(**vars(question), key=(question_id, prompt, seen[question_id, prompt])))
-            seen[question_id, prompt] += 1
+        ids = question_ids(question_id, len(questions))
+        for question, name, prompt in zip(questions, ids, prompts, strict=True):
+            asked.append(Asked(**vars(question), key=(name, prompt, seen[name, prompt])))
+            seen[name, prompt] += 1
     return asked
 
 
@@ -102,14 +108,13 @@ def match_rows(path: str, rows: list[dict], questions: list[Asked], model_id: st
     by_key = {}
     for row in rows:
         if row.get("model_id") != model_id:
-            raise LlavaError(
-                f"{path}: found answers of {row.get('model_id')!r}, expected those of {model_id!r}, or no such file"
-            )
+            found = f"found answers of {row.get('model_id')!r}, expected those of {model_id!r}"
+            raise LlavaError(f"{path}: {found} (--overwrite asks anew)")
         key = key_of.get(row.get("answer_id"))
         if key is None:
             raise LlavaError(
                 f"{path}: question {row.get('question_id')}: found an answer that is not from this question file; "
-                "expected answers to it alone, or no such file"
+                "expected answers to it alone (--overwrite asks anew)"
             )
         by_key[key] = row  # a crash while the files were merged leaves rows twice
     return by_key
@@ -220,51 +225,123 @@ def generation_options(args: argparse.Namespace) -> dict:
     return options
 
 
+def settings_of(args: argparse.Namespace) -> dict:
+    """What else decides an answer, but for the dtype, which the model says."""
+    names = ("max_new_tokens", "num_beams", "temperature", "top_p", "seed")
+    sampled = ("top_p", "seed")
+    settings = {name: getattr(args, name) for name in names if args.temperature > 0 or name not in sampled}
+    return settings | {"model_base": args.model_base, "vision_tower": args.vision_tower}
+
+
 def run(args: argparse.Namespace) -> list[str]:
     """Ask what is not answered yet and put the file in order. Returns the names of questions without an answer."""
-    import torch
-
-    from llava.inference.engine import Inference
-    from llava.utils import get_model_name_from_path
-
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not os.path.isfile(args.question_file):  # before the model, which takes longer to load
         raise LlavaError(f"{args.question_file}: no such file, expected questions")
+    with process_group(rank, size) as (wait, gather):
+
+        def first(work):
+            """The first process works, the others wait; a fault of it ends all, and is told once."""
+            fault, done = None, None
+            try:
+                done = work() if rank == 0 else None
+            except LlavaError as error:
+                fault = error
+            if any(gather([fault is not None])):
+                raise fault or SystemExit(0)
+            return done
+
+        meta = first(lambda: _check_origin(args))
+        inference = _load(args)
+        everything = read_question_file(args.question_file, args.image_folder, inference, args.allow_absolute_paths)
+        mine = chunk(everything, args.num_chunks, args.chunk_idx)
+        first(lambda: _begin(args, meta, inference, everything))
+        return _ask(args, inference, (everything, mine), (rank, size), (wait, gather))
+
+
+def _check_origin(args: argparse.Namespace) -> dict:
+    """What is known of the answers before the model is loaded; LlavaError where those that are there are of another."""
+    meta = {
+        "schema": answer_origin.SCHEMA,
+        "model": args.model_path,
+        "settings": settings_of(args),
+        "questions_hash": answer_origin.file_hash(args.question_file),
+    }
+    if is_here(args.model_path, args.model_base):
+        meta["weights_hash"] = weights_hash(args.model_path, args.model_base)
+    if not args.overwrite and (fault := answer_origin.fault_of(args.answers_file, meta)):
+        raise LlavaError(fault)
+    return meta
+
+
+def _begin(args: argparse.Namespace, meta: dict, inference, everything: list[Asked]) -> None:
+    """Write what the answers are of, and put those that are there in order."""
+    path, dtype = args.answers_file, str(inference.model.dtype).removeprefix("torch.")
+    meta = {
+        "schema": meta["schema"],
+        "model": meta["model"],
+        "weights_hash": meta.get("weights_hash") or weights_hash(args.model_path, args.model_base),
+        "template": inference.loaded.template,
+        "settings": meta["settings"] | {"dtype": dtype},
+        "questions_hash": meta["questions_hash"],
+    }
+    if not args.overwrite and (fault := answer_origin.fault_of(path, meta)):
+        raise LlavaError(fault)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    if args.overwrite:
+        answer_file.remove(path)
+    if not answer_file.has_rows(path):
+        answer_origin.write(path, meta)
+    _put_in_order(args, everything)
+
+
+def _put_in_order(args: argparse.Namespace, everything: list[Asked]) -> dict:
+    path = args.answers_file
+    by_key = match_rows(path, answer_file.collect(path), everything, _model_id(args))
+    keys = [question.key for question in everything]
+    answer_file.write_in_order(path, [by_key[key] for key in keys if key in by_key])
+    return by_key
+
+
+def _model_id(args: argparse.Namespace) -> str:
+    from llava.utils import get_model_name_from_path
+
+    return get_model_name_from_path(args.model_path)
+
+
+def _load(args: argparse.Namespace):
+    import torch
+
+    from llava.inference.engine import Inference
+
     device = args.device
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    inference = Inference.load(
+    return Inference.load(
         *(args.model_path, args.model_base),
         **{"version": args.conv_mode, "device": device, "dtype": args.dtype, **own_code.overrides(args)},
     )
-    everything = read_question_file(args.question_file, args.image_folder, inference, args.allow_absolute_paths)
-    mine = chunk(everything, args.num_chunks, args.chunk_idx)
-    model_id, path = get_model_name_from_path(args.model_path), args.answers_file
-    order = [question.key for question in everything]
-    with process_group(rank, size) as (wait, gather):
 
-        def put_in_order() -> dict:
-            by_key = match_rows(path, answer_file.collect(path), everything, model_id)
-            answer_file.write_in_order(path, [by_key[key] for key in order if key in by_key])
-            return by_key
 
-        if rank == 0:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            put_in_order()
-        wait()
-        done = match_rows(path, answer_file.read_rows(path), everything, model_id)
-        wait()
-        left = [question for question in mine if question.key not in done]
-        if rank == 0 and len(left) < len(mine):
-            print(f"{path}: {len(mine) - len(left)} of {len(mine)} questions were answered before", flush=True)
-        left.sort(key=lambda question: (len(question.paths), len(question.turns[-1][1])))
-        torch.manual_seed(args.seed + rank)
-        asker = Asker(inference, answer_file.rank_path(path, rank), model_id, args.batch_size, generation_options(args))
-        failed = gather(asker.ask(left[rank::size], show=rank == 0))
-        if rank == 0:
-            by_key = put_in_order()
-            print(f"{path}: {sum(q.key in by_key for q in mine)} answers to {len(mine)} questions", flush=True)
-        wait()
+def _ask(args: argparse.Namespace, inference, questions: tuple, place, together) -> list[str]:
+    """This process's share of the questions of this run that have no answer; then the file in order."""
+    import torch
+
+    (everything, mine), (rank, size), (wait, gather) = questions, place, together
+    path, model_id = args.answers_file, _model_id(args)
+    done = match_rows(path, answer_file.read_rows(path), everything, model_id)
+    wait()
+    left = [question for question in mine if question.key not in done]
+    if rank == 0 and len(left) < len(mine):
+        print(f"{path}: {len(mine) - len(left)} of {len(mine)} questions were answered before", flush=True)
+    left.sort(key=lambda question: (len(question.paths), len(question.turns[-1][1])))
+    torch.manual_seed(args.seed + rank)
+    asker = Asker(inference, answer_file.rank_path(path, rank), model_id, args.batch_size, generation_options(args))
+    failed = gather(asker.ask(left[rank::size], show=rank == 0))
+    if rank == 0:
+        by_key = _put_in_order(args, everything)
+        print(f"{path}: {sum(q.key in by_key for q in mine)} answers to {len(mine)} questions", flush=True)
+    wait()
     return failed
 
 
@@ -275,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-folder", help="where the questions' image paths start")
     parser.add_argument("--question-file", required=True, help="questions, .jsonl or .json")
     parser.add_argument("--answers-file", required=True, help=".jsonl to write, or to complete")
+    parser.add_argument("--overwrite", action="store_true", help="drop the answers that are there and ask anew")
     parser.add_argument("--conv-mode", help="conversation template (default: the checkpoint's)")
     parser.add_argument("--num-chunks", type=int, default=1, help="cut the questions into this many parts ...")
     parser.add_argument("--chunk-idx", type=int, default=0, help="... and ask this one (from 0)")

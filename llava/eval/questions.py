@@ -90,6 +90,11 @@ def _record_questions(record, name, image_folder, template, allow_absolute_paths
     return questions
 
 
+def question_ids(record_id, count: int) -> list:
+    """The ids of a record's questions: its own where it has one, else ID#1, ID#2, ... in their order."""
+    return [record_id] if count == 1 else [f"{record_id}#{number}" for number in range(1, count + 1)]
+
+
 def add_images(text: str, count: int) -> str:
     """A question's text with an `<image>` for each of its pictures: those it has, or else all of them in front. Without
     pictures an `<image>` is text.

@@ -1,10 +1,12 @@
 """The standard scores of visual question answering: each takes a prediction and what is true, and gives 0 to 1."""
 
+import math
 import re
 import string
 from functools import lru_cache
 
 from llava.errors import LlavaError
+from llava.eval.choices import chosen_letter
 
 # --- exact match ------------------------------------------------------------------------------------------------------
 
@@ -20,8 +22,9 @@ _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(_NUMBER_WORDS)}}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBER_COMMA = re.compile(r"\d,\d")
+_NUMBER_COMMA = re.compile(r"\d,+\d")
 _PERIOD = re.compile(r"\.(?!\d)")  # a decimal point stays
+_PERIODS = 32  # the published code hands re.UNICODE, which is 32, where the number of replacements belongs
 # The words whose apostrophes are mended. The published table has a key for each of their spellings with one
 # apostrophe left out, but for "let's" and "she's" (those would be words of their own).
 _APOSTROPHES = """
@@ -57,7 +60,7 @@ def normalize_vqa(text: str) -> str:
     for mark in _PUNCTUATION:
         gone = number or f"{mark} " in text or f" {mark}" in text
         clean = clean.replace(mark, "" if gone else " ")
-    words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", clean).lower().split()]
+    words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", clean, count=_PERIODS).lower().split()]
     return " ".join(_contractions().get(word, word) for word in words if word not in _ARTICLES)
 
 
@@ -69,12 +72,32 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     reference answers always, not only where they differ.
 
     Args:
-        answers: of the ten people asked.
+        answers: of the ten people asked; of n people at most (n - 1) / 3 can be reached. A single answer, which leaves
+            nobody to agree with, scores 1 where it is the same and 0 where it is not.
     """
-    if len(answers) < 2:
-        raise LlavaError(f"answers: found {len(answers)}, expected those of ten people (at least two)")
-    said = normalize_vqa(prediction)
-    same = [normalize_vqa(answer) == said for answer in answers]
+    return _agreement(normalize_vqa(prediction), [normalize_vqa(answer) for answer in answers])
+
+
+def textvqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """`vqa_accuracy` as TextVQA's evaluation server and lmms-eval's `textvqa` compute it.
+
+    Commas and question marks vanish before other marks are looked at, and an 's is a word of its own ("10,000-2" is
+    "10000 2", where VQA has "100002").
+    """
+    return _agreement(normalize_textvqa(prediction), [normalize_textvqa(answer) for answer in answers])
+
+
+def normalize_textvqa(text: str) -> str:
+    """An answer as TextVQA compares it; see `textvqa_accuracy`."""
+    return normalize_vqa(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
+
+
+def _agreement(said: str, answers: list[str]) -> float:
+    if not answers:
+        raise LlavaError("answers: the list is empty, expected those of ten people, or one")
+    same = [answer == said for answer in answers]
+    if len(same) == 1:
+        return float(same[0])
     return sum(min((sum(same) - left_out) / 3, 1.0) for left_out in same) / len(same)
 
 
@@ -94,7 +117,8 @@ def edit_distance(a: str, b: str) -> int:
 def anls(prediction: str, answers: list[str], threshold: float = 0.5) -> float:
     """Normalised Levenshtein similarity to the nearest answer; below the threshold it counts nothing.
 
-    Lower case, blanks at the ends and repeated ones aside. Source: Biten et al., "Scene Text Visual Question Answering"
+    Lower case, blanks at the ends and repeated ones aside; they count in the length that the distance is divided by, as
+    in the published evaluation of DocVQA. Source: Biten et al., "Scene Text Visual Question Answering"
     (arXiv 1905.13648): 1 - NL where the normalised distance NL < threshold, else 0. DocVQA and InfographicVQA, which
     score by it, keep a similarity of exactly one half; so does this.
     """
@@ -104,7 +128,8 @@ def anls(prediction: str, answers: list[str], threshold: float = 0.5) -> float:
     similarities = []
     for answer in answers:
         true = " ".join(answer.lower().split())
-        similarities.append(1 - edit_distance(said, true) / max(len(said), len(true), 1))
+        length = max(len(prediction.upper()), len(answer.upper()), 1)
+        similarities.append(1 - edit_distance(said, true) / length)
     return max(similarities) if max(similarities) >= threshold else 0.0
 
 
@@ -112,11 +137,12 @@ def anls(prediction: str, answers: list[str], threshold: float = 0.5) -> float:
 
 
 def _number(text: str) -> float | None:
-    """A number, per cent as its hundredth; None where the text is none."""
+    """A number, per cent as its hundredth; None where the text is none, or none that is finite ("nan", "1e999")."""
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        number = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def relaxed_accuracy(prediction: str, answer: str, tolerance: float = 0.05) -> float:
@@ -124,70 +150,17 @@ def relaxed_accuracy(prediction: str, answer: str, tolerance: float = 0.05) -> f
 
     Source: Masry et al., "ChartQA" (arXiv 2203.10244), section 5.1, after Methani et al., "PlotQA" (arXiv 1909.00997);
     per cent signs as in Pix2Struct's and Qwen-VL's evaluation: "5%" is 0.05. To a true value of zero no relative
-    distance is defined; there the texts are compared.
+    distance is defined; there the texts are compared, and so are "1,000", "nan", "inf" and "−5" with a typographic
+    sign, which are no numbers here.
     """
     said, true = prediction.strip(), answer.strip()
     value, target = _number(said), _number(true)
     if value is not None and target:
-        return float(abs(value - target) <= tolerance * abs(target))
+        return float(abs(value - target) / abs(target) <= tolerance)
     return float(said.lower() == true.lower())
 
 
 # --- multiple choice --------------------------------------------------------------------------------------------------
-
-
-def chosen_letter(prediction: str, options: list[str]) -> str | None:
-    """The letter (A, B, ...) that an answer chooses; None where it chooses none, or more than one.
-
-    The first of these rules that speaks decides; nothing is guessed:
-    1. the whole answer is a letter: "A", "a", "(A)", "A."
-    2. it begins with a letter and a mark: "A. cat", "(A) cat", "A) cat", "A: cat"
-    3. it says "answer is A", "answer: (A)", and no other letter so; an A or I that goes on is a word ("A cat")
-    4. it is the text of one option
-    5. it holds one letter in brackets
-    6. it holds the text of one option, as words; an option that is part of another found one does not count
-
-    Rules in the manner of MMBench's and MMMU's answer matching (arXiv 2307.06281, 2311.16502), which in the end ask a
-    model or draw a random letter; this does neither.
-    """
-    letters = string.ascii_uppercase[: len(options)]
-    text = prediction.strip()
-    whole = re.fullmatch(rf"\(?([{letters}{letters.lower()}])\)?[.:,]?", text)
-    if whole:
-        return whole[1].upper()
-    start = re.match(rf"(?:\(([{letters}])\)|([{letters}])[).:])(?=\s|$)", text)
-    if start:
-        return start[1] or start[2]
-    said = re.findall(rf"(?i:answer)(?:\s+(?i:is))?\s*:?\s*(?:\(([{letters}])\)|([{letters}])\b(?!'))(.{{0,8}})", text)
-    named = {bracketed or bare for bracketed, bare, after in said if _is_named(bare, after)}
-    if named:
-        return named.pop() if len(named) == 1 else None
-    plain = [_plain(option) for option in options]
-    same = [letter for letter, option in zip(letters, plain, strict=True) if option and option == _plain(text)]
-    if same:
-        return same[0] if len(same) == 1 else None
-    bracketed = set(re.findall(rf"\(([{letters}])\)", text))
-    if bracketed:
-        return bracketed.pop() if len(bracketed) == 1 else None
-    words = _plain(text)
-    found = [i for i, option in enumerate(plain) if option and _holds(words, option)]
-    found = [i for i in found if not any(i != j and _holds(plain[j], plain[i]) for j in found)]
-    return letters[found[0]] if len(found) == 1 else None
-
-
-def _is_named(bare: str, after: str) -> bool:
-    """Whether a letter that follows "answer is" is meant alone: not "B or C", not an article ("A dog")."""
-    if re.match(r"\s*(?:or|and|/|,)\s*\(?[A-Z]\b", after):
-        return False
-    return bare not in ("A", "I") or not re.match(r"\s\w", after)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).strip(" .,;:!?\"'")
-
-
-def _holds(text: str, part: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
 
 
 def multiple_choice(prediction: str, answer: str, options: list[str]) -> float:

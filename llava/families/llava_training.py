@@ -15,8 +15,10 @@ from llava.images.geometry import parse_grid_pinpoints
 from llava.images.processing import processor_sides
 from llava.model import builder
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
+from llava.model.foreign import refuse_foreign
 from llava.model.generation import generation_settings
 from llava.model.multimodal_encoder.trust import naming
+from llava.utils import rank0_print
 
 _SAVED_MODEL_KEYS = (
     *("mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_stride", "mm_use_im_start_end"),
@@ -34,9 +36,11 @@ def load_model(model_args, data_args, training_args):
     model_class, config_class = model_classes(architecture)
     config = builder.make_config(path, config_class, values, rope_overrides(model_args, values))
     dtype = Precision.of(training_args).to_load(training_args, tunable_parts(model_args, training_args))
-    with readable_weights(path), naming(*training_args.run_config.named_towers):
-        model = model_class.from_pretrained(
+    with naming(*training_args.run_config.named_towers):
+        model, missing = builder.load_weights(
+            model_class,
             path,
+            with_projector=False,
             config=config,
             dtype=dtype,
             attn_implementation=attention_for(training_args, config, data_args.pack_sequences),
@@ -44,6 +48,7 @@ def load_model(model_args, data_args, training_args):
             quantization_config=quantisation_for(training_args),
             generation_config=generation_settings(path, training_args.cache_dir),
         )
+    _check_projector(missing, model_args, training_args)
     model.config.use_cache = False
     tokenizer = builder.load_tokenizer(
         path, cache_dir=training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
@@ -57,8 +62,24 @@ def load_model(model_args, data_args, training_args):
     return model, tokenizer
 
 
+def _check_projector(missing: list[str], model_args, training_args) -> None:
+    """Say which weights a checkpoint with vision does not hold, so that they are random to begin with.
+
+    Raises:
+        LlavaError: and they would stay so, since they are neither trained nor read from a file.
+    """
+    if not missing or model_args.pretrain_mm_mlp_adapter:
+        return
+    said = f"{model_args.model_name_or_path}: holds no {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+    projector = any(".mm_projector." in name for name in missing)
+    if projector and "mm_mlp_adapter" not in tunable_parts(model_args, training_args):
+        raise LlavaError(f"{said}, and mm_mlp_adapter is not trained; expected pretrain_mm_mlp_adapter")
+    rank0_print(f"note: {said}: new and random to begin with")
+
+
 def architecture_for(model_args, values) -> str:
     """The model class to train, from `model_class_name` or the checkpoint."""
+    refuse_foreign(values, model_args.model_name_or_path)
     if model_args.model_class_name is None:
         return resolve_architecture(values, model_args.model_name_or_path)
     name = f"{model_args.model_class_name}ForCausalLM"

@@ -26,7 +26,8 @@ def check_common(run) -> None:
     check_tower_part(run)
     path = run["lora_weight_path"]
     if run["lora_enable"] and path and not os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise LlavaError(f"{run.source('lora_weight_path')}: lora_weight_path {path}: found no adapter_config.json")
+        said = f"{run.source('lora_weight_path')}: lora_weight_path {path}: found no adapter_config.json"
+        raise LlavaError(said if os.path.isdir(path) else f"{said}: no such folder")
 
 
 def check_packs(run, config: dict) -> None:

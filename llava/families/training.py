@@ -6,6 +6,7 @@ from llava.constants import TUNABLE_PARTS
 from llava.errors import LlavaError
 from llava.families.precision import Precision
 from llava.model.builder import best_attention, quantisation
+from llava.model.checkpoint import check_whole
 from llava.model.host import keeps_samples_apart
 from llava.model.lora import is_lora
 from llava.model.multimodal_encoder.builder import uses_compression
@@ -58,17 +59,20 @@ def readable_weights(source: str):
 
     try:
         yield
+    except BrokenPipeError:  # of what is printed meanwhile
+        raise
     except (OSError, SafetensorError) as error:
         raise LlavaError(f"{source}: its weights cannot be read ({str(error).splitlines()[0][:160]})") from None
 
 
 def check_no_adapter(path: str) -> None:
-    """Refuse an adapter as the model to start from."""
+    """Refuse an adapter, or a projector alone, as the model to start from."""
     if is_lora(path):
         raise LlavaError(
             f"model_name_or_path: {path} is a LoRA adapter, expected a model: merge it (python -m "
             "llava.tools.merge_lora), or name its base here and the adapter in lora_weight_path"
         )
+    check_whole(path, "name the language model in model_name_or_path, and this folder in pretrain_mm_mlp_adapter")
 
 
 def quantisation_for(training_args):

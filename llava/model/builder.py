@@ -1,40 +1,23 @@
 """`load_pretrained_model`: a LLaVA checkpoint from a folder or the hub, ready for inference."""
 
 import os
-import re
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
 
-from llava.errors import LlavaError, OutOfReach
-from llava.model.checkpoint import PROJECTOR_KEYS, find_projector, load_projector, read_weights
+from llava.errors import LlavaError
+from llava.model.checkpoint import check_whole, find_projector, load_projector, read_weights
 from llava.model.families import LANGUAGE_MODELS, model_classes, resolve_architecture
+from llava.model.foreign import refuse_foreign
+from llava.model.loading import check_loaded, check_shapes, without_report
 from llava.model.lora import is_lora, load_lora, recorded_base
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_encoder.trial import check_dtype
 from llava.model.multimodal_encoder.trust import check_own_class, naming, trusting_checkpoints
+from llava.model.other_tower import fit_other_tower
+from llava.model.places import not_there, read_config
 from llava.utils import rank0_print
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-def read_config(path: str) -> dict:
-    """config.json of a folder or hub repository, as it stands."""
-    from transformers import PreTrainedConfig
-
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise LlavaError(f"{path}: the folder holds no config.json")
-    if not os.path.isdir(path) and not _HUB_ID.fullmatch(path):
-        raise OutOfReach(f"{path}: no config.json (no such folder; expected a checkpoint's, or a hub id)")
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError) as error:
-        fault = LlavaError if os.path.isdir(path) else OutOfReach
-        raise fault(f"{path}: no config.json ({str(error).splitlines()[0][:160]})") from None
-    if not values:
-        raise OutOfReach(f"{path}: no config.json found; expected a checkpoint folder or a hub id")
-    return values
 
 
 def make_config(path: str, config_class, values: dict, overwrite: dict | None = None):
@@ -54,8 +37,10 @@ def load_tokenizer(path: str, **kwargs):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        raise LlavaError(f"{path}: no tokenizer ({str(error).splitlines()[0][:160]})") from None
+    except Exception as error:  # OSError, ValueError, or what its libraries make of a file that is none
+        lacking = os.path.isdir(path) and not any("token" in name or name == "vocab.json" for name in os.listdir(path))
+        files = "a folder or hub id with tokenizer.json or tokenizer.model"
+        raise not_there(path, f"{path}: no tokenizer", files, None if lacking else error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if getattr(tokenizer, "legacy", None) is not None:
@@ -88,6 +73,9 @@ def load_pretrained_model(
     overwrite_config=None,
     trust_remote_code=False,
     vision_tower=None,
+    device=None,
+    dtype=None,
+    use_flash_attn=False,
     **kwargs,
 ):
     """Load a checkpoint for inference.
@@ -102,11 +90,14 @@ def load_pretrained_model(
         device_map: as transformers'; "auto" uses CUDA where there is one.
         torch_dtype: "float16", "bfloat16", "float32" or a torch.dtype.
         attn_implementation: as transformers'; None takes the best available.
-        customized_config: config object to use instead of the checkpoint's.
+        customized_config: config object to use instead of the checkpoint's, or the path of a config.json.
         overwrite_config: dict of config values to change.
         trust_remote_code: run the class of a vision tower that the checkpoint alone names, from its folder too.
         vision_tower: the class of your own that the checkpoint's vision tower is of (FILE.py:Class, pkg.module:Class or
             an entry point): its code is run because you name it.
+        device: where to put all of it, in place of `device_map`; "cuda" leaves that to `device_map`, as in LLaVA.
+        dtype: as `torch_dtype`, and above it.
+        use_flash_attn: flash_attention_2 where no `attn_implementation` is given.
         **kwargs: passed on to `from_pretrained`.
 
     Returns:
@@ -116,12 +107,21 @@ def load_pretrained_model(
         LlavaError: no config, unknown architecture, missing weights, a vision tower of a class that nobody but the
             checkpoint names.
     """
+    model_base = model_base or None  # a script's empty variable is none
     kwargs.pop("multimodal", None)  # LLaVA-NeXT's evaluation passes it; every model here is
+    if kwargs.pop("use_flash_attention_2", False) or use_flash_attn:
+        attn_implementation = attn_implementation or _flash_attention()
+    device_map = device_map if device is None else _device_map(device, device_map)
+    torch_dtype = torch_dtype if dtype is None else dtype
     on_cpu = not torch.cuda.is_available() or (isinstance(device_map, str) and device_map == "cpu")
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = quantisation("load_8bit/load_4bit", 4 if load_4bit else 8)
     if is_lora(model_path):
         model_base = base_of_adapter(model_path, model_base)
+    if model_base is None:
+        check_whole(
+            model_path, "name its language model as model_base, or to train on, this folder in pretrain_mm_mlp_adapter"
+        )
     architecture, config = _checkpoint_config(model_path, model_base, model_name, customized_config, overwrite_config)
     dtype = pick_dtype(torch_dtype, on_cpu)
     changed = overwrite_config or {}
@@ -149,6 +149,8 @@ def load_pretrained_model(
     model.eval()
     if getattr(model.config, "conversation_template", None) is None:
         model.config.conversation_template = LANGUAGE_MODELS[architecture].template
+    if not hasattr(model.config, "mm_use_im_start_end"):
+        model.config.mm_use_im_start_end = False  # LLaVA's scripts read it off every model
 
     tower = model.get_vision_tower()
     if getattr(tower, "own_class", None) and dtype != torch.float32:
@@ -163,16 +165,51 @@ def _checkpoint_config(path, base, name, config, overwrite):
     values = read_config(path)
     if is_lora(path):
         values.pop("quantization_config", None)  # of the training run; the base's weights are not stored that way
-    architecture = resolve_architecture(values, name, path, base)
+    if base is not None:
+        refuse_foreign(read_config(base), base)
+    architecture = resolve_architecture(values, name, path, base, path=path)
     if config is None:
         config = make_config(path, model_classes(architecture)[1], values, overwrite)
     else:
+        config = _given_config(config, path, model_classes(architecture)[1])
         for key, value in (overwrite or {}).items():
             setattr(config, key, value)
+    if (overwrite or {}).get("mm_vision_tower"):
+        fit_other_tower(config, values, path)
     if base is not None and os.path.isdir(os.path.join(path, getattr(config, "mm_vision_tower", None) or "")):
         # transformers is about to write the base's name over the checkpoint's, in which this folder lies
         config.mm_vision_tower = os.path.join(path, config.mm_vision_tower)
     return architecture, config
+
+
+def _flash_attention() -> str:
+    if not flash_attention_runs():
+        raise LlavaError("use_flash_attn: needs a flash-attn package that can be imported, expected False without one")
+    return "flash_attention_2"
+
+
+def _device_map(device, otherwise):
+    """transformers' device map for a model on one device; "cuda" leaves it at `otherwise`."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise LlavaError(f"device: found {device!r}, expected cpu, cuda or cuda:N") from None
+    if str(device) == "cuda":
+        return otherwise
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise LlavaError(f"device: found {device!r}, but PyTorch sees no GPU here; expected cpu")
+    return "cpu" if kind == "cpu" else {"": device}
+
+
+def _given_config(config, path: str, config_class):
+    """A config object as it is; one for the checkpoint at `path`, of a config.json that is named."""
+    if not isinstance(config, (str, os.PathLike)):
+        return config
+    try:
+        values, _ = config_class.get_config_dict(config)
+    except (OSError, ValueError) as error:
+        raise LlavaError(f"customized_config {config}: cannot be read ({str(error).splitlines()[0][:160]})") from None
+    return make_config(path, config_class, values)
 
 
 CAPPING_ATTENTION = ("eager", "varlen", "flash_attention_2", "flex_attention")  # sdpa would leave a soft cap out
@@ -230,19 +267,21 @@ def load_weights(model_class, source: str, with_projector: bool, **kwargs):
         The model, and the names of weights that its folder must hold beside it: projector, newline, token compressor.
     """
     try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+        with without_report():
+            model, info = model_class.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except BrokenPipeError:  # of what is printed meanwhile
+        raise
     except (OSError, UnpicklingError, SafetensorError) as error:
-        raise LlavaError(f"{source}: no usable weights ({str(error).splitlines()[0][:160]})") from None
-    outer = [key for key in info["missing_keys"] if any(f".{part}" in key for part in PROJECTOR_KEYS)]
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("model.vision_tower."))
-    if not with_projector:  # they come from the checkpoint over this base
-        missing = [key for key in missing if key not in outer]
-    if missing:
-        raise LlavaError(
-            f"{source}: the checkpoint lacks {len(missing)} weights of {model_class.__name__}, "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    return model, outer
+        raise not_there(source, f"{source}: no usable weights", "a checkpoint's", error) from None
+    except RuntimeError as error:  # under ZeRO-3 transformers says it so
+        if "size mismatch" not in str(error):
+            raise
+        line = next(line for line in str(error).splitlines() if "size mismatch" in line)
+        raise LlavaError(f"{source}: {line.strip()}, expected weights of the config") from None
+    check_shapes(info["mismatched_keys"], source)
+    return model, check_loaded(model, info, source, with_projector)
 
 
 def _start_compressor(model, folder: str):
@@ -299,3 +338,7 @@ def quantisation(asked: str, bits: int, compute_dtype=torch.float16, quant_type=
         bnb_4bit_quant_type=quant_type,
         llm_int8_skip_modules=skip,
     )
+
+
+for _row in LANGUAGE_MODELS.values():  # from here on AutoConfig and AutoModelForCausalLM know LLaVA's model types
+    _row.load()

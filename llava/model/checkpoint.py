@@ -20,7 +20,8 @@ PROJECTOR_KEYS = ("mm_projector", "image_newline", "token_compressor")
 def read_weights(path: str) -> dict[str, torch.Tensor]:
     """Tensors of a .safetensors file, or of a .bin/.pth that holds tensors only."""
     if not os.path.isfile(path):
-        raise LlavaError(f"{path}: no such file, expected weights (.safetensors, or .bin with tensors only)")
+        found = "a folder" if os.path.isdir(path) else "no such file"
+        raise LlavaError(f"{path}: {found}, expected weights (.safetensors, or .bin with tensors only)")
     if path.endswith(".safetensors"):
         try:
             return load_file(path)
@@ -60,23 +61,47 @@ def find_projector(folder: str) -> str | None:
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
+def check_whole(folder: str, instead: str) -> None:
+    """Refuse a folder that holds a projector and no model.
+
+    Args:
+        instead: what to name it as, for the message.
+    """
+    found = find_projector(folder)
+    patterns = ("model*.safetensors", "pytorch_model*.bin")
+    if found and not any(glob.glob(os.path.join(glob.escape(folder), pattern)) for pattern in patterns):
+        raise LlavaError(f"{folder}: holds a projector alone ({os.path.basename(found)}), expected a model; {instead}")
+
+
 def named_or_beside(path: str) -> str:
     """`path`, or where it is not there, the file of that name in the other format beside it, with one note.
 
-    LLaVA's scripts name the `mm_projector.bin` of their first stage, which leaves an `mm_projector.safetensors` here.
+    LLaVA's scripts name the `mm_projector.bin` of their first stage, which leaves an `mm_projector.safetensors` here;
+    its saves on the way are `mm_projector/checkpoint-N.bin` there, and `checkpoint-N/mm_projector.safetensors` here.
     """
+    other = None if os.path.exists(path) else next(filter(os.path.isfile, _other_places(path)), None)
+    if other is not None:
+        _tell_of_the_other(path, other)
+    return other or path
+
+
+def _other_places(path: str) -> list[str]:
+    """Where the weights may lie that `path` names, in the other format."""
     stem, ending = os.path.splitext(path)
-    others = (".bin",) if ending == ".safetensors" else (".safetensors",) if ending in (".bin", ".pth", ".pt") else ()
-    other = next((stem + other for other in others if os.path.isfile(stem + other)), None)
-    if other is None or os.path.exists(path):
-        return path
-    _tell_of_the_other(path, os.path.basename(other))
-    return other
+    if ending == ".safetensors":
+        return [f"{stem}.bin"]
+    if ending not in (".bin", ".pth", ".pt"):
+        return []
+    places, (folder, name) = [f"{stem}.safetensors"], os.path.split(stem)
+    if os.path.basename(folder) == "mm_projector" and name.startswith("checkpoint-"):
+        places.append(os.path.join(os.path.dirname(folder), name, PROJECTOR_NAME))
+    return places
 
 
 @functools.cache
 def _tell_of_the_other(path: str, other: str) -> None:
-    rank0_print(f"note: {path}: no such file; {other} beside it is taken")
+    beside = os.path.dirname(path) == os.path.dirname(other)
+    rank0_print(f"note: {path}: no such file; {f'{os.path.basename(other)} beside it' if beside else other} is taken")
 
 
 def what_is_there(path: str) -> str:

@@ -7,6 +7,7 @@ import importlib
 from typing import NamedTuple
 
 from llava.errors import LlavaError
+from llava.model.foreign import refuse_foreign, taken
 
 
 class LanguageModel(NamedTuple):
@@ -66,14 +67,19 @@ PLAIN_TYPES = {row.model_type: row for row in LANGUAGE_MODELS.values()}
 LLAVA_TYPES = {row.module: row for row in LANGUAGE_MODELS.values()}
 
 
-def resolve_architecture(config: dict, *names: str | None) -> str:
+def resolve_architecture(config: dict, *names: str | None, path: str | None = None) -> str:
     """The class of a checkpoint: from `architectures`, then `model_type`, then its names.
 
     `model_type` "llava" (as published for serving) says nothing: transformers has a model of that type of its own.
 
+    Args:
+        path: of the checkpoint, for messages; None: the last of the names.
+
     Raises:
-        LlavaError: none of them names a language model of the table.
+        LlavaError: none of them names a language model of the table; a checkpoint in transformers' own format.
     """
+    path = path or next((name for name in reversed(names) if name), "config.json")
+    refuse_foreign(config, path)
     for architecture in config.get("architectures") or ():
         if architecture in LANGUAGE_MODELS:
             return architecture
@@ -86,8 +92,8 @@ def resolve_architecture(config: dict, *names: str | None) -> str:
                 if name and any(part in name.lower() for part in row.name_parts):
                     return row.architecture
     raise LlavaError(
-        f"cannot tell the language model: architectures {config.get('architectures')}, model_type {model_type!r}, name "
-        f"{next((n for n in names if n), None)!r}; expected architectures to name one of {', '.join(LANGUAGE_MODELS)}"
+        f"{path}: cannot tell the language model: architectures {config.get('architectures')}, model_type "
+        f"{model_type!r}; expected {taken()}"
     )
 
 

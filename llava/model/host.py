@@ -30,6 +30,11 @@ class HostCopies:
     record_ids: list[str] | None = None  # of the rows
     packed: list[int] | None = None  # of samples that share a row: their lengths (LLaVA's: of their texts)
 
+    def __post_init__(self):
+        for name in ("input_ids", "labels", "mm_token_type_ids"):  # of 32 bits, too
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value.long())
+
     @classmethod
     def of(cls, **entries) -> "HostCopies":
         """Read from wherever the tensors are: on a GPU one wait each."""

@@ -57,10 +57,12 @@ class ImageEncoding(ChunkedVision):
         if self._chooser is not None:
             return self._encode_chosen(images, kind, patch_alphas, patch_levels)
         if isinstance(images, torch.Tensor):
-            features = tower(images).to(self.dtype)
+            features = tower(self._as_wide(images)).to(self.dtype)
             grid = {"grid": tower.token_grid(*images.shape[-2:])[1]} if kind in MERGERS else {}
             return projector(features, **grid)
-        packed = tower(images, packed=True).to(self.dtype)  # one call for all of them, in the projector too
+        packed = tower([*map(self._as_wide, images)], packed=True).to(
+            self.dtype
+        )  # one call for all of them, in the projector too
         frames = [image.shape[0] if image.ndim == 4 else 1 for image in images]
         if kind in MERGERS:
             grids = [tower.token_grid(*image.shape[-2:])[1] for image in images]
@@ -69,6 +71,10 @@ class ImageEncoding(ChunkedVision):
             packed = projector(packed)
         count_of = self._projected_grid
         return list(packed.split([count_of(*i.shape[-2:])[0] * n for i, n in zip(images, frames, strict=True)]))
+
+    def _as_wide(self, image):
+        """The image, in no narrower dtype than the model's: a tower's features come in the image's."""
+        return image.to(torch.promote_types(image.dtype, self.dtype))
 
     def _encode_chosen(self, images, kind, patch_alphas, patch_levels):
         """`encode_images` on the patches that the tower keeps; tower and projector are called once whatever comes."""

@@ -10,22 +10,38 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 import llavavit.varlen_attention  # noqa: F401  makes "varlen" an attention of the language model
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
 from llava.errors import LlavaError
-from llava.model.checkpoint import whole
+from llava.model.checked_inputs import (
+    check_facts,
+    check_images,
+    check_rows,
+    check_text,
+    check_vocabulary,
+    refuse_stock_names,
+    whole_numbers,
+    width_and_height,
+)
 from llava.model.host import HostCopies, needs_no_mask, segments, send, supervised_places
 from llava.model.image_encoding import ImageEncoding
+from llava.model.llava_generation import LlavaGeneration
+from llava.model.llava_loading import LlavaLoading
 from llava.model.loss import supervised_loss
-from llava.model.multimodal_encoder.trust import naming
 from llava.model.ranks import is_partitioned
 from llava.model.sequence_merge import match_images, plan_merge
 from llava.model.vision_modules import LlavaMetaModel
-from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens
+from llava.model.visual_merge import MergeRules, VisualTokenCounter, merge_visual_tokens, unpad_image
 
-__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel"]
+__all__ = ["LlavaMetaForCausalLM", "LlavaMetaModel", "unpad_image"]
 
 
-class LlavaMetaForCausalLM(ImageEncoding):
+class LlavaMetaForCausalLM(LlavaGeneration, LlavaLoading, ImageEncoding):
     """Mixin for the causal language model: vision in `from_pretrained`, `forward`, `generate` and `save_pretrained`.
 
     A subclass names its `model_class`, a `LlavaMetaModel`.
@@ -45,47 +61,6 @@ class LlavaMetaForCausalLM(ImageEncoding):
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
-
-    # --- checkpoints ---
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, vision_tower=None, **kwargs):
-        """As transformers'; a tower whose weights the checkpoint does not hold is loaded from its own source.
-
-        vision_tower: the class of your own that the checkpoint's tower is of; see `load_pretrained_model`.
-        """
-        with naming(vision_tower):
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-            model._complete_vision(set(info["missing_keys"]))
-        return (model, info) if output_loading_info else model
-
-    def _complete_vision(self, missing: set[str]):
-        model, tower = self.get_model(), self.get_vision_tower()
-        if tower is None:
-            return
-        lacking = {key for key in missing if key.startswith("model.vision_tower.vision_tower.")}
-        if lacking:
-            total = sum(1 for _ in tower.vision_tower.parameters())
-            if len(lacking) < total:  # the source's weights in place of trained ones would go unnoticed
-                raise LlavaError(
-                    f"{self.config._name_or_path}: the checkpoint lacks {len(lacking)} of its vision tower's {total} "
-                    f"weights, {min(lacking)} for one"
-                )
-            tower.load_model()
-            tower.to(device=self.device, dtype=self.dtype)
-        tower.reset_buffers()
-        tower.is_loaded = True
-        if any(key.startswith("model.vision_tower.token_compressor.") for key in missing):
-            tower.token_compressor.reset_parameters()  # what transformers leaves in missing weights is no start
-        if "model.image_newline" in missing:
-            model.reset_newline()
-        model.describe_vision()
-
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """As transformers'; the image processor is saved too, so that the folder is complete."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and self.get_vision_tower() is not None:
-            self.get_vision_tower().image_processor.save_pretrained(save_directory)
 
     # --- images to visual tokens ---
 
@@ -109,7 +84,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
         grid_of = self._projected_grid
         merged = []
         for i, (feature, crop) in enumerate(zip(features, crops, strict=True)):
-            size = (crop.shape[-1], crop.shape[-2]) if image_sizes is None else image_sizes[i]
+            size = None if image_sizes is None or modalities[i] == "video" else width_and_height(image_sizes[i])
             grid = grid_of(*crop.shape[-2:])[1]
             merged.append(merge_visual_tokens(feature, grid, size, modalities[i], crop.shape[-1], newline, rules))
         if newline is not None and self.training:
@@ -170,7 +145,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
                 5-d tensor; or a plain [N, 3, H, W] batch, whose features are used as they are. A row without image
                 tokens may bring one dummy image, of modality "text" or one per such row.
             modalities: "image", "video" or "text" per image; missing ones count as "image".
-            image_sizes: (width, height) of each original image.
+            image_sizes: (width, height) of each original image; a video may have one for each frame, none is looked at.
             patch_alphas: a float for each image, where the tower chooses patches; None: its own alpha for all.
             host: `HostCopies` of input_ids, attention_mask and labels, as the collator makes them, and patch_levels;
                 None: they are read, for which the host waits on a GPU.
@@ -183,6 +158,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
         Raises:
             LlavaError: images and image tokens do not match.
         """
+        input_ids, labels = whole_numbers("input_ids", input_ids), whole_numbers("labels", labels)
         text = input_ids, position_ids, attention_mask, past_key_values, labels
         return self._prepare(*text, images, modalities, image_sizes, patch_alphas, host)[:6]
 
@@ -190,7 +166,8 @@ class LlavaMetaForCausalLM(ImageEncoding):
         """`prepare_inputs_labels_for_multimodal`, what `supervised_places` says of the new labels, and the length of
         each row without padding."""
         packed = _packed(of_images[-1])
-        if not packed and (self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1):
+        step = input_ids.shape[1] == 1 and not _is_one_image(input_ids, past_key_values)
+        if not packed and (self.get_vision_tower() is None or images is None or step):
             return input_ids, position_ids, attention_mask, past_key_values, None, labels, None, None
         side = getattr(self.config, "tokenizer_padding_side", "right")
         merged = self._merge(input_ids, attention_mask, labels, side, images, *of_images)
@@ -218,6 +195,10 @@ class LlavaMetaForCausalLM(ImageEncoding):
         device = input_ids.device
         if host is None:
             host = HostCopies.of(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        masked = None if attention_mask is None else host.attention_mask
+        check_rows(host.input_ids, attention_mask=masked, labels=None if labels is None else host.labels)
+        check_images(images)
+        check_facts(modalities, image_sizes)
         keep = torch.ones_like(host.input_ids) if attention_mask is None else host.attention_mask
         keep, of_images = keep.bool(), (modalities, image_sizes, patch_alphas, host.patch_levels)
         images, *of_images = match_images(host.input_ids, keep, images, *of_images)
@@ -237,6 +218,7 @@ class LlavaMetaForCausalLM(ImageEncoding):
             side,
             packed=_packed(host),
         )
+        check_vocabulary(self, plan.text_ids)
         text = self.get_model().embed_tokens(*send([plan.text_ids], device))
         fits = None if plan.fits is None else plan.fits.nonzero()[:, 0]
         places = (None, None) if labels is None else supervised_places(plan.labels)
@@ -275,6 +257,8 @@ class LlavaMetaForCausalLM(ImageEncoding):
         output layer runs on the supervised positions alone. `num_items_in_batch` divides the summed loss; without it,
         the mean over this batch. A batch without labels has loss 0.
         """
+        input_ids, labels = whole_numbers("input_ids", input_ids), whole_numbers("labels", labels)
+        refuse_stock_names(kwargs)
         if images is None and _packed(host):
             images = []
         loss_alone = labels is not None and (self.training or kwargs.get("num_items_in_batch") is not None)
@@ -293,6 +277,8 @@ class LlavaMetaForCausalLM(ImageEncoding):
                 elif self.training and self._may_drop_mask:
                     attention_mask = self._masks_of_unpadded(inputs_embeds)
                     kwargs |= self._as_one_segment(inputs_embeds)
+        if input_ids is not None:
+            check_text(self, input_ids, "images: found none, expected one for each <image> of input_ids")
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -349,39 +335,6 @@ class LlavaMetaForCausalLM(ImageEncoding):
             return {}
         return segments([inputs_embeds.shape[1]], self.config._attn_implementation, inputs_embeds.device)
 
-    @torch.no_grad()
-    def generate(self, inputs=None, images=None, image_sizes=None, modalities=("image",), input_ids=None, **kwargs):
-        """New tokens only, [B, new].
-
-        Args:
-            inputs: [B, L] prompt ids, also accepted as `input_ids`; padded on either side, with `attention_mask` 0 on
-                padding. Without a mask the pad id at the ends of rows is padding, where it is not also the end token.
-            images, image_sizes, modalities: as `prepare_inputs_labels_for_multimodal`.
-            **kwargs: as transformers' `generate`.
-        """
-        ids = inputs if inputs is not None else input_ids
-        if ids is None or "inputs_embeds" in kwargs:
-            raise LlavaError("generate: give prompt ids as inputs or input_ids (inputs_embeds is not accepted)")
-        kwargs.pop("position_ids", None)  # they follow from the mask
-        mask = kwargs.pop("attention_mask", None)
-        ids = ids.to(self.device)
-        mask = self._padding_mask(ids, **kwargs) if mask is None else mask
-        images = [] if images is None else images
-        newline = getattr(self.get_model(), "image_newline", None)
-        with whole([] if newline is None else [newline]):  # outside of a forward ZeRO-3 fetches modules' weights alone
-            merged = self._merge(ids, mask, None, "left", images, modalities, image_sizes)
-        return super().generate(inputs_embeds=merged[0], attention_mask=merged[2].long(), **kwargs)
-
-    def _padding_mask(self, ids, pad_token_id=None, eos_token_id=None, generation_config=None, **kwargs):
-        """[B, L], 0 on the pad ids at the ends of rows, as transformers' generate; None where it cannot be told."""
-        settings = generation_config or self.generation_config
-        pad = settings.pad_token_id if pad_token_id is None else pad_token_id
-        eos = settings.eos_token_id if eos_token_id is None else eos_token_id
-        if len(ids) == 1 or pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
-            return None
-        real = ids != pad
-        return (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
-
     # --- tokenizer ---
 
     def initialize_vision_tokenizer(self, model_args, tokenizer):
@@ -400,6 +353,12 @@ class LlavaMetaForCausalLM(ImageEncoding):
 
 def _first_requires_grad(module, given, output) -> None:
     (output[0] if isinstance(output, (tuple, list)) else output).requires_grad_(True)
+
+
+def _is_one_image(input_ids, past_key_values) -> bool:
+    """Whether a single token is a whole prompt and an image, rather than a step of an answer."""
+    held = past_key_values.get_seq_length() if hasattr(past_key_values, "get_seq_length") else 0
+    return held == 0 and bool((input_ids == IMAGE_TOKEN_INDEX).any())
 
 
 def _packed(host: HostCopies | None) -> bool:

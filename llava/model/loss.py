@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava.model.checked_inputs import whole_numbers
 from llava.model.chunked_loss import count_chunks, summed_loss
 from llava.model.host import send, supervised_places
 from llava.model.liger import fused_loss, fuses_loss
@@ -88,6 +89,8 @@ def supervised_training(*inputs: str):
 
         @functools.wraps(own_forward)
         def forward(self, *args, **kwargs):
+            if kwargs.get("labels") is not None:
+                kwargs["labels"] = whole_numbers("labels", kwargs["labels"])
             if not self.training and kwargs.get("num_items_in_batch") is None:
                 return own_forward(self, *args, **kwargs)
             given = dict(zip((parameter.name for parameter in named[1:]), args, strict=False)) | kwargs

@@ -5,9 +5,11 @@ import transformers as stock
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextModel, Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
+from llava.model.checked_inputs import check_text, whole_numbers
 from llava.model.host import HostCopies, segments, send
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
+from llava.model.qwen2_vl.generation import QwenGeneration, check_for_positions, token_types
 from llava.model.qwen2_vl.image_chunks import ChunkedImages
 from llava.model.stock import SavesStockNames, named_as
 
@@ -62,6 +64,15 @@ class Model(ChunkedImages, Qwen3VLModel):
         **kwargs,
     ):
         """As transformers'; `host` as in `_AdaptiveModel` of Qwen2-VL. A batch with videos takes transformers' way."""
+        if input_ids is not None:
+            input_ids = whole_numbers("input_ids", input_ids)
+            mm_token_type_ids = token_types(
+                self.config, input_ids, image_grid_thw, video_grid_thw, given=mm_token_type_ids
+            )
+            on_host = None if host is None else host.input_ids
+            check_text(self, input_ids if on_host is None else on_host)
+            if position_ids is None and (image_grid_thw is not None or video_grid_thw is not None):
+                check_for_positions(input_ids, attention_mask, mm_token_type_ids, past_key_values)
         if pixel_values is None or pixel_values_videos is not None or input_ids is None or inputs_embeds is not None:
             return super().forward(
                 input_ids=input_ids,
@@ -117,7 +128,7 @@ class Model(ChunkedImages, Qwen3VLModel):
 
 @supervised_training("host")
 @named_as(stock.Qwen3VLForConditionalGeneration)
-class Qwen3VLForConditionalGeneration(SavesStockNames, stock.Qwen3VLForConditionalGeneration):
+class Qwen3VLForConditionalGeneration(QwenGeneration, SavesStockNames, stock.Qwen3VLForConditionalGeneration):
     def __init__(self, config):
         super().__init__(config)
         self.model.__class__ = Model  # the same weights

@@ -106,7 +106,8 @@ def match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas=
         keep: bool [B, L], tokens that count.
         images: sequence of tensors, or a batched tensor.
         modalities: per image, possibly short.
-        image_sizes, patch_alphas, patch_levels: per image, or None.
+        image_sizes: per image, or or per picture and per frame of each video; or None.
+        patch_alphas, patch_levels: per image, or None.
 
     Returns:
         (images, modalities, image_sizes, patch_alphas, patch_levels), all as long as there are image tokens.
@@ -130,10 +131,8 @@ def match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas=
             f"the batch has {tokens} <image> tokens in {len(per_row)} rows, but {count} images came with it"
         )
     plain = isinstance(images, torch.Tensor) and images.ndim == 4
-    if image_sizes is not None and len(image_sizes) != count and not plain:
-        raise LlavaError(
-            f"image_sizes: found {len(image_sizes)}, expected one (width, height) for each of {count} images"
-        )
+    if image_sizes is not None and not plain:
+        image_sizes = _size_of_each(image_sizes, images, modalities)
     for name, values in (("patch_alphas", patch_alphas), ("patch_levels", patch_levels)):
         if values is not None and len(values) != count:
             raise LlavaError(f"{name}: found {len(values)}, expected one for each of {count} images")
@@ -146,3 +145,24 @@ def match_images(input_ids, keep, images, modalities, image_sizes, patch_alphas=
     sizes = None if image_sizes is None or plain else [image_sizes[i] for i in chosen]
     of_patches = [None if values is None else [values[i] for i in chosen] for values in (patch_alphas, patch_levels)]
     return images, [modalities[i] for i in chosen], sizes, *of_patches
+
+
+def _size_of_each(sizes, images, modalities: list[str]):
+    """One size for each image; that of a video plays no part, since its frames are not unpadded.
+
+    LLaVA-NeXT's callers give a video one size, or one for each of its frames (of a numpy frame a bare number); beside
+    pictures these take up as many places.
+    """
+    if len(sizes) == len(images):
+        return sizes
+    kinds = modalities[: len(images)]
+    if "image" not in kinds:
+        return [None] * len(images)
+    clips = [kind == "video" and image.ndim == 4 for image, kind in zip(images, kinds, strict=True)]
+    places = [len(image) if clip else 1 for image, clip in zip(images, clips, strict=True)]
+    if len(sizes) != sum(places):
+        or_frames = f", or {sum(places)} with one for each frame" if any(clips) else ""
+        raise LlavaError(
+            f"image_sizes: found {len(sizes)}, expected one (width, height) for each of {len(images)} images{or_frames}"
+        )
+    return [sizes[sum(places[:at])] for at in range(len(images))]

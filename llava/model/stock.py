@@ -1,6 +1,8 @@
-"""Vision-language models of transformers as they are trained here: names and folders are stock ones."""
+"""Vision-language models of transformers as they are used here: names and folders are stock ones."""
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from llava.errors import LlavaError
 
 
 class SavesStockNames:
@@ -26,6 +28,28 @@ class FrozenForgets:
         """As transformers'; None, which it passes over, where no block learns."""
         learns = any(parameter.requires_grad for parameter in self.blocks.parameters())
         return super().get_input_embeddings() if learns else None
+
+
+class RefusesVideos:
+    """In front of a processor class of transformers, which passes over videos where it has nothing to read them."""
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs):
+        """As transformers'; no pictures at all, an empty list for one, are none.
+
+        Raises:
+            LlavaError: videos, where there is no video processor.
+        """
+        images, videos = (None if _is_empty(media) else media for media in (images, videos))
+        if videos is not None and getattr(self, "video_processor", None) is None:
+            raise LlavaError(
+                "videos: found some, and no video processor, which transformers has with torchvision alone: install "
+                "that, or give their frames as images"
+            )
+        return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
+
+def _is_empty(media) -> bool:
+    return isinstance(media, (list, tuple)) and all(_is_empty(part) for part in media)
 
 
 def named_as(stock):

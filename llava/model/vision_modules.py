@@ -11,7 +11,7 @@ from llava.model.multimodal_encoder.token_compressor import load_token_compresso
 from llava.model.multimodal_encoder.trust import naming
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.vision_change import SAID_OF_TOWER, VISION_KEYS, VisionChange, same_tower
-from llava.model.vision_settings import check_combination
+from llava.model.vision_settings import check_parts
 from llava.model.visual_merge import MergeRules
 from llava.utils import rank0_print
 
@@ -22,7 +22,7 @@ class LlavaMetaModel:
     def __init__(self, config):
         super().__init__(config)
         if getattr(config, "mm_vision_tower", None):
-            check_combination(config)
+            check_parts(config)
             # Weights come from the checkpoint; `from_pretrained` fetches the tower's own where the checkpoint has none.
             self.vision_tower = build_vision_tower(config, delay_load=True)
             self._no_split_modules = set(self._no_split_modules) | self.vision_tower.no_split_modules

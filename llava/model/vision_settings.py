@@ -2,6 +2,7 @@
 
 import re
 
+from llava.config.asked_parts import check_asked_parts
 from llava.config.patch_choice import PatchChoice
 from llava.errors import LlavaError
 
@@ -12,6 +13,24 @@ def uses_compression(cfg) -> bool:
     """Whether a config or a run's arguments ask for a token compressor."""
     named = (getattr(cfg, "mm_vision_tower_type", None) or "").endswith(COMPRESSED)
     return named or bool(getattr(cfg, "use_token_compression", False))
+
+
+def check_parts(cfg) -> None:
+    """Refuse what the config of a model with vision asks for and does not exist here, or does not go together.
+
+    Args:
+        cfg: the model's config of transformers.
+
+    Raises:
+        LlavaError: names the key, what it is and what is expected.
+    """
+    # what is no attribute of the class is what config.json says
+    folder = getattr(cfg, "_name_or_path", None) or type(cfg).__name__
+    check_asked_parts(vars(cfg), f"{folder}: config.json")
+    check_merge_options(
+        getattr(cfg, "mm_patch_merge_type", None) or "flat", getattr(cfg, "image_aspect_ratio", None) or "square"
+    )
+    check_combination(cfg)
 
 
 def check_combination(cfg) -> None:

@@ -149,13 +149,20 @@ def _merge_video(frames_KHWD, newline_D, rules: MergeRules):
 def _merge_crops(crops_KTD, grid, image_size, crop_side, newline_D, rules: MergeRules):
     """The crops of one image (without the base) -> [N, D]."""
     h, w = grid
+    if image_size is None and ("anyres" in rules.image_aspect_ratio or rules.unpad):
+        raise LlavaError(
+            f"image_sizes: found none, expected the (width, height) of each image: one came as {len(crops_KTD) + 1} "
+            f"crops, and its size decides how they lie (image_aspect_ratio {rules.image_aspect_ratio}, "
+            f"mm_patch_merge_type {rules.mm_patch_merge_type})"
+        )
     if "anyres" in rules.image_aspect_ratio:
         across, down = get_anyres_image_grid_shape(image_size, rules.image_grid_pinpoints, crop_side)
     else:
         across = down = 2
     if crops_KTD.shape[0] != across * down or crops_KTD.shape[1] != h * w:
+        of_size = "" if image_size is None else f" of {image_size[0]}x{image_size[1]}"
         raise LlavaError(
-            f"an image of {image_size[0]}x{image_size[1]} came as {crops_KTD.shape[0]} crops of {crops_KTD.shape[1]} "
+            f"an image{of_size} came as {crops_KTD.shape[0]} crops of {crops_KTD.shape[1]} "
             f"tokens, expected {down}x{across} crops of {h}x{w} tokens (image_aspect_ratio {rules.image_aspect_ratio})"
         )
     crops = crops_KTD.view(down, across, h, w, -1)
@@ -180,7 +187,7 @@ def merge_visual_tokens(features_KTD, grid, image_size, modality, crop_side, new
     Args:
         features_KTD: [K, T, D] projected features; K crops with the base first, or K frames.
         grid: (h, w) of a crop's tokens; None where they have no grid (a class token is among them).
-        image_size: (width, height) of the original image in pixels.
+        image_size: (width, height) of the original image in pixels; None where it is not known.
         modality: "image" or "video".
         crop_side: side of a crop in pixels.
         newline_D: [D] the learned newline token, None where the merge kind has none.

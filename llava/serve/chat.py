@@ -8,7 +8,7 @@ from collections.abc import Callable
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import LlavaError
 from llava.inference.engine import Inference
-from llava.serve.pictures import Picture, open_picture
+from llava.inference.pictures import Picture, open_picture
 from llava.serve.stream import AnswerStream, noted_interrupts
 
 

@@ -94,7 +94,7 @@ def sampling(args) -> dict:
 
 def load_chat(args):
     """The `Chat` that the command line describes, its first pictures waiting."""
-    from llava.serve.pictures import open_picture, split_sources
+    from llava.inference.pictures import open_picture, split_sources
 
     # before the model, which takes longer to load
     pictures = [open_picture(source, args.allow_remote) for source in split_sources(args.image_file)]
@@ -200,7 +200,7 @@ class Terminal:
         return rest
 
     def add_pictures(self, rest: str) -> None:
-        from llava.serve.pictures import split_sources
+        from llava.inference.pictures import split_sources
 
         for source in split_sources([self.needed(rest, "/image PATH")]):
             picture = self.chat.add_picture(source)

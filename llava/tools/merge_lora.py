@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     from llava.model.lora import is_lora, recorded_base
 
     if not is_lora(args.model_path):
-        raise LlavaError(f"{args.model_path}: found no adapter_config.json, expected the folder of a LoRA adapter")
+        found = "no adapter_config.json" if os.path.isdir(args.model_path) else "no such folder"
+        raise LlavaError(f"{args.model_path}: found {found}, expected the folder of a LoRA adapter")
     if os.path.exists(os.path.join(out, "config.json")):
         raise LlavaError(f"save-model-path {out}: a model lies there, expected a new folder")
     base = args.model_base or recorded_base(args.model_path)

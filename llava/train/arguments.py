@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.config import Run, resolve
 from llava.config.commandline import WHERE
-from llava.config.deepspeed_file import check_deepspeed
+from llava.config.deepspeed_file import check_deepspeed, check_zero_plus_plus
 from llava.config.evaluation import greater_is_better
 from llava.config.reporting import check_reports
 from llava.config.schema import own_keys
@@ -158,6 +158,7 @@ def _fall_back(values: dict[str, Any], run: Run) -> None:
         notices.append("enable_jit_checkpoint: every run saves when it is told to stop, with or without it")
     if values.get("deepspeed"):
         _prepare_deepspeed(cuda)
+        check_zero_plus_plus(run, cuda, int(os.environ["WORLD_SIZE"]))
     if cuda:
         return
     if values.get("use_liger_kernel"):

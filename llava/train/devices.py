@@ -1,5 +1,6 @@
 """The GPUs of a run, looked at before anything is loaded; `python -m llava.train.devices` prints how many there are."""
 
+import argparse
 import os
 import re
 import shlex
@@ -71,7 +72,8 @@ def _reason(messages) -> str:
 
 
 @report_errors
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description="Print how many CUDA devices a run can use.").parse_args(argv)
     print(usable_devices(on_cpu="NUM_PROCS=1"))
 
 

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import DummyOptim
 from torch.utils.data import RandomSampler, SequentialSampler
 
+from llava.absent import absent
 from llava.constants import IGNORE_INDEX
 from llava.data.packed_loading import Packing
 from llava.data.sampler import EpochSampler, LengthGroupedSampler
@@ -33,6 +34,8 @@ from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
 from llava.train.step_log import StepLog, print_briefly
 from llava.train.stopping import Preempted, Stopping, in_worker
 from llava.utils import rank0_print
+
+LLaVADPOTrainer = absent("llava.train.llava_trainer.LLaVADPOTrainer", "preferences (DPO) are not trained on")
 
 
 class LLaVATrainer(PhasedTrainer):

@@ -4,9 +4,9 @@ A node's name often stands for its loopback address, where the other nodes canno
 way that the kernel would send a packet to the head node.
 """
 
+import argparse
 import ipaddress
 import socket
-import sys
 
 from llava.errors import LlavaError, report_errors
 
@@ -36,7 +36,11 @@ def way_to(head: str, port: int) -> tuple[str, str]:
 
 @report_errors
 def main() -> None:
-    print(*way_to(sys.argv[1], int(sys.argv[2])))
+    parser = argparse.ArgumentParser(description="Print this node's address and interface on the way to the head node.")
+    parser.add_argument("head", help="name or address of the first node")
+    parser.add_argument("port", type=int)
+    args = parser.parse_args()
+    print(*way_to(args.head, args.port))
 
 
 if __name__ == "__main__":

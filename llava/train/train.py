@@ -4,6 +4,7 @@ Also `python llava/train/train_mem.py <flags>`, as LLaVA-NeXT is launched. The s
 under `torchrun` or `deepspeed` on many GPUs.
 """
 
+import importlib
 import os
 import sys
 from dataclasses import replace
@@ -33,6 +34,30 @@ from llava.train.watch import watched
 from llava.utils import is_rank0, rank0_print
 
 __all__ = ["check_own", "checkpoint_to_resume", "finished_steps", "open_output", "remove_run", "run", "save", "train"]
+
+# what programs of LLaVA-NeXT's users import from here, imported when it is first used
+_OF_USERS = {
+    "user_data": (
+        *("preprocess", "preprocess_multimodal", "preprocess_plain", "preprocess_v1", "preprocess_llama_2"),
+        *("preprocess_mpt", "preprocess_gemma", "preprocess_qwen", "preprocess_llama3", "LazySupervisedDataset"),
+        *("DataCollatorForSupervisedDataset", "make_supervised_data_module", "conversation_lib"),
+    ),
+    "user_state": (
+        *("maybe_zero_3", "get_mm_adapter_state_maybe_zero_3", "get_peft_state_maybe_zero_3"),
+        *("get_peft_state_non_lora_maybe_zero_3", "find_all_linear_names", "safe_save_model_for_hf_trainer"),
+        "smart_tokenizer_and_embedding_resize",
+    ),
+    "user_arguments": ("ModelArguments", "DataArguments"),
+    "arguments": ("TrainingArguments",),
+    "llava_trainer": ("LLaVATrainer",),
+}
+_HOMES = {name: home for home, names in _OF_USERS.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"llava.train.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @under_launcher

@@ -5,6 +5,8 @@ which without flash-attn is PyTorch's own, as memory-efficient as that of xforme
 """
 
 from llava.train.train import train
+from llava.utils import rank0_print
 
 if __name__ == "__main__":
+    rank0_print("note: xformers is not needed: the attention is PyTorch's own, or what attn_implementation says")
     train()

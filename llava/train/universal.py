@@ -12,14 +12,16 @@ A folder of this kind holds, as DeepSpeed reads it (https://arxiv.org/abs/2406.1
 Adam's state is all that DeepSpeed knows to convert.
 """
 
+import argparse
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+
+from llava.errors import report_errors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _GLOBAL = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")  # of float16 and of clipping
@@ -140,6 +142,14 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-if __name__ == "__main__":
+@report_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Bring a checkpoint of DeepSpeed into a universal form.")
+    parser.add_argument("checkpoint", type=Path)
+    checkpoint = parser.parse_args().checkpoint
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    convert(Path(sys.argv[1]))
+    convert(checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from llava.errors import report_errors
+
 
 def read_run(folder: Path):
     """(results.json, {task: sample rows}) that one lmms-eval run left under `folder`."""
@@ -60,6 +62,7 @@ def check_choices(task: str, rows: list[dict], accuracy: float, questions: list,
     return faults
 
 
+@report_errors
 def main() -> int:
     from llava.data.records import read_file
     from llava.eval.questions import read_questions

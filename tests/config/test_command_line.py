@@ -123,7 +123,7 @@ def test_ways_of_writing_a_flag(words, name, value):
         (["--mm_vision_select_layer", "two"], ["mm_vision_select_layer", "'two'", "expected whole number"]),
         (["--bf16", "maybe"], ["bf16", "'maybe'", "expected true or false"]),
         (["--mm_newline_position", "middle"], ["'middle'", "one of grid, frame, one_token, no_token"]),
-        (["--run_name", "--bf16"], ["--run_name needs a value"]),
+        (["--output_dir", "--bf16"], ["--output_dir needs a value"]),
         (["--seed", "1", "2"], ["'2'", "neither"]),
         (["a.yaml", "b.yaml"], ["two config files", "a.yaml", "b.yaml"]),
         (["a.yaml"], ["a.yaml", "no such config file"]),

@@ -318,11 +318,29 @@ def test_this_checkout_is_told_from_another_llava(tmp_path):
     assert bash(f"has_checkout {python} no_such_module", check=False, PYTHONPATH=str(ROOT)).returncode == 1
 
 
-@pytest.mark.parametrize("script", ["finetune.sh", "pretrain.sh", "slurm.sh"])
-def test_help(script):
-    done = subprocess.run(["bash", str(ROOT / "scripts" / script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stdout.startswith("usage: ") and f" scripts/{script}" in done.stdout
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.sh")))
+def test_help(script, tmp_path):
+    """Nothing is looked for, installed or run for it: `python` would say so."""
+    for name in ("python", "python3", "pip"):
+        (tmp_path / name).write_text("#!/bin/sh\necho called >&2\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for flag in ("--help", "-h"):
+        done = subprocess.run(
+            ["bash", str(ROOT / "scripts" / script), flag], capture_output=True, text=True, env=env, cwd=tmp_path
+        )
+        assert done.returncode == 0 and not done.stderr
+        assert done.stdout.startswith("usage: ") and f" scripts/{script}" in done.stdout
+
+
+def test_words_that_are_no_arguments_are_told():
+    script = str(ROOT / "scripts/test_lmms_eval.sh")
+    done = subprocess.run(["bash", script, "--no-such-flag"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--no-such-flag" in done.stderr
+    long = [sys.executable, str(ROOT / "scripts/test_long.py"), "--check"]
+    done = subprocess.run([*long, "--no_such_key", "1"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no_such_key" in done.stderr
+    assert subprocess.run([*long, "--max_steps", "3"], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,7 +237,9 @@ def test_worker_processes_give_the_same_and_count(folder):
 def test_faults_are_found_before_training(folder):
     with pytest.raises(LlavaError, match=r"train\.json: record 1 \(id 'x'\): found no file .*none\.png"):
         module(folder, [{**RECORDS[0], "id": "x", "image": "none.png"}])
-    outside = {**RECORDS[0], "image": str(folder / "a.png")}
+    assert "images" in module(folder, [{**RECORDS[0], "image": str(folder / "a.png")}])["train_dataset"][0]
+    outside = {**RECORDS[0], "image": str(folder.parent / "a.png")}
+    shutil.copy(folder / "a.png", folder.parent / "a.png")
     with pytest.raises(LlavaError, match="leaves the folder"):
         module(folder, [outside])
     assert "images" in module(folder, [outside], allow_absolute_paths=True)["train_dataset"][0]

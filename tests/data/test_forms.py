@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava.conversation import conv_templates
 from llava.data.forms import canonical
 from llava.data.module import read_records
 from llava.data.records import load_records
+from llava.data.validate import validate_records
 from llava.errors import LlavaError
+from llava.eval.questions import read_questions
 from tests.data.common import talk
 
 TURNS = talk("<image>\nWhat?", "A cat.")
@@ -222,3 +225,47 @@ def test_records_are_read_and_faults_told_together(tmp_path):
     first, second = str(error.value).split("\n")
     assert first.startswith(f"{Args.data_path}: record 3 (id 'x'): unknown key 'Image'") and "(and 1 more)" in first
     assert second.strip().startswith(f"{Args.data_path}: record 4 (id 'y'): turn 0, part 0: found type 'audio'")
+
+
+# --- patches of a clip, chosen by a codec ---
+
+_CODEC_KEYS = ("positions_thw", "patch_positions", "visible_indices", "visidx_thw", "Positions-THW", "visidx_thw.npy")
+
+
+@pytest.mark.parametrize("key", _CODEC_KEYS)
+def test_codec_data_are_never_plain_images(key):
+    faults = [
+        {"image": ["m0.jpg"] * 2, key: "p.npy", "conversations": talk("<image>\n<image>\nWhat?", "A cat.")},
+        {"video": "v.mp4", key: [[0, 0, 1]], "conversations": TURNS},
+        {key: "p.npy", "conversations": talk("What?", "A cat.")},
+        {"images": ["m0.jpg"], key: "p.npy", "texts": [{"user": "What?", "assistant": "A cat."}]},
+        said([PICTURE, text("What?")], "A cat.", **{key: "p.npy"}),
+        said([{**PICTURE, key: "p.npy"}, text("What?")], "A cat."),
+        said([{"type": "image_url", "image_url": {"url": "m0.jpg", key: "p.npy"}}, text("What?")], "A cat."),
+        {"image": "m0.jpg", "conversations": [{**TURNS[0], key: "p.npy"}, TURNS[1]]},
+        {"question_id": 1, "image": "m0.jpg", key: "p.npy", "text": "What?"},
+    ]
+    for record in faults:
+        with pytest.raises(LlavaError, match=rf"{key}: found .*patches of a video that a codec chose") as caught:
+            canonical(record)
+        assert "\n" not in str(caught.value)
+    for nothing in (None, "", []):  # a column of a table that has it for other rows
+        record = {"image": "a.png", key: nothing, "conversations": TURNS}
+        assert canonical(record) is record
+
+
+def test_columns_that_only_sound_like_codec_data_stay():
+    names = ("positions", "position", "patch", "visible", "index", "grid_thw", "frame_ids", "visual_ids")
+    record = {"image": "a.png", "conversations": TURNS} | dict.fromkeys(names, "x")
+    assert canonical(record) is record
+
+
+def test_training_and_evaluation_refuse_codec_data(tmp_path):
+    record = {"id": "c", "image": "m0.jpg", "positions_thw": "p.npy", "conversations": TURNS}
+    (tmp_path / "train.json").write_text(json.dumps([record]))
+    (tmp_path / "m0.jpg").write_bytes(b"")
+    records = load_records(str(tmp_path / "train.json"))
+    with pytest.raises(LlavaError, match=r"record 1 \(id 'c'\): positions_thw: found 'p\.npy'"):
+        validate_records(records, version="qwen_1_5", image_folder=str(tmp_path))
+    with pytest.raises(LlavaError, match=r"record c: positions_thw: found 'p\.npy'"):
+        read_questions([record], "q.json", str(tmp_path), conv_templates["qwen_1_5"])

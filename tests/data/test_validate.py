@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from llava.data.paths import resolve_path
@@ -184,6 +186,35 @@ def test_paths(tmp_path):
     assert resolve_path(None, "/etc/hostname") == "/etc/hostname"
     with pytest.raises(LlavaError, match="leaves the folder"):
         resolve_path(str(images), "link/../../a.png")
+
+
+def test_an_absolute_path_inside_the_folder_is_inside(tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    (images / "sub" / "a.png").write_bytes(b"")
+    (tmp_path / "imagesx").mkdir()
+    (tmp_path / "other").symlink_to(images)  # another spelling of the folder
+    (images / "out").symlink_to(tmp_path / "imagesx")
+    monkeypatch.chdir(tmp_path)
+    file = f"{images}/sub/a.png"
+    for folder in (images, f"{images}/", "images", "./images//", "other", tmp_path / "other", f"{images}/sub/.."):
+        for name in (file, f"/{images}//sub/./a.png", f"{images}/sub/../sub/a.png", f"{tmp_path}/other/sub/a.png"):
+            assert os.path.samefile(resolve_path(str(folder), name), file)
+            assert resolve_path(str(folder), name) == name
+        for name in ("sub/../sub/a.png", "./sub/a.png"):
+            assert os.path.samefile(resolve_path(str(folder), name), file)
+        assert resolve_path(str(folder), f"{images}/sub/") == f"{images}/sub/"  # frames of a video
+        assert resolve_path(str(folder), f"{images}/out/b.png") == f"{images}/out/b.png"  # a link inside
+        outside = ["/etc/passwd", f"{images}/../c.jpg", f"{images}x/c.jpg", f"{tmp_path}/IMAGES/sub/a.png", "/"]
+        outside += [str(tmp_path), f"{images}/..", f"{images}/out/../c.png", "out/../c.png", "../images/sub/a.png"]
+        outside += ["..", "sub/../../c.png", "sub\\..\\..\\c.png", f"{images}/sub/../../imagesx/\0.png"]
+        for name in outside:
+            with pytest.raises(LlavaError, match="leaves the folder") as caught:
+                resolve_path(str(folder), name)
+            assert "\n" not in str(caught.value)
+    check(images, {**GOOD, "image": file})
+    with pytest.raises(LlavaError, match=r"found no file .*/sub/none\.png"):
+        check(images, {**GOOD, "image": f"{images}/sub/none.png"})
 
 
 def test_a_mixture_entry_may_have_its_own_folder(tmp_path, folder):

@@ -1,15 +1,23 @@
 """Batch prediction: rows, order, resuming, faults, several processes."""
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llava.errors import LlavaError
 from llava.eval import answer_file
 from llava.eval.model_vqa import build_parser, chunk, main, read_question_file, run
+from llava.eval.score import main as score
+from llava.eval.weights_hash import is_here, weights_hash
 from llava.inference.engine import Inference
 from tests.eval import common
 
@@ -111,8 +119,15 @@ def test_chunks_make_up_the_whole(kit, whole, tmp_path):
         chunk([], 3, 3)
 
 
+def beside(kit, answers) -> None:
+    """What says that a file's rows are of the kit's model."""
+    meta = read(f"{kit}/whole.jsonl.meta.json")
+    jsonl(Path(f"{answers}.meta.json"), meta)
+
+
 def test_only_what_is_not_answered_is_asked(kit, whole, tmp_path, monkeypatch, capsys):
     path = tmp_path / "a.jsonl"
+    beside(kit, path)
     marked = [row | {"text": "from before"} for row in whole[:9:2]]
     jsonl(path, marked)
     with open(path, "a") as file:
@@ -165,6 +180,7 @@ def test_a_fault_that_is_no_pictures_is_not_swallowed(kit, tmp_path, monkeypatch
 )
 def test_a_file_of_other_answers_is_left_alone(kit, whole, tmp_path, change, said):
     path = jsonl(tmp_path / "a.jsonl", [whole[0] | change])
+    beside(kit, path)
     before = read(path)
     with pytest.raises(LlavaError, match=said):
         run(build_parser().parse_args(flags(kit, path)))
@@ -195,8 +211,8 @@ def test_llava_records_and_shared_ids(kit, tmp_path):
     rows = [record, *[{"question_id": "p", "text": text} for text in ("A?", "B?", "A?")]]
     asked = read_question_file(jsonl(tmp_path / "q.jsonl", rows), str(kit), inference)
     assert [question.key for question in asked] == [
-        ("r", "A?", 0),
-        ("r", "B?", 0),
+        ("r#1", "A?", 0),
+        ("r#2", "B?", 0),
         ("p", "A?", 0),
         ("p", "B?", 0),
         ("p", "A?", 1),
@@ -244,7 +260,185 @@ def test_answer_files_are_read_whole(tmp_path):
         answer_file.read_rows(path)
 
 
+# --- what the answers are of ---
+
+
+def retrained(folder) -> None:
+    """Other weights of the same names and sizes."""
+    weights = load_file(f"{folder}/model.safetensors")
+    weights["lm_head.weight"] = torch.randn(weights["lm_head.weight"].shape, generator=torch.Generator().manual_seed(1))
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+
+
+def refused(capsys, argv) -> str:
+    """The one line that a run is refused with."""
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert caught.value.code == 2 and len(errors) == 1
+    return errors[0]
+
+
+def test_what_is_beside_the_answers(kit, whole):
+    (meta,) = read(kit / "whole.jsonl.meta.json")
+    assert list(meta) == ["schema", "model", "weights_hash", "template", "settings", "questions_hash"]
+    assert (meta["schema"], meta["model"], meta["template"]) == (1, str(kit / "llava-tiny"), "qwen_1_5")
+    assert meta["questions_hash"] == hashlib.sha256((kit / "q.jsonl").read_bytes()).hexdigest()
+    settings = {"max_new_tokens": 6, "num_beams": 1, "temperature": 0.0, "model_base": None, "vision_tower": None}
+    assert meta["settings"] == settings | {"dtype": "float32"}
+
+
+def test_answers_of_other_weights_are_refused_until_overwritten(kit, whole, tmp_path, capsys):
+    model, path = tmp_path / "llava-tiny", tmp_path / "a.jsonl"
+    shutil.copytree(kit / "llava-tiny", model)
+    jsonl(path, whole[:3])  # cut short
+    beside(kit, path)
+    words = {"model-path": model}
+    main(flags(kit, path, **words))  # a copy of the folder is the same model
+    assert read(path) == whole
+    retrained(model)
+    assert "weights_hash" in refused(capsys, flags(kit, path, **words)) and read(path) == whole
+    main([*flags(kit, path, **words), "--overwrite"])
+    fresh = read(path)
+    assert [row["text"] for row in fresh] != [row["text"] for row in whole]
+    main(flags(kit, path, **words))  # its own by now
+    assert read(path) == fresh
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_new_tokens": 9}, "max_new_tokens 6, now 9"),
+        ({"temperature": 0.5}, "temperature 0.0, now 0.5; seed None, now 0"),
+        ({"num_beams": 2}, "num_beams 1, now 2"),
+        ({"conv-mode": "v1"}, "template qwen_1_5, now v1"),
+        ({"dtype": "bfloat16"}, "dtype float32, now bfloat16"),
+        ({"question-file": "other"}, "questions_hash"),
+    ],
+)
+def test_what_differs_is_named(kit, whole, tmp_path, capsys, change, said):
+    path = jsonl(tmp_path / "a.jsonl", whole[:2])
+    beside(kit, path)
+    if "question-file" in change:
+        change = {"question-file": jsonl(tmp_path / "q.jsonl", question_rows()[:9])}
+    line = refused(capsys, flags(kit, path, **change))
+    assert said in line and "--overwrite" in line and line.count(", now ") == max(said.count(", now "), 1)
+    assert read(path) == whole[:2]
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        (None, "found answers without"),
+        ("{", "cannot be read"),
+        ("[]", "found list, expected"),
+        ('{"schema": 1}', r"found \['schema'\], expected model"),
+        ("2", "found schema 2, expected 1"),
+    ],
+)
+def test_answers_of_unknown_origin_are_refused(kit, whole, tmp_path, capsys, meta, said):
+    path, about = tmp_path / "a.jsonl", tmp_path / "a.jsonl.meta.json"
+    if meta:
+        about.write_text(json.dumps(read(kit / "whole.jsonl.meta.json")[0] | {"schema": 2}) if meta == "2" else meta)
+    main(flags(kit, path))  # without an answer it says nothing
+    assert read(path) == whole
+    if meta is None:
+        about.unlink()
+    else:
+        about.write_text(json.dumps(read(about)[0] | {"schema": 2}) if meta == "2" else meta)
+    assert re.search(said, refused(capsys, flags(kit, path)))
+    main([*flags(kit, path), "--overwrite"])
+    assert read(path) == whole and read(about) == read(kit / "whole.jsonl.meta.json")
+
+
+def test_every_file_of_a_model_counts(kit, tmp_path):
+    base, adapter, tower = tmp_path / "base", tmp_path / "adapter", tmp_path / "tower"
+    shutil.copytree(kit / "llava-tiny", base)
+    shutil.copytree(kit / "clip", tower)
+    adapter.mkdir()
+    save_file({"base_model.model.a.lora_A.weight": torch.zeros(2, 2)}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)})
+    )
+    whole, over = weights_hash(str(base)), weights_hash(str(adapter))
+    assert len({whole, over}) == 2 and over == weights_hash(str(adapter), str(kit / "llava-tiny"))
+    (base / "trainer_state.json").write_text("{}")
+    os.utime(base / "model.safetensors", (1, 1))
+    assert weights_hash(str(base)) == whole
+    for name in ("config.json", "model.safetensors"):
+        before = weights_hash(str(base)), weights_hash(str(adapter))
+        content = bytearray((base / name).read_bytes())
+        content[-2] ^= 1 if name == "model.safetensors" else 0
+        (base / name).write_bytes(content + (b"\n" if name == "config.json" else b""))
+        assert not {weights_hash(str(base)), weights_hash(str(adapter))} & set(before)
+    # of a checkpoint without its tower's weights, where those come from
+    weights = load_file(base / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "vision_tower" not in k}, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"mm_vision_tower": str(tower)}))
+    before = weights_hash(str(base))
+    content = bytearray((tower / "model.safetensors").read_bytes())
+    content[-2] ^= 1
+    (tower / "model.safetensors").write_bytes(content)
+    assert weights_hash(str(base)) != before and is_here(str(base))
+    assert weights_hash("no/such-model") is None and not is_here("no/such-model")
+
+
+def scored(capsys, *flags) -> tuple[int, str, str]:
+    """(exit status, output, errors) of `score`."""
+    try:
+        score(list(map(str, flags)))
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_score_says_where_the_answers_do_not_match(kit, whole, tmp_path, capsys):
+    model, path, references = tmp_path / "llava-tiny", tmp_path / "a.jsonl", tmp_path / "r.jsonl"
+    shutil.copytree(kit / "llava-tiny", model)
+    main(flags(kit, path, **{"model-path": model}))
+    capsys.readouterr()
+    jsonl(references, [row | {"answer": "x"} for row in question_rows()])
+    given = ["--answers", path, "--references", references, "--metric", "exact"]
+    assert scored(capsys, *given, "--question-file", kit / "q.jsonl")[::2] == (0, "")
+    status, _, errors = scored(capsys, *given, "--question-file", references)
+    assert status == 2 and "answers to another question file" in errors
+    os.utime(model / "model.safetensors")  # touched, the same weights
+    assert scored(capsys, *given)[::2] == (0, "")
+    retrained(model)
+    status, out, errors = scored(capsys, *given)
+    assert status == 2 and not out and errors.count("\n") == 1 and "has changed since it answered" in errors
+    assert scored(capsys, *given, "--allow_changed_model")[::2] == (0, "")
+    shutil.rmtree(model)  # gone: nothing can be said of it
+    assert scored(capsys, *given)[::2] == (0, "")
+    rows = read(path)
+    jsonl(path, [row | {"model_id": "other"} for row in rows])
+    assert "found answers of 'other', but of 'llava-tiny'" in scored(capsys, *given)[2]
+    jsonl(path, [rows[0] | {"model_id": "other"}, *rows[1:]])
+    assert "found answers of 'llava-tiny' and of 'other'" in scored(capsys, *given)[2]
+    jsonl(path, rows[:3])
+    status, out, errors = scored(capsys, *given)
+    assert status == 1 and "11 without an answer" in out and "11 of 14 references have no answer" in errors
+    Path(f"{path}.meta.json").unlink()
+    jsonl(path, [{"question_id": row["question_id"], "text": row["text"]} for row in rows])  # another program's
+    status, _, errors = scored(capsys, *given)
+    assert status == 0 and errors.startswith("note: ") and errors.count("\n") == 1
+
+
 PROGRAM = "llava.eval.model_vqa:main"
+
+
+def test_two_processes_are_refused_together(kit, whole, forks, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", whole[:3])
+    beside(kit, path)
+    for change, said in (({"num_beams": 2}, "num_beams 1, now 2"), ({"conv-mode": "v1"}, "template qwen_1_5, now v1")):
+        status, output = forks.ranks(2, flags(kit, path, **change), tmp_path / "log", PROGRAM)
+        assert status == 2 and output.count("error:") == 1 and said in output and "Traceback" not in output
+    assert read(path) == whole[:3]
+    status, output = forks.ranks(2, [*flags(kit, path), "--overwrite"], tmp_path / "log", PROGRAM)
+    assert status == 0 and "answered before" not in output and read(path) == whole
 
 
 def test_two_processes_killed_and_resumed_answer_as_one(kit, forks, tmp_path):
@@ -266,6 +460,6 @@ def test_two_processes_killed_and_resumed_answer_as_one(kit, forks, tmp_path):
     status, output = forks.ranks(2, flags(kit, path, **words), kit / "log", PROGRAM)
     assert status == 0, output
     assert f"{before} of 210 questions were answered before" in output and 12 <= before < 210
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.meta.json"]
     main(flags(kit, tmp_path / "one.jsonl", **words | {"batch-size": 32}))
     assert read(path) == read(tmp_path / "one.jsonl")

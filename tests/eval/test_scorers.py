@@ -1,6 +1,8 @@
 """Scorers against values worked out by hand, and the command that applies them to files."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -72,10 +74,34 @@ def test_vqa_normalisation(text, normal):
     assert scorers.normalize_vqa(text) == normal
 
 
+@pytest.mark.parametrize(
+    ("text", "vqa", "textvqa"),  # lmms-eval 0.7.3's EvalAIAnswerProcessor: without its word_tokenize, and with it
+    [
+        ("1,000-2", "10002", "1000 2"),
+        ("10,000?", "10000", "10000"),
+        ("the cat's tail", "cat's tail", "cat 's tail"),
+        ("A red/blue t-shirt?", "red blue t shirt", "red blue t shirt"),
+        ("1,,000-2", "10002", "1000 2"),
+        ("dont know, Im here", "don't know im here", "don't know im here"),
+        ("x" + "." * 40 + "y", "x" + "." * 8 + "y", "x" + "." * 8 + "y"),
+    ],
+)
+def test_the_two_normalisations_of_lmms_eval(text, vqa, textvqa):
+    assert (scorers.normalize_vqa(text), scorers.normalize_textvqa(text)) == (vqa, textvqa)
+    assert scorers.textvqa_accuracy(text, ["x"] * 6 + [text] * 4) == 1.0
+
+
 def test_vqa_accuracy_normalises_both_sides():
     assert scorers.vqa_accuracy("The two.", ten(two=2, **{"2": 2, "three": 6})) == 1.0
     with pytest.raises(LlavaError, match="ten people"):
-        scorers.vqa_accuracy("two", ["two"])
+        scorers.vqa_accuracy("two", [])
+
+
+def test_vqa_accuracy_of_other_numbers_of_people():
+    assert scorers.vqa_accuracy("The two.", ["2"]) == 1.0 and scorers.vqa_accuracy("three", ["2"]) == 0.0
+    assert scorers.vqa_accuracy("2", ["2", "two"]) == pytest.approx(1 / 3)  # each time one other agrees
+    assert scorers.vqa_accuracy("2", ["2", "two", "3"]) == pytest.approx((1 / 3 + 1 / 3 + 2 / 3) / 3)
+    assert scorers.vqa_accuracy("2", ["2"] * 4) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -102,6 +128,11 @@ def test_edit_distance(a, b, distance):
         ("123", ["199"], 0.0),  # 1/3 does not
         ("kitten", ["dog", "sitting"], 1 - 3 / 7),  # the nearest answer
         ("", ["a"], 0.0),
+        # lmms-eval 0.7.3's: blanks count in the length, and so does what upper case makes longer
+        ("a c", ["a  b"], 0.75),
+        ("abce   ", ["abcd"], 6 / 7),
+        ("STRASSE 5", ["straße 5"], 7 / 9),
+        ("", [""], 1.0),
     ],
 )
 def test_anls(said, answers, score):
@@ -126,6 +157,25 @@ def test_anls(said, answers, score):
         ("Blue", "blue", 1.0),
         ("blue.", "blue", 0.0),
         ("about 100", "100", 0.0),
+        # lmms-eval 0.7.3's, of numbers as Python reads them
+        ("1.05", "1", 0.0),  # in floating point it is more than 5% away
+        ("5%%", "0.05", 1.0),
+        ("1_000", "1000", 1.0),
+        ("５", "5", 1.0),
+        ("1,000", "1000", 0.0),
+        ("−5", "-5", 0.0),
+        ("-0", "0", 0.0),
+        # what is not finite is text
+        ("nan", "nan", 1.0),
+        ("NaN", "nan", 1.0),
+        ("inf", "infinity", 0.0),
+        ("1e999", "inf", 0.0),
+        ("1e999", "1e999", 1.0),
+        ("nan%", "nan", 0.0),
+        ("5", "nan", 0.0),
+        ("nan", "5", 0.0),
+        ("5", "inf", 0.0),
+        ("-inf", "inf", 0.0),
     ],
 )
 def test_relaxed_accuracy(said, answer, score):
@@ -161,7 +211,7 @@ OPTIONS = ["cat", "dog", "black cat", "It is a bird."]
         ("it is a bird", "D"),
         ("I see a black cat", "C"),  # "cat" is part of it
         ("I see (B) there", "B"),
-        ("(A) or (B)?", "A"),  # it begins with one
+        ("(A) or (B)?", None),
         ("Maybe (A), maybe (B)", None),
         ("a cat and a dog", None),
         ("dogs", None),  # another word
@@ -204,9 +254,13 @@ def test_files_are_scored(tmp_path, capsys):
             ]
         )
     )
-    main(["--answers", answers, "--references", str(references), "--metric", "vqa", "--output", str(tmp_path / "o")])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "vqa: 0.6333 (n=3, 1 without an answer)"  # (1 + 0.9 + 0) / 3
+    with pytest.raises(SystemExit) as caught:
+        main(["--answers", answers, "--references", str(references), "--metric", "vqa", "--output", f"{tmp_path}/o"])
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "vqa: 0.6333 (n=3, 1 without an answer)"  # (1 + 0.9 + 0) / 3
+    errors = [line for line in said.err.splitlines() if line.startswith("error:")]
+    assert caught.value.code == 1 and len(errors) == 1
+    assert "1 of 3 references have no answer (first: question 3)" in errors[0]
     result = json.loads((tmp_path / "o").read_text())
     assert [row["score"] for row in result["rows"]] == pytest.approx([1.0, 0.9, 0.0])
     assert result["by_category"] == {"colour": {"score": pytest.approx(0.45), "n": 2}, "count": {"score": 1.0, "n": 1}}
@@ -216,6 +270,10 @@ def test_files_are_scored(tmp_path, capsys):
     ("metric", "row", "score"),
     [
         ("exact", {"answers": ["two", "red"]}, 1.0),
+        ("vqa", {"answer": "The red"}, 1.0),
+        ("vqa", {"answers": ["red"]}, 1.0),
+        ("vqa", {"answers": [{"answer": "red"}] * 3 + [{"answer": "blue"}] * 7}, 0.9),
+        ("textvqa", {"answers": ["red?"] * 10}, 1.0),
         ("anls", {"answer": "rod"}, 1 - 1 / 3),
         ("relaxed", {"answer": 3}, 0.0),
         ("choice", {"answer": "B", "options": ["blue", "red"]}, 1.0),
@@ -225,6 +283,21 @@ def test_every_metric_reads_its_rows(tmp_path, metric, row, score):
     answers = write(tmp_path / "a.jsonl", [{"question_id": "q", "text": "red"}])
     references = write(tmp_path / "r.jsonl", [{"question_id": "q", **row}])
     assert evaluate(metric, answers, references)["score"] == pytest.approx(score)
+
+
+def test_a_conversation_has_an_id_for_each_question(tmp_path):
+    turns = [("human", "<image>\nA?"), ("gpt", "yes"), ("human", "B?"), ("gpt", "no")]
+    record = {"id": "r", "image": "0.png", "kind": "k", "conversations": [{"from": w, "value": v} for w, v in turns]}
+    one = {"id": 7, "conversations": [{"from": "human", "value": "C?"}, {"from": "gpt", "value": "red"}]}
+    said = [("r#1", "A?", "yes"), ("r#2", "B?", "yes"), (7, "C?", "red")]
+    answers = [{"question_id": name, "prompt": prompt, "text": text} for name, prompt, text in said]
+    references = write(tmp_path / "r.jsonl", [record, one])
+    result = evaluate("exact", write(tmp_path / "a.jsonl", answers), references)
+    assert [(row["question_id"], row["score"]) for row in result["rows"]] == [("r#1", 1.0), ("r#2", 0.0), (7, 1.0)]
+    assert result["by_category"] == {"all": {"score": 1.0, "n": 1}, "k": {"score": 0.5, "n": 2}}
+    spelled_out = [{"question_id": name, "question": prompt, "answer": text} for name, prompt, text in said]
+    result = evaluate("exact", str(tmp_path / "a.jsonl"), write(tmp_path / "s.jsonl", spelled_out))
+    assert result["score"] == 1.0
 
 
 def test_questions_that_share_an_id_are_told_apart(tmp_path):
@@ -242,6 +315,13 @@ def test_questions_that_share_an_id_are_told_apart(tmp_path):
         ([{"question_id": 1}], [{"question_id": 1, "answer": "x"}], "row 1: text: found None"),
         ([{"question_id": 1, "text": "x"}], [{"question_id": 1}], "question 1: answer: found None"),
         ([{"question_id": 1, "text": "x"}], [], "found no row"),
+        (
+            [{"question_id": 1, "prompt": "How many?", "text": "x"}],
+            [{"question_id": 1, "question": "What colour?", "answer": "x"}],
+            "question 1: found the answer to 'How many\\?', expected one to 'What colour\\?'",
+        ),
+        ([{"question_id": 1, "text": "x"}], [{"id": 1, "conversations": []}], "question 1: answer: found None"),
+        ([{"question_id": 1, "text": "x"}], [{"id": 1, "conversations": [3]}], r"row 1 \(question 1\): turn 0"),
     ],
 )
 def test_files_that_do_not_fit_are_named(tmp_path, answers, references, said):
@@ -249,3 +329,27 @@ def test_files_that_do_not_fit_are_named(tmp_path, answers, references, said):
     with pytest.raises(LlavaError, match=said) as caught:
         evaluate("exact", *paths)
     assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+def test_a_prompt_may_say_more_than_the_question(tmp_path):
+    prompt = "<image>\nWhat  Colour?\nAnswer the question using a single word."
+    answers = write(tmp_path / "a.jsonl", [{"question_id": 1, "prompt": prompt, "text": "red"}])
+    for question in ("what colour?", prompt, None, ""):
+        row = {"question_id": 1, "question": question, "answer": "red"}
+        assert evaluate("exact", answers, write(tmp_path / "r.jsonl", [row]))["score"] == 1.0
+
+
+def documented() -> list[tuple[str, dict, str, float]]:
+    """(metric, reference, answer, score) of each row of the table in docs/answers.md."""
+    text = (Path(__file__).parents[2] / "docs" / "answers.md").read_text(encoding="utf-8")
+    row = re.compile(r"\| `(\w+)` \| `(\{.*?\})` \| `(.*?)` \| ([\d.]+): .* \|")
+    return [(m[1], json.loads(m[2]), m[3], float(m[4])) for m in map(row.fullmatch, text.splitlines()) if m]
+
+
+def test_the_documented_references_score_as_documented(tmp_path):
+    found = documented()
+    assert {metric for metric, *_ in found} == {"exact", "vqa", "textvqa", "anls", "relaxed", "choice"}
+    for metric, reference, answer, score in found:
+        answers = write(tmp_path / "a.jsonl", [{"question_id": 1, "text": answer}])
+        result = evaluate(metric, answers, write(tmp_path / "r.jsonl", [reference]))
+        assert result["score"] == pytest.approx(score, abs=5e-5), (metric, answer)

@@ -234,3 +234,16 @@ def test_prefill_computes_one_position():
     model.generate(**case.inputs, max_new_tokens=3, do_sample=False)
     hook.remove()
     assert seen == [1, 1, 1]
+
+
+def test_a_video_with_a_size_for_each_frame(model):
+    """As LLaVA-NeXT's tutorial gives them: (width, height) of a picture, its number of elements for an array."""
+    ids, clip = torch.tensor([[21, X, 22]]), small.pixels(3, 3, SIDE, SIDE, seed=4)
+    plain = greedy(model, ids, images=[clip], modalities=["video"])
+    for sizes in ([(30, 20)] * 3, [1800] * 3):
+        assert torch.equal(greedy(model, ids, images=[clip], modalities=["video"], image_sizes=sizes), plain)
+        labels = torch.tensor([[-100, -100, 22]])
+        losses = [
+            model(ids, images=[clip], modalities=["video"], image_sizes=s, labels=labels).loss for s in (None, sizes)
+        ]
+        assert losses[0] == losses[1]

@@ -275,6 +275,31 @@ def test_counts_that_do_not_match(model, store, ids, count, modalities):
     assert "\n" not in str(fault.value)
 
 
+def test_a_video_may_have_a_size_for_each_frame(model, store):
+    """LLaVA-NeXT's tutorial: `image_sizes=[frame.size for frame in frames]`, a number each where they are arrays."""
+    pixels, picture, clip = store[0], (84, 84), ["video"]
+    with configured(model, mm_patch_merge_type="spatial_unpad", mm_newline_position="grid"):
+        plain = merged(model, [[5, X, 6]], [pixels[:4]], clip)
+        for sizes in ([(60, 40)] * 4, [7200] * 4, [(60, 40)], [None], [(60, 40)] * 9, []):
+            assert torch.equal(merged(model, [[5, X, 6]], [pixels[:4]], clip, sizes)[4], plain[4])
+        ids, images, kinds = (
+            [[5, X, 6, X], [X, 7, X, 8]],
+            [pixels[:4], pixels[:5], pixels[9], pixels[4:7]],
+            ["video", "image", "image", "video"],
+        )
+        one_each = [(60, 40), picture, (9, 30), (60, 40)]
+        a_frame = [*[(60, 40)] * 4, picture, (9, 30), *[(60, 40)] * 3]
+        expected = merged(model, ids, images, kinds, one_each)
+        assert torch.equal(merged(model, ids, images, kinds, a_frame)[4], expected[4])
+        # a row without an image token brings a dummy
+        ids, images, kinds = [*ids, [5, 6, 7, 8]], [*images, pixels[0]], [*kinds, "text"]
+        with_dummy = merged(model, ids, images, kinds, [*a_frame, (9, 9)])
+        assert torch.equal(with_dummy[4], merged(model, ids, images, kinds, [*one_each, (9, 9)])[4])
+        said = "image_sizes: found 3, expected one .* for each of 5 images, or 10 with one for each frame"
+        with pytest.raises(LlavaError, match=said):
+            merged(model, ids, images, kinds, one_each[:3])
+
+
 def test_faults_of_an_image(model, store):
     pixels, ids = store[0], [[5, X, 6]]
     with pytest.raises(LlavaError, match=r"image of 84x84 came as 3 crops .* expected 2x2"):

@@ -96,6 +96,20 @@ def test_alphas_come_with_the_batch(encoder, training):
         loss(images[:1], [0.3], model=plain)
 
 
+def test_alphas_of_a_prompt(encoder):
+    """`generate` with an alpha is the model of that alpha."""
+    model = make(encoder, adaptive_patches={"method": "budget", "alpha": [0.2, 1.0]}, **NATIVE).eval()
+    image = prepared(model.get_vision_tower(), SIZES[:1])[0]
+
+    def scores(model, **given):
+        options = dict(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        return model.generate(torch.tensor([[3, IMAGE_TOKEN_INDEX, 4]]), images=image, **options, **given).logits[0]
+
+    fixed = make(encoder, adaptive_patches={"method": "budget", "alpha": 0.3}, **NATIVE).eval()
+    assert torch.equal(scores(model, patch_alphas=[0.3]), scores(fixed))
+    assert not torch.equal(scores(model, patch_alphas=[0.3]), scores(model))
+
+
 def test_the_contract_does_not_import_its_registry():
     code = (
         "import sys\n"

@@ -240,8 +240,10 @@ def test_folders_that_are_no_towers(tmp_path, clip):
         build(tmp_path / "clip-empty")
     with pytest.raises(LlavaError, match=r"model_type 'efficientnet', an image classifier.*expected an encoder"):
         build(retyped(clip, tmp_path / "clip-not", "efficientnet"))
-    with pytest.raises(LlavaError, match="a name that says nothing"):
+    with pytest.raises(LlavaError, match=r"/absent': no usable config\.json: no such folder"):
         build(tmp_path / "absent")
+    with pytest.raises(LlavaError, match="a name that says nothing"):
+        build("nobody/absent")
     with pytest.raises(LlavaError, match=r"no usable config\.json in the hub or its cache"):
         build("nobody/clip-absent")
     bare = shutil.copytree(clip, tmp_path / "bare")

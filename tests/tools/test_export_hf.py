@@ -207,6 +207,8 @@ def test_the_onevision_processor_config(exported):
     assert values["processor_class"] == "LlavaOnevisionProcessor" and values["num_image_tokens"] == 9
     assert values["video_processor"]["video_processor_type"] == "LlavaOnevisionVideoProcessor"
     assert any("torchvision" in note for note in notes)
+    with pytest.raises(LlavaError, match="videos: found some, and no video processor"):
+        load_processor(str(folder))(text="<video>\nwhat", videos=[np.zeros((2, 28, 28, 3), np.uint8)])
 
 
 def test_tied_embeddings_and_spare_rows(tmp_path, out):

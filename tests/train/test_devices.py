@@ -110,7 +110,7 @@ def test_gpus_that_pytorch_cannot_use(warning, reason, rank, machine, monkeypatc
 
 def test_other_programs_name_their_own_way_to_the_cpu(machine, monkeypatch, capsys, tmp_path):
     machine(8, False, TOO_OLD, driver="")
-    assert "driver unknown" in refused(lambda argv: devices.main(), capsys)
+    assert "driver unknown" in refused(lambda argv: devices.main([]), capsys)
     argv = ["--vision_tower", "none", "--image_folder", str(tmp_path), "--output_dir", str(tmp_path)]
     assert refused(train_toconv.main, capsys, *argv).endswith(": ACCELERATE_USE_CPU=true\n")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -136,7 +136,7 @@ def test_a_driver_is_told_by_its_file_where_pytorch_cannot_count(machine, monkey
 
 def test_the_scripts_are_told_how_many_there_are(machine, capsys):
     machine(4, True)
-    devices.main()
+    devices.main([])
     assert capsys.readouterr().out == "4\n"
 
 

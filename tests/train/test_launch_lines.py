@@ -56,9 +56,10 @@ def stand_ins(tmp_path_factory):
 
 
 def test_how_many_lines_there_are():
-    assert len(ROWS) == 51 and len(RUNS) + len(REFUSED) == 51
-    assert len({name_of(row) for row in ROWS}) == 51
-    empty = [row for row in ROWS if row["argv"][row["argv"].index("--version") + 1].startswith("--")]
+    assert len(ROWS) == len({name_of(row) for row in ROWS}) == 58
+    assert (len(RUNS), len(REFUSED)) == (49, 9)
+    lines = [row["argv"] for row in ROWS if row["program"] != "train.py"]
+    empty = [line for line in lines if line[line.index("--version") + 1].startswith("--")]
     assert len(empty) == 14
 
 
@@ -75,10 +76,10 @@ def test_line_passes_the_checks_of_a_run(row, stand_ins, tmp_path):
 def test_line_is_refused_in_a_line(row):
     with pytest.raises(LlavaError) as error:
         resolve(row["argv"])
-    assert "preference training (DPO)" in str(error.value) and "\n" not in str(error.value)
+    assert row["reason"] in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("program", sorted({row["program"] for row in ROWS}))
+@pytest.mark.parametrize("program", sorted({row["program"] for row in ROWS} - {"train.py"}))
 def test_the_program_is_there(program):
     expected = 2 if any(row["program"] == program for row in REFUSED) else 0
     done = subprocess.run(
@@ -91,13 +92,11 @@ def test_the_program_is_there(program):
 
 
 def test_deepspeeds_files_are_there():
-    named = {row["argv"][row["argv"].index("--deepspeed") + 1] for row in ROWS}
+    named = {
+        word for row in ROWS for key, word in zip(row["argv"], row["argv"][1:], strict=False) if key == "--deepspeed"
+    }
     assert {"./scripts/zero2.json", "scripts/zero2_noopt.json", "./scripts/zero3_offload.json"} <= named
-    for name in (*named, "scripts/zero2_offload.json", "scripts/zero2_fused_adamw.json", "scripts/zero3pp.json"):
-        run = resolve(["--deepspeed", str(ROOT / name)])
-        assert json.loads(Path(run["deepspeed"]).read_text())["zero_optimization"]["stage"] == int(
-            name.split("zero")[1][0]
-        )
+    assert all((ROOT / name).is_file() for name in named)
 
 
 @pytest.mark.parametrize("words", (["--version"], ["--version", ""], ["--version="]))

@@ -1,6 +1,7 @@
 """Stage 1 (the projector alone), what it leaves, how stage 2 takes it up, and where a tower's weights come from."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -236,3 +237,43 @@ def test_compressor_that_was_trained_on_images(kit, tmp_path, spy, capsys):
     with pytest.raises(SystemExit):
         kit.run(tmp_path / "again", pretrain_token_compressor=tmp_path / "absent.safetensors", **grids)
     assert "absent.safetensors" in capsys.readouterr().err
+
+
+def without(folder, into, part: str):
+    """A copy of a checkpoint without the weights whose names have this part."""
+    shutil.copytree(folder, into)
+    state = load_file(into / "model.safetensors")
+    kept = {name: value for name, value in state.items() if part not in name}
+    assert len(kept) < len(state)
+    save_file(kept, into / "model.safetensors", {"format": "pt"})
+    return into
+
+
+def test_a_checkpoint_that_lacks_weights(kit, tmp_path, full, capsys):
+    lacking = without(full, tmp_path / "lacking", "layers.1.mlp.up_proj")
+    with pytest.raises(SystemExit):
+        kit.run(tmp_path / "out", model_name_or_path=lacking)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {lacking}: the checkpoint lacks 1 weights of ") and "up_proj" in error
+    bare = without(full, tmp_path / "bare", "mm_projector")
+    with pytest.raises(SystemExit):
+        kit.run(tmp_path / "out", model_name_or_path=bare, mm_tunable_parts="mm_language_model")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{bare}: holds no model.mm_projector.0.bias" in error and "mm_mlp_adapter is not trained" in error
+    kit.run(tmp_path / "new", model_name_or_path=bare, max_steps=1)
+    assert "new and random to begin with" in capsys.readouterr().out
+    given = {"pretrain_mm_mlp_adapter": kit.projector, "mm_tunable_parts": "mm_language_model"}
+    kit.run(tmp_path / "given", model_name_or_path=bare, max_steps=1, **given)
+    assert "new and random" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_in_transformers_format(kit, tmp_path, capsys):
+    from transformers import LlavaNextConfig
+
+    config = LlavaNextConfig(architectures=["LlavaNextForConditionalGeneration"])
+    config.save_pretrained(tmp_path / "hf")
+    for more in ({}, {"model_class_name": "LlavaQwen"}):
+        with pytest.raises(SystemExit):
+            kit.run(tmp_path / "out", model_name_or_path=tmp_path / "hf", **more)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"python -m llava.tools.import_hf --model-path {tmp_path / 'hf'}" in error

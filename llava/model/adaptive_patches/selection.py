@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from llava.config.patch_choice import check_thresholds
+from llava.config.patch_choice import check_thresholds, number
 from llava.errors import LlavaError
 from llava.model.adaptive_patches.importance import OUTSIDE
 
@@ -147,7 +147,7 @@ def _per_image(name: str, value, batch: int) -> list:
     if hasattr(value, "tolist"):  # of torch or numpy
         value = value.tolist()
     values = list(value) if isinstance(value, (list, tuple)) else [value] * batch
-    if len(values) != batch or any(isinstance(x, (bool, str)) or not hasattr(x, "__float__") for x in values):
+    if len(values) != batch or any(number(x) is None for x in values):
         raise LlavaError(f"{name}: found {value!r}, expected a number, or one for each of {batch} images")
     return values
 

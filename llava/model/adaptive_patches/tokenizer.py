@@ -77,8 +77,9 @@ class PatchTokenizer:
         self.image_size = image_size
         importance = _either("importance", importance, "patch_importance", patch_importance, default=None)
         for name, value in {"num_scales": num_scales, "base_patch_size": base_patch_size}.items():
-            if type(value) is not int or value < 1:
+            if (choice.whole_number(value) or 0) < 1:
                 raise LlavaError(f"{name}: found {value!r}, expected a positive whole number")
+        num_scales, base_patch_size = int(num_scales), int(base_patch_size)
         measure = None if method is None or method in METHODS else check_importance(method, "method", also=METHODS)
         if importance is not None:
             importance = check_importance(importance)

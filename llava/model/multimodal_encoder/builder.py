@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from llava.config.own_tower import TIMM_PREFIX, class_path
 from llava.errors import LlavaError, OutOfReach
+from llava.model.places import is_hub_id, not_there
 from llava.model.vision_settings import COMPRESSED, uses_compression
 
 from .hf_facts import FACTS, PACKED, REMOTE
@@ -63,6 +64,7 @@ TOWERS = {
 }
 
 
+ENCODER = "the folder or hub id of a vision encoder"
 OWN_KEYS = ("tower_args", "vision_tower_image", "vision_tower_weights")  # for classes of the user's own
 TIMM_KEYS = ("tower_args", "vision_tower_weights")  # of them, what an encoder of timm takes too
 SIZE_KEYS = ("image_size", "vision_tower_stage")  # for towers that have a choice
@@ -75,7 +77,9 @@ def _source_values(tower: str) -> dict | None:
     if os.path.isdir(tower):
         path = os.path.join(tower, "config.json")
         if not os.path.isfile(path):
-            raise LlavaError(f"vision tower {tower!r}: the folder holds no config.json")
+            raise not_there(tower, f"vision tower {tower!r}: the folder holds no config.json", ENCODER)
+    elif not is_hub_id(tower):
+        return None
     else:
         from transformers.utils import cached_file
 
@@ -87,9 +91,12 @@ def _source_values(tower: str) -> dict | None:
             return None
     with open(path) as file:
         try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
+            values = json.load(file)
+        except ValueError as error:
             raise LlavaError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise LlavaError(f"{path}: found {type(values).__name__}, expected the config of a vision encoder")
+    return values
 
 
 def _by_name(name: str, keys) -> str | None:
@@ -155,9 +162,11 @@ def _plain_type(cfg, tower: str) -> str:
                 from .hf_refusals import no_tower
 
                 raise no_tower(tower, values)
+            fault = not_there(tower, f"vision tower {tower!r}: no usable config.json", ENCODER)
+            if not is_hub_id(tower) or os.path.isfile(tower):
+                raise fault
             raise OutOfReach(
-                f"vision tower {tower!r}: no config.json in reach, and a name that says nothing; set "
-                f"mm_vision_tower_type to one of {', '.join(TOWERS)}"
+                f"{fault}; or a name that says nothing: set mm_vision_tower_type to one of {', '.join(TOWERS)}"
             )
     return kind
 

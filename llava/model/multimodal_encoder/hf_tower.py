@@ -1,11 +1,13 @@
 """What towers around a `PreTrainedModel` share: finding config, image processor and weights of the encoder."""
 
-import os
 from abc import abstractmethod
 
 import torch
+from safetensors import SafetensorError
 
-from llava.errors import LlavaError, OutOfReach
+from llava.errors import LlavaError
+from llava.model.loading import check_shapes
+from llava.model.places import not_there
 from llava.utils import rank0_print
 
 from .base import VisionTower
@@ -62,11 +64,9 @@ class HFVisionTower(VisionTower):
         except (OSError, ValueError) as error:
             if source in PUBLISHED:
                 return cls.from_dict(PUBLISHED[source][cls is not self.config_class])
-            fault, place = (LlavaError, "the folder") if os.path.isdir(source) else (OutOfReach, "the hub or its cache")
             what = "config.json" if cls is self.config_class else "preprocessor_config.json"
-            raise fault(
-                f"vision tower {source!r}: no usable {what} in {place} ({str(error).splitlines()[0][:160]})"
-            ) from None
+            said = f"vision tower {source!r}: no usable {what}"
+            raise not_there(source, said, f"a {self.model_class.__name__}'s folder or hub id", error) from None
 
     def load_model(self, device_map=None):
         if self.is_loaded:
@@ -81,11 +81,12 @@ class HFVisionTower(VisionTower):
                     attn_implementation=self.attn_implementation,
                     key_mapping=self.key_mapping(),
                     output_loading_info=True,
+                    ignore_mismatched_sizes=True,
                 )
-            except OSError as error:
-                raise LlavaError(
-                    f"vision tower {self.vision_tower_name!r}: no weights found ({str(error).splitlines()[0][:160]})"
-                ) from None
+            except (OSError, SafetensorError) as error:
+                said, kind = f"vision tower {self.vision_tower_name!r}: no weights found", self.model_class.__name__
+                raise not_there(self.vision_tower_name, said, f"those of a {kind}", error) from None
+        check_shapes(report["mismatched_keys"], f"vision tower {self.vision_tower_name!r}")
         missing = sorted(name for name in report["missing_keys"] if not name.startswith(self.not_needed))
         if missing:
             raise LlavaError(

@@ -4,7 +4,6 @@ The encoder is the stock model, whole and under its own weight names. What diffe
 """
 
 import copy
-import os
 import re
 
 import torch
@@ -12,7 +11,8 @@ import torch.nn as nn
 from transformers import CLIPImageProcessorPil
 from transformers.initialization import no_init_weights
 
-from llava.errors import LlavaError, OutOfReach
+from llava.errors import LlavaError
+from llava.model.places import not_there
 from llava.model.vision_blocks import stage_blocks
 
 from .base import FixedGrid, PatchGrid, select_layers
@@ -60,12 +60,8 @@ class HFVisionBackboneTower(HFVisionTower):
         try:
             return PretrainedConfig.get_config_dict(self.vision_tower_name)[0]
         except (OSError, ValueError) as error:
-            here = os.path.isdir(self.vision_tower_name)
-            fault, place = (LlavaError, "the folder") if here else (OutOfReach, "the hub or its cache")
-            raise fault(
-                f"vision tower {self.vision_tower_name!r}: no usable config.json in {place} "
-                f"({str(error).splitlines()[0][:160]})"
-            ) from None
+            said = f"vision tower {self.vision_tower_name!r}: no usable config.json"
+            raise not_there(self.vision_tower_name, said, "the folder or hub id of a vision encoder", error) from None
 
     def facts_of(self, values: dict) -> Facts:
         """The row of a config's type.

@@ -12,8 +12,10 @@ import torch.nn as nn
 
 from llava.errors import LlavaError
 
-from .merger import PatchMerger, SpatialMerge
+from .merger import PatchMerger, SpatialMerge, SpatialMergeProjector
 from .pooler import PoolerProjector
+
+__all__ = ["PatchMerger", "PoolerProjector", "SpatialMerge", "SpatialMergeProjector", "build_vision_projector"]
 
 KINDS = "linear, identity, mlpNx_gelu, mlpNx_resMx_gelu, pooler, patch_merger, spatial_merge"
 MERGERS = {"pooler": PoolerProjector, "patch_merger": PatchMerger, "spatial_merge": SpatialMerge}

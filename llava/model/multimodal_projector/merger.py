@@ -52,6 +52,19 @@ class SpatialMerge(PatchMerger):
         return self.merge(x.index_select(-2, send([packed_block_order(frames)], x.device)[0]))
 
 
+class SpatialMergeProjector(SpatialMerge):
+    """OneVision-Encoder's name and arguments for `SpatialMerge`; of its merge sizes 2 alone."""
+
+    def __init__(self, llm_dim: int, vit_dim: int, spatial_merge_size: int = 2):
+        if spatial_merge_size != 2:
+            raise LlavaError(f"spatial_merge_size: found {spatial_merge_size}, expected 2")
+        super().__init__(vit_dim, llm_dim)
+
+    def forward(self, x, height: int | None = None, width: int | None = None):
+        """[B, h*w, D] -> [B, h/2*w/2, E]; a square grid where none is given."""
+        return super().forward(x, grid=None if height is None or width is None else (height, width))
+
+
 def packed_block_order(grids) -> torch.Tensor:
     """Indices of packed frames' tokens, each frame's as `block_order` says."""
     order, at = [], 0

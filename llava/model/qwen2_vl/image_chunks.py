@@ -2,6 +2,7 @@
 
 import torch
 
+from llava.errors import LlavaError
 from llava.model.qwen2_vl.layout import PatchLayout
 from llava.model.vision_chunks import ChunkedVision, plus
 
@@ -10,7 +11,17 @@ class ChunkedImages(ChunkedVision):
     """In front of a model whose `get_image_features` calls the encoder once."""
 
     def get_image_features(self, pixel_values, image_grid_thw=None, image_patch_levels=None, **kwargs):
-        """As the model's own, in chunks of `vision_micro_batch` images."""
+        """As the model's own, in chunks of `vision_micro_batch` images.
+
+        Raises:
+            LlavaError: no image_grid_thw, or one of another number of patches.
+        """
+        if image_grid_thw is None:
+            raise LlavaError("image_grid_thw: found none, expected (frames, height, width) in patches of each image")
+        if image_patch_levels is None and image_grid_thw.device.type == "cpu":  # elsewhere it would have to be read
+            patches = int(image_grid_thw.prod(1).sum())
+            if len(pixel_values) != patches:
+                raise LlavaError(f"pixel_values: found {len(pixel_values)} rows, expected {patches} patches")
         together = super().get_image_features
 
         def encode_these(pixels, grids, levels):

@@ -1,7 +1,9 @@
 """Qwen2-VL's image processor that keeps large patches where a picture holds little."""
 
 import os
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
 )
 
-from llava.config.patch_choice import NUM_SCALES, PUBLISHED, THRESHOLDS
+from llava.config.patch_choice import NUM_SCALES, PUBLISHED, THRESHOLDS, check_alpha, check_thresholds, naming
 from llava.errors import LlavaError
 from llava.model.adaptive_patches import PatchChoice, PatchTokenizer, kept_patches, pooled_patches
 from llava.model.qwen2_vl.layout import MERGE
@@ -22,11 +24,12 @@ RELEASED = {"Qwen/Qwen2-VL-": _SIZES, "Qwen/Qwen2.5-VL-": _SIZES}
 
 
 class AdaptiveQwen2VLImageProcessorKwargs(Qwen2VLImageProcessorKwargs, total=False):
-    patch_selection_method: str | None
-    alpha: float
-    patch_thresholds: list[float]
-    patch_importance: str
-    adaptive_patches: PatchChoice | dict | None
+    # of any type: `PatchChoice` checks them, and takes numbers of numpy and torch too
+    patch_selection_method: Any
+    alpha: Any
+    patch_thresholds: Any
+    patch_importance: Any
+    adaptive_patches: Any
 
 
 class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
@@ -81,7 +84,7 @@ class AdaptiveQwen2VLImageProcessor(Qwen2VLImageProcessorPil):
 
     def to_dict(self) -> dict:
         """What is saved; it names transformers' class, which reads the same file and keeps all patches."""
-        return super().to_dict() | {"image_processor_type": "Qwen2VLImageProcessor"}
+        return _plain(super().to_dict()) | {"image_processor_type": "Qwen2VLImageProcessor"}
 
     def _preprocess(self, images, *, return_tensors=None, device=None, **settings) -> BatchFeature:
         choice = PatchChoice.from_published(**{name: settings.pop(name) for name in PUBLISHED.values()})
@@ -141,7 +144,7 @@ def load_image_processor(path: str) -> tuple[AdaptiveQwen2VLImageProcessor, bool
 def _published(kwargs: dict) -> dict:
     """Arguments with the published names in place of `adaptive_patches`."""
     if "adaptive_patches" not in kwargs:
-        return kwargs
+        return _plain(kwargs)
     rest = {name: value for name, value in kwargs.items() if name != "adaptive_patches"}
     choice = PatchChoice.from_mapping(kwargs["adaptive_patches"])
     if choice is not None and choice.num_scales != NUM_SCALES:
@@ -151,6 +154,14 @@ def _published(kwargs: dict) -> dict:
         if rest.get(name, value) != value:
             raise LlavaError(f"adaptive_patches: found {value!r} and {name} {rest[name]!r}, expected one of the two")
     return rest | said
+
+
+def _plain(kwargs: dict) -> dict:
+    """Arguments whose alpha and thresholds are plain floats, as a saved file has them."""
+    known = {"alpha": check_alpha, "patch_thresholds": partial(check_thresholds, num_scales=NUM_SCALES)}
+    with naming(PUBLISHED):
+        given = {name: check(kwargs[name]) for name, check in known.items() if kwargs.get(name) is not None}
+    return kwargs | {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
 def select(pixels: torch.Tensor, selector: PatchTokenizer, scale: float) -> torch.Tensor:

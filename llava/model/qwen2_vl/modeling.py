@@ -26,15 +26,15 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from llava.errors import LlavaError
+from llava.model.checked_inputs import check_text, whole_numbers
 from llava.model.host import HostCopies, segments
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
+from llava.model.qwen2_vl.generation import IMAGE, VIDEO, QwenGeneration, check_for_positions, token_types
 from llava.model.qwen2_vl.image_chunks import ChunkedImages
 from llava.model.qwen2_vl.layout import MERGE, PatchLayout
 from llava.model.qwen2_vl.vision import AdaptiveQwen2_5_VisionTransformer, AdaptiveQwen2VisionTransformer
 from llava.model.stock import SavesStockNames
-
-IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 
 
 class _AdaptiveModel:
@@ -179,6 +179,15 @@ class _AdaptiveModel:
                 collator makes them; None: they are read, for which the host waits on a GPU. With `packed` the one row
                 is that many samples, which neither see each other nor count each other's positions.
         """
+        if input_ids is not None:
+            input_ids = whole_numbers("input_ids", input_ids)
+            mm_token_type_ids = token_types(
+                self.config, input_ids, image_grid_thw, video_grid_thw, given=mm_token_type_ids
+            )
+            on_host = None if host is None else host.input_ids
+            check_text(self, input_ids if on_host is None else on_host)
+            if position_ids is None and (image_grid_thw is not None or video_grid_thw is not None):
+                check_for_positions(input_ids, attention_mask, mm_token_type_ids, past_key_values)
         if pixel_values is not None and input_ids is not None:
             host = host or HostCopies.of(
                 input_ids=input_ids,
@@ -233,7 +242,7 @@ class AdaptiveQwen2_5_VLModel(ChunkedImages, _AdaptiveModel, Qwen2_5_VLModel):
     vision_class, text_class = AdaptiveQwen2_5_VisionTransformer, Qwen2_5_VLTextModel
 
 
-class _AdaptiveGeneration(SavesStockNames):
+class _AdaptiveGeneration(QwenGeneration, SavesStockNames):
     """A model with its output layer."""
 
     model_class = stock_class = None

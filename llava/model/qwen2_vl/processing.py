@@ -7,12 +7,13 @@ from transformers.utils import is_torchvision_available
 
 from llava.model.qwen2_vl.image_processing import AdaptiveQwen2VLImageProcessor
 from llava.model.qwen2_vl.layout import token_counts
+from llava.model.stock import RefusesVideos
 
 
-class PillowProcessor:
+class PillowProcessor(RefusesVideos):
     """In front of a processor class of transformers: images are read by Pillow, whatever is installed.
 
-    Without torchvision, which transformers' video processors need, it takes no videos.
+    Without torchvision, which transformers' video processors need, videos are refused.
 
     Attributes:
         stock_class: transformers' class, which saved folders name.

@@ -80,7 +80,9 @@ def processor_class(form: Format):
     if form.model_type != "llava_onevision":
         return base
 
-    class Processor(base):
+    from llava.model.stock import RefusesVideos
+
+    class Processor(RefusesVideos, base):
         def check_argument_for_proper_class(self, argument_name, argument):
             if argument_name == "video_processor" and argument is None:
                 return None
