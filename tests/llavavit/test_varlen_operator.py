@@ -118,10 +118,10 @@ def test_files_that_are_loaded_twice(monkeypatch):
     spec = importlib.util.spec_from_loader("other_llavavit", loader=None, is_package=True)
     package = importlib.util.module_from_spec(spec)
     package.__path__ = [str(folder)]
-    for name in ("", ".varlen_backends", ".varlen_lengths", ".varlen_op"):
-        monkeypatch.setitem(sys.modules, "other_llavavit" + name, package if not name else None)
-        if name:
-            del sys.modules["other_llavavit" + name]
+    monkeypatch.setitem(sys.modules, "other_llavavit", package)
+    for name in ("varlen_backends", "varlen_lengths", "varlen_op"):
+        monkeypatch.setitem(sys.modules, f"other_llavavit.{name}", None)  # so that it is gone after the test
+        del sys.modules[f"other_llavavit.{name}"]
     other = importlib.import_module("other_llavavit.varlen_op")
     assert other.__name__ == "other_llavavit.varlen_op"
     q, k, v, _ = make([4, 6])
