@@ -91,8 +91,10 @@ def test_zero_plus_plus(tmp_path, zero, cuda, processes, said):
 def test_a_run_on_the_cpu_says_it_in_a_line(monkeypatch, tmp_path):
     from llava.train.arguments import make_training_arguments
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
-        monkeypatch.setenv(name, os.environ.get(name, "cpu" if name == "DS_ACCELERATOR" else "1"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # so that what the run sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run = resolve(["--deepspeed", str(SCRIPTS / "zero3pp.json"), "--use_cpu", "--output_dir", str(tmp_path)])
     with pytest.raises(LlavaError, match=r"needs CUDA devices; scripts/zero3\.json does without"):
         make_training_arguments(run)
