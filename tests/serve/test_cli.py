@@ -227,7 +227,7 @@ def test_faults_at_the_start_are_one_line(checkpoint, flags, said, capsys, monke
 def test_a_folder_that_is_no_model(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--model-path", str(tmp_path)])
-    assert caught.value.code == 2 and "holds no config.json" in capsys.readouterr().err
+    assert caught.value.code == 2 and "no config.json: the folder is empty" in capsys.readouterr().err
 
 
 def test_sampling_options():
