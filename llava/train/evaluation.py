@@ -25,7 +25,7 @@ from llava.eval.exact_match import Answerer, evaluate
 from llava.eval.questions import Question, read_questions
 from llava.inference.engine import Inference
 from llava.train.ranks import gather
-from llava.train.stopping import in_worker
+from llava.train.stopping import in_worker, worker_context
 from llava.utils import rank0_print
 
 BLANK = "blank_images_exact_match"
@@ -208,15 +208,16 @@ def _collate(numbered: list, collate) -> tuple[dict, dict[int, BadRecord]]:
 def _loader(args, evaluation: Evaluation) -> DataLoader:
     """This rank's batches; as many on every rank, the last of some without a record."""
     records, size, ranks = len(evaluation.dataset), args.eval_batch_size, args.world_size
+    workers = args.dataloader_num_workers
     batches = [list(range(at, min(at + size, records))) for at in range(0, records, size)]
     batches += [[]] * (-len(batches) % ranks)
     return DataLoader(
         _Numbered(evaluation.dataset),
         batch_sampler=batches[args.process_index :: ranks],
         collate_fn=partial(_collate, collate=evaluation.collate),
-        num_workers=args.dataloader_num_workers,
+        num_workers=workers,
         prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
+        multiprocessing_context=worker_context(args.dataloader_multiprocessing_context) if workers else None,
         generator=torch.Generator(),  # the training's draws are its own
         worker_init_fn=in_worker(),
     )

@@ -32,7 +32,7 @@ from llava.train.run_state import RunState
 from llava.train.saving import save_checkpoint
 from llava.train.schedule import go_on, has_scheduler, optimizer_file, unwrapped
 from llava.train.step_log import StepLog, print_briefly
-from llava.train.stopping import Preempted, Stopping, in_worker
+from llava.train.stopping import Preempted, Stopping, in_worker, worker_context
 from llava.utils import rank0_print
 
 LLaVADPOTrainer = absent("llava.train.llava_trainer.LLaVADPOTrainer", "preferences (DPO) are not trained on")
@@ -198,6 +198,8 @@ class LLaVATrainer(PhasedTrainer):
             rows = self.packing.loader(self.train_dataset, sampler, self.data_collator, self.args)
             loader = self.accelerator.prepare(rows)
         loader.worker_init_fn = in_worker(loader.worker_init_fn)
+        if loader.num_workers:
+            loader.multiprocessing_context = worker_context(loader.multiprocessing_context)
         return loader
 
     def train(self, *args, **kwargs):

@@ -6,12 +6,14 @@ gets a signal is enough: the ranks agree on the step in what they exchange anywa
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import context
 
 from llava.utils import is_rank0
 
@@ -148,8 +150,53 @@ def in_worker(then=None):
     return functools.partial(_begin_worker, then)
 
 
+def worker_context(given=None):
+    """A data loader's `multiprocessing_context`, whose workers have the signals blocked from their first moment on.
+
+    A signal to all processes of a run, as schedulers send it, else ends a worker that begins before `in_worker` has
+    seen to it, and with the worker the run.
+
+    Args:
+        given: the context that was asked for, or its name; None: Python's usual one.
+    """
+    kind = given if isinstance(given, str) else (given or multiprocessing).get_start_method()
+    return _CONTEXTS[kind]()
+
+
+class _Blocked:
+    def start(self):
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
+
+class _Fork(_Blocked, context.ForkProcess):
+    pass
+
+
+class _Spawn(_Blocked, context.SpawnProcess):
+    pass
+
+
+class _ForkServer(_Blocked, context.ForkServerProcess):
+    pass
+
+
+_CONTEXTS = {
+    "fork": type("ForkContext", (context.ForkContext,), {"Process": _Fork}),
+    "spawn": type("SpawnContext", (context.SpawnContext,), {"Process": _Spawn}),
+    "forkserver": type("ForkServerContext", (context.ForkServerContext,), {"Process": _ForkServer}),
+}
+
+
+def _numbers() -> set[int]:
+    return {getattr(signal, name) for name in SIGNALS}
+
+
 def _begin_worker(then, *args) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in SIGNALS})
+    signal.pthread_sigmask(signal.SIG_BLOCK, _numbers())
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="signals").start()
     if then is not None:
         then(*args)

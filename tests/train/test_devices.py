@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from llava.config import Run  # noqa: E402
+from llava.config import resolve  # noqa: E402
 from llava.errors import LlavaError  # noqa: E402
 from llava.train import devices, train, train_qwen2_vl, train_toconv  # noqa: E402
 from llava.train.arguments import _fall_back  # noqa: E402
@@ -146,6 +146,6 @@ def test_deepspeed_in_one_process_needs_no_launcher_on_a_gpu(machine, monkeypatc
         monkeypatch.setenv(name, "")  # so that all of them are put back after the test
         monkeypatch.delenv(name)
     values = {"deepspeed": "scripts/zero2.json"}
-    _fall_back(values, Run())
+    _fall_back(values, resolve(["--deepspeed", "scripts/zero2.json"]))
     assert "use_cpu" not in values and "DS_ACCELERATOR" not in os.environ
     assert [os.environ.get(name) for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE")] == ["0", "0", "1"]

@@ -1,6 +1,7 @@
 """Runs that are told to stop: a step is finished, a checkpoint saved, and the same command goes on; one per folder."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,9 +9,11 @@ import socket
 import time
 
 import pytest
+import torch
 
 from llava.train.checkpoints import checkpoints_of, fault
 from llava.train.run_state import LOCK_FILE, Lock, RunState, _boot, _start, read_state
+from llava.train.stopping import worker_context
 from tests import tiny
 from tests.train.test_trusted_checkpoints import weights_differ
 
@@ -254,3 +257,23 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         assert (tmp_path / "new/folder" / LOCK_FILE).is_file()
     assert not (tmp_path / "new/folder").exists()  # nothing came of it
     shutil.rmtree(tmp_path / "new")
+
+
+class Loaded(torch.utils.data.Dataset):
+    """What tells which signals are blocked in the process that loads it, from its first moment on."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+@pytest.mark.parametrize("method", [None, "fork", "forkserver", "spawn", multiprocessing.get_context("spawn")])
+def test_workers_begin_with_the_signals_blocked(method):
+    """In the moment between the start of a worker and its first own line a signal to the group would end it."""
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    options = {"num_workers": 1, "batch_size": None, "multiprocessing_context": worker_context(method)}
+    blocked = next(iter(torch.utils.data.DataLoader(Loaded(), **options)))
+    assert set(blocked) >= {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == kept
