@@ -197,9 +197,10 @@ class LLaVATrainer(PhasedTrainer):
             sampler = self._get_train_sampler()
             rows = self.packing.loader(self.train_dataset, sampler, self.data_collator, self.args)
             loader = self.accelerator.prepare(rows)
-        loader.worker_init_fn = in_worker(loader.worker_init_fn)
-        if loader.num_workers:
-            loader.multiprocessing_context = worker_context(loader.multiprocessing_context)
+        own = getattr(loader, "base_dataloader", loader)  # a wrapper tells what its own has, but does not set it
+        own.worker_init_fn = in_worker(own.worker_init_fn)
+        if own.num_workers:
+            own.multiprocessing_context = worker_context(own.multiprocessing_context)
         return loader
 
     def train(self, *args, **kwargs):

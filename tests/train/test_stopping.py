@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,3 +278,13 @@ def test_workers_begin_with_the_signals_blocked(method):
     blocked = next(iter(torch.utils.data.DataLoader(Loaded(), **options)))
     assert set(blocked) >= {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT}
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == kept
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_workers_of_a_run_leave_its_signals_to_it(kit, spy, tmp_path, packed):
+    kit.run(tmp_path / "out", max_steps=1, dataloader_num_workers=1, pack_sequences=packed)
+    batches = iter(spy.trainer.get_train_dataloader())
+    next(batches)
+    status = [Path(f"/proc/{child.pid}/status").read_text() for child in multiprocessing.active_children()]
+    blocked = [int(line.split()[1], 16) for text in status for line in text.splitlines() if line.startswith("SigBlk")]
+    assert blocked and all(mask >> (signal.SIGTERM - 1) & 1 and mask >> (signal.SIGUSR1 - 1) & 1 for mask in blocked)
