@@ -12,7 +12,7 @@ from PIL import Image
 from llava.errors import LlavaError
 from llava.images import PICTURE_SUFFIXES
 
-_FOLDER_FPS = 2.0  # LLaVA-NeXT takes a folder of frames for two frames a second ...
+FOLDER_FPS = 2.0  # LLaVA-NeXT takes a folder of frames for two frames a second ...
 _FOLDER_FRAMES = 10  # ... and gives the model ten of them unless told otherwise
 _MAX_SIDE, _MAX_RATIO = 25_000, 200
 
@@ -95,12 +95,13 @@ def frame_indices(total: int, fps: float, video_fps, frames_upbound: int, force_
     step = max(round(fps / video_fps), 1)
     indices = list(range(0, total, step))
     if frames_upbound > 0 and (len(indices) > frames_upbound or force_sample):
-        indices = _spread(total, frames_upbound)
+        indices = spread(total, frames_upbound)
         return indices, [index / fps for index in indices]
     return indices, [index / step for index in indices]
 
 
-def _spread(total: int, count: int) -> list[int]:
+def spread(total: int, count: int) -> list[int]:
+    """`count` of `total` frames, evenly from the first to the last; some more than once if there are fewer."""
     return np.linspace(0, total - 1, count, dtype=int).tolist()
 
 
@@ -110,8 +111,8 @@ def _natural(name: str) -> tuple:
     return [int(part) if at % 2 else part for at, part in enumerate(parts)], name
 
 
-def folder_frames(path: str, frames_upbound: int, force_sample: bool) -> tuple[list[str], float, list[float]]:
-    """Of a folder of pictures: the paths of the frames that are taken, the clip's seconds, the seconds of each frame.
+def folder_pictures(path: str) -> list[str]:
+    """The paths of a folder's pictures, in the natural order of their names.
 
     Raises:
         LlavaError: there are none.
@@ -120,11 +121,20 @@ def folder_frames(path: str, frames_upbound: int, force_sample: bool) -> tuple[l
     names = sorted((name for name in pictures if not name.startswith(".")), key=_natural)
     if not names:
         raise LlavaError(f"video {path}: found no pictures in the folder, expected frames")
+    return [os.path.join(path, name) for name in names]
+
+
+def folder_frames(path: str, frames_upbound: int, force_sample: bool) -> tuple[list[str], float, list[float]]:
+    """Of a folder of pictures: the paths of the frames that are taken, the clip's seconds, the seconds of each frame.
+
+    Raises:
+        LlavaError: there are none.
+    """
+    names = folder_pictures(path)
     bound = frames_upbound if frames_upbound > 0 else _FOLDER_FRAMES
-    spread = len(names) > bound or (force_sample and frames_upbound > 0)
-    indices = _spread(len(names), bound) if spread else list(range(len(names)))
-    frames = [os.path.join(path, names[index]) for index in indices]
-    return frames, len(names) / _FOLDER_FPS, [index / _FOLDER_FPS for index in indices]
+    more = len(names) > bound or (force_sample and frames_upbound > 0)
+    indices = spread(len(names), bound) if more else list(range(len(names)))
+    return [names[index] for index in indices], len(names) / FOLDER_FPS, [index / FOLDER_FPS for index in indices]
 
 
 def check_one_size(path: str, sizes: list[tuple[int, int]]) -> None:
@@ -154,11 +164,9 @@ def read_header(path: str) -> VideoHeader:
     Raises:
         LlavaError: broken, without frames, or PyAV is not installed.
     """
-    with _av(path) as av:
+    with pyav(path) as av:
         with av.open(path) as container:
-            if not container.streams.video:
-                raise LlavaError(f"video {path}: found no video stream")
-            stream = container.streams.video[0]
+            stream = video_stream(container, path)
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             total, size = stream.frames, (stream.width, stream.height)
         if not total:
@@ -168,8 +176,20 @@ def read_header(path: str) -> VideoHeader:
         return VideoHeader(total, fps, size)
 
 
+def video_stream(container, path: str):
+    """The first video stream of an opened file that is not the cover of a piece of music.
+
+    Raises:
+        LlavaError: there is none.
+    """
+    for stream in container.streams.video:
+        if not stream.disposition & type(stream.disposition).attached_pic:
+            return stream
+    raise LlavaError(f"video {path}: found no video stream")
+
+
 @contextlib.contextmanager
-def _av(path: str):
+def pyav(path: str):
     """PyAV; what is wrong with a file is a `LlavaError`."""
     try:
         import av
@@ -183,7 +203,7 @@ def _av(path: str):
 
 def _load_file(path: str, video_fps, frames_upbound: int, force_sample: bool) -> Video:
     total, fps, _ = read_header(path)
-    with _av(path) as av:
+    with pyav(path) as av:
         indices, times = frame_indices(total, fps, video_fps, frames_upbound, force_sample)
         frames = _decode(av, path, set(indices))
         if len(frames) < len(set(indices)):  # the header promised more frames than there are
@@ -197,15 +217,16 @@ def _load_file(path: str, video_fps, frames_upbound: int, force_sample: bool) ->
 
 def _count_frames(av, path: str) -> int:
     with av.open(path) as container:
-        return sum(1 for _ in container.decode(video=0))
+        return sum(1 for _ in container.decode(video_stream(container, path)))
 
 
 def _decode(av, path: str, wanted: set[int]) -> dict[int, Image.Image]:
     """The wanted frames by number; decoding stops after the last of them."""
     frames, last = {}, max(wanted, default=-1)
     with av.open(path) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        for index, frame in enumerate(container.decode(video=0)):
+        stream = video_stream(container, path)
+        stream.thread_type = "AUTO"
+        for index, frame in enumerate(container.decode(stream)):
             if index in wanted:
                 frames[index] = frame.to_image()
             if index >= last:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from llava.errors import LlavaError
-from llava.images.reading import _av, _decode, frame_indices, load_video
+from llava.images.reading import _decode, frame_indices, load_video, pyav, video_stream
 
 
 def process_video_with_decord(video_file: str, data_args):
@@ -30,7 +30,7 @@ def process_video_with_pyav(video_file: str, data_args):
     They differ from `process_video_with_decord`'s as in LLaVA-NeXT: the rate is the number of frames by the last
     frame's time, and `force_sample` is not read. Arguments and errors are the same.
     """
-    with _av(video_file) as av:
+    with pyav(video_file) as av:
         total, seconds = _count(av, video_file)
         rate = total / seconds if seconds else 1.0
         indices, _ = frame_indices(total, rate, data_args.video_fps, data_args.frames_upbound, False)
@@ -42,10 +42,9 @@ def _count(av, path: str) -> tuple[int, float]:
     """Frames that decode, and the last one's time in seconds."""
     total, last = 0, 0.0
     with av.open(path) as container:
-        if not container.streams.video:
-            raise LlavaError(f"video {path}: found no video stream")
-        container.streams.video[0].thread_type = "AUTO"
-        for frame in container.decode(video=0):
+        stream = video_stream(container, path)
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
             total, last = total + 1, float(frame.time or 0)
     if not total:
         raise LlavaError(f"video {path}: found no frames that decode")
