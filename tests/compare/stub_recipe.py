@@ -35,9 +35,9 @@ def main(words: list[str]) -> int:
             if entry["name"] == until:
                 break
             continue
+        print(" 50%|##| 1/2 [00:01<00:01,  1.00s/it]", file=sys.stderr, flush=True)
         folder.mkdir(exist_ok=True)
         tell(out, state, entry, "running")
-        print(" 50%|##| 1/2 [00:01<00:01,  1.00s/it]", file=sys.stderr, flush=True)
         while behave.get("hang") == entry["name"] and (behave.get("deaf") or not came):
             time.sleep(0.02)
         with open(out / "signals.jsonl", "a") as signals:
