@@ -1,5 +1,7 @@
 """Scores of TextVQA and ST-VQA under the names of LLaVA's evaluators (after M4C); they are in `llava.eval.scorers`."""
 
+from abc import ABC, abstractmethod
+
 from llava.absent import absent
 from llava.eval import scorers
 
@@ -16,7 +18,7 @@ class EvalAIAnswerProcessor:
         return scorers.normalize_vqa(words)
 
 
-class _Evaluator:
+class _Evaluator(ABC):
     """Rows are {"pred_answer": text, "gt_answers": [text, ...]}."""
 
     def __init__(self):
@@ -26,8 +28,9 @@ class _Evaluator:
         """The mean score, from 0 to 1."""
         return sum(self.score(row["pred_answer"], row["gt_answers"]) for row in pred_list) / len(pred_list)
 
+    @abstractmethod
     def score(self, said: str, answers: list[str]) -> float:
-        raise NotImplementedError
+        """Of one answer, from 0 to 1."""
 
 
 class TextVQAAccuracyEvaluator(_Evaluator):

@@ -6,7 +6,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from llava.errors import LlavaError
+from llava.families import read_mapping
 
 _BLOCK = 1 << 24
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -88,7 +88,7 @@ def _tower(folder: str) -> str | None:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         return None
-    tower = _read_json(path).get("mm_vision_tower")
+    tower = read_mapping(path).get("mm_vision_tower")
     inside = os.path.join(folder, tower) if isinstance(tower, str) and tower else ""
     return inside if os.path.isdir(inside) else tower
 
@@ -100,17 +100,8 @@ def _holds_tower(folder: str) -> bool:
     indexes = glob.glob(os.path.join(glob.escape(folder), "*.index.json"))
     names = [name for file in files if file.endswith(".safetensors") for name in weight_names(file)]
     for index in indexes:
-        names += _read_json(index).get("weight_map", ())
+        names += read_mapping(index).get("weight_map", ())
     return any("vision_tower." in name for name in names)
-
-
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise LlavaError(f"{path}: not valid JSON ({error})") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _of_file(path: str) -> bytes:

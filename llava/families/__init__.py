@@ -62,19 +62,20 @@ def _read_config(path: str, download: bool) -> dict | None:
         file = os.path.join(path, "config.json")
         adapter = os.path.join(path, "adapter_config.json")
         if not os.path.isfile(file) and os.path.isfile(adapter):
-            base = (_read_json(adapter) or {}).get("base_model_name_or_path")
+            base = (read_mapping(adapter) or {}).get("base_model_name_or_path")
             return _read_config(base, download) if base and base != path else None
-        return _read_json(file) if os.path.isfile(file) else None
+        return read_mapping(file) if os.path.isfile(file) else None
     from huggingface_hub import hf_hub_download
 
     try:
         file = hf_hub_download(path, "config.json", local_files_only=not download)
     except (OSError, ValueError):  # no such repository, no network, or a path that is no id
         return None
-    return _read_json(file)
+    return read_mapping(file)
 
 
-def _read_json(path: str) -> dict:
+def read_mapping(path: str) -> dict:
+    """What a JSON file holds; {} where that is no mapping. Raises `LlavaError` for a file that is no JSON."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

@@ -59,7 +59,7 @@ def vision_layout(cfg, crop: int | None = None, patch: int | None = None) -> Vis
     """
     from llava.images.geometry import parse_grid_pinpoints
     from llava.images.processing import processor_sides
-    from llava.model.multimodal_encoder.base import config_values
+    from llava.model.multimodal_encoder.plain_config import config_values
     from llava.model.multimodal_projector.builder import ProjectedGrid
     from llava.model.vision_settings import check_combination, check_merge_options
     from llava.model.visual_merge import MergeRules, native_resolution

@@ -5,11 +5,10 @@ import transformers as stock
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel, Qwen3VLTextModel, Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from llava.model.checked_inputs import check_text, whole_numbers
 from llava.model.host import HostCopies, segments, send
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
-from llava.model.qwen2_vl.generation import QwenGeneration, check_for_positions, token_types
+from llava.model.qwen2_vl.generation import QwenGeneration, checked_ids
 from llava.model.qwen2_vl.image_chunks import ChunkedImages
 from llava.model.stock import SavesStockNames, named_as
 
@@ -65,14 +64,10 @@ class Model(ChunkedImages, Qwen3VLModel):
     ):
         """As transformers'; `host` as in `_AdaptiveModel` of Qwen2-VL. A batch with videos takes transformers' way."""
         if input_ids is not None:
-            input_ids = whole_numbers("input_ids", input_ids)
-            mm_token_type_ids = token_types(
-                self.config, input_ids, image_grid_thw, video_grid_thw, given=mm_token_type_ids
+            given = {"position_ids": position_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+            input_ids, mm_token_type_ids = checked_ids(
+                self, input_ids, (image_grid_thw, video_grid_thw), types=mm_token_type_ids, host=host, **given
             )
-            on_host = None if host is None else host.input_ids
-            check_text(self, input_ids if on_host is None else on_host)
-            if position_ids is None and (image_grid_thw is not None or video_grid_thw is not None):
-                check_for_positions(input_ids, attention_mask, mm_token_type_ids, past_key_values)
         if pixel_values is None or pixel_values_videos is not None or input_ids is None or inputs_embeds is not None:
             return super().forward(
                 input_ids=input_ids,

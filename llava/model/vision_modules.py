@@ -5,8 +5,8 @@ import torch.nn as nn
 
 from llava.model.adaptive_patches import PatchChoice
 from llava.model.checkpoint import load_projector
-from llava.model.multimodal_encoder.base import config_values
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.plain_config import config_values
 from llava.model.multimodal_encoder.token_compressor import load_token_compressor
 from llava.model.multimodal_encoder.trust import naming
 from llava.model.multimodal_projector.builder import build_vision_projector

@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava.errors import LlavaError
 from llava.model.builder import load_pretrained_model
-from llava.model.multimodal_encoder.base import config_values
+from llava.model.multimodal_encoder.plain_config import config_values
 from llava.model.vision_change import VisionChange
 from tests import tiny
 from tests.model import small

@@ -11,10 +11,11 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModel, PreTrainedConfi
 
 from llava.errors import LlavaError
 from llava.model.multimodal_encoder import builder
-from llava.model.multimodal_encoder.base import VisionTower, config_values
+from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
 from llava.model.multimodal_encoder.hevc_vit_packing_tower import HEVCViTPackingVisionTower, images_to_packed
+from llava.model.multimodal_encoder.plain_config import config_values
 from llava.model.multimodal_projector.builder import build_vision_projector
 from tests import tiny
 from tests.model import small

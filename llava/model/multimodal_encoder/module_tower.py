@@ -17,7 +17,8 @@ from llava.errors import LlavaError
 from llava.model.checkpoint import read_weights
 from llava.utils import rank0_print
 
-from .base import PlainConfig, VisionTower
+from .base import VisionTower
+from .plain_config import PlainConfig
 from .trial import check_features, evaluating, own_code, sample_images
 
 OWED = "[B, N, D] of N = h * w tokens on a square grid (no class token), or [B, D, h, w]"

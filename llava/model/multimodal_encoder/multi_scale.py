@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from llava.errors import LlavaError
 
-from .base import FixedGrid, VisionTower, plain_config
+from .base import FixedGrid, VisionTower
+from .plain_config import plain_config
 
 
 class MultiScale:

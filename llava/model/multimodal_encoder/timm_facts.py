@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from llava.errors import LlavaError
 
-from .base import PlainConfig
+from .plain_config import PlainConfig
 from .timm_source import TimmSource, without_weights
 from .trial import evaluating, sample_images
 

@@ -18,7 +18,8 @@ from llava.errors import LlavaError
 from llava.model.vision_blocks import find_blocks
 from llava.utils import rank0_print
 
-from .base import FixedGrid, PatchGrid, PlainConfig, VisionTower, select_layers
+from .base import FixedGrid, PatchGrid, VisionTower, select_layers
+from .plain_config import PlainConfig
 from .timm_facts import intermediates, measure
 from .timm_source import check_args, find_source, missing_weights, quiet, require_timm
 

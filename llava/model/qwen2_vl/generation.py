@@ -3,7 +3,7 @@
 import torch
 
 from llava.errors import LlavaError
-from llava.model.checked_inputs import check_rows, whole_numbers
+from llava.model.checked_inputs import check_rows, check_text, whole_numbers
 from llava.model.generation_options import ALWAYS, WITH_IMAGES, check_options, padding_mask
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
@@ -31,6 +31,26 @@ def check_for_positions(input_ids, attention_mask, mm_token_type_ids, past_key_v
     """Of a batch with images, whose positions are counted by mask and types: these are [B, L], as the ids are."""
     if past_key_values is None or past_key_values.get_seq_length() == 0:  # else they are for what the cache holds, too
         check_rows(input_ids, attention_mask=attention_mask, mm_token_type_ids=mm_token_type_ids)
+
+
+def checked_ids(model, input_ids, grids, *, types, host, position_ids, attention_mask, past_key_values):
+    """(`input_ids` as int64, `token_types`) of a forward pass.
+
+    Args:
+        grids: of images and of videos.
+        types, ...: of the forward pass.
+        host: its `HostCopies`, which spare a GPU the wait; None: `input_ids` are looked at.
+
+    Raises:
+        LlavaError: ids that are no tokens, or types and mask that are not theirs.
+    """
+    input_ids = whole_numbers("input_ids", input_ids)
+    types = token_types(model.config, input_ids, *grids, given=types)
+    on_host = None if host is None else host.input_ids
+    check_text(model, input_ids if on_host is None else on_host)
+    if position_ids is None and any(grid is not None for grid in grids):
+        check_for_positions(input_ids, attention_mask, types, past_key_values)
+    return input_ids, types
 
 
 class QwenGeneration:

@@ -26,11 +26,10 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from llava.errors import LlavaError
-from llava.model.checked_inputs import check_text, whole_numbers
 from llava.model.host import HostCopies, segments
 from llava.model.loss import supervised_training
 from llava.model.qwen2_vl import host_plan
-from llava.model.qwen2_vl.generation import IMAGE, VIDEO, QwenGeneration, check_for_positions, token_types
+from llava.model.qwen2_vl.generation import IMAGE, VIDEO, QwenGeneration, checked_ids
 from llava.model.qwen2_vl.image_chunks import ChunkedImages
 from llava.model.qwen2_vl.layout import MERGE, PatchLayout
 from llava.model.qwen2_vl.vision import AdaptiveQwen2_5_VisionTransformer, AdaptiveQwen2VisionTransformer
@@ -180,14 +179,10 @@ class _AdaptiveModel:
                 is that many samples, which neither see each other nor count each other's positions.
         """
         if input_ids is not None:
-            input_ids = whole_numbers("input_ids", input_ids)
-            mm_token_type_ids = token_types(
-                self.config, input_ids, image_grid_thw, video_grid_thw, given=mm_token_type_ids
+            given = {"position_ids": position_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+            input_ids, mm_token_type_ids = checked_ids(
+                self, input_ids, (image_grid_thw, video_grid_thw), types=mm_token_type_ids, host=host, **given
             )
-            on_host = None if host is None else host.input_ids
-            check_text(self, input_ids if on_host is None else on_host)
-            if position_ids is None and (image_grid_thw is not None or video_grid_thw is not None):
-                check_for_positions(input_ids, attention_mask, mm_token_type_ids, past_key_values)
         if pixel_values is not None and input_ids is not None:
             host = host or HostCopies.of(
                 input_ids=input_ids,
